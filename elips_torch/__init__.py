@@ -1,0 +1,62 @@
+"""Vector retrieval inside PyTorch: indexes are modules, databases are tensors, scores have gradients."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from elips_torch.core.dispatch import Explanation
+from elips_torch.core.errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    DuplicateIdError,
+    ElipsError,
+    ImplementationError,
+    IndexFileError,
+    MetricError,
+    NonFiniteError,
+    ParameterError,
+    ShapeError,
+    UnknownIdError,
+)
+from elips_torch.core.metric import METRICS
+from elips_torch.core.results import RangeResult, SearchResult
+from elips_torch.distributed import prepare_for_ddp
+from elips_torch.indexes.base import Index
+from elips_torch.indexes.catalog import load_index
+from elips_torch.indexes.flat import FlatIndex
+from elips_torch.ops.explain import explain
+from elips_torch.ops.knn import knn
+from elips_torch.ops.pairwise_distance import pairwise_distance
+from elips_torch.ops.range_search import range_search
+
+try:
+    __version__ = version("elips-torch")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+__all__ = [
+    "METRICS",
+    "ArgumentError",
+    "DeviceError",
+    "DtypeError",
+    "DuplicateIdError",
+    "ElipsError",
+    "Explanation",
+    "FlatIndex",
+    "ImplementationError",
+    "Index",
+    "IndexFileError",
+    "MetricError",
+    "NonFiniteError",
+    "ParameterError",
+    "RangeResult",
+    "SearchResult",
+    "ShapeError",
+    "UnknownIdError",
+    "__version__",
+    "explain",
+    "knn",
+    "load_index",
+    "pairwise_distance",
+    "prepare_for_ddp",
+    "range_search",
+]

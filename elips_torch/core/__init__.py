@@ -1,0 +1,1 @@
+"""Facts every layer shares: errors, results, metrics, checks, dispatch."""

@@ -1,0 +1,135 @@
+"""Choosing one of several implementations of an operation."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.errors import ImplementationError
+from elips_torch.core.hardware import device_facts
+from elips_torch.core.metric import Metric
+
+logger = logging.getLogger("elips_torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A call as the choice sees it: static facts only, never a value of a tensor."""
+
+    device: torch.device
+    query_dtype: torch.dtype
+    dtype: torch.dtype
+    n_queries: int
+    n_rows: int
+    dim: int
+    metric: Metric
+    k: int | None = None
+
+    @classmethod
+    def of(cls, queries: Tensor, database: Tensor, metric: Metric, k: int | None = None) -> "Request":
+        """Describe a search of ``(Q, D)`` queries in a ``(N, D)`` database."""
+        n_rows, dim = database.shape
+        return cls(queries.device, queries.dtype, database.dtype, queries.shape[0], n_rows, dim, metric, k)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        k = f", k={self.k}" if self.k is not None else ""
+        shape = f"{self.n_queries} x {self.n_rows} x {self.dim}"
+        return f"{shape} {dtype}, {self.metric.name}{k} on {device_facts(self.device)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to run an operation, and what it cannot do, as data.
+
+    Attributes:
+        name: what users pass as ``implementation=``.
+        run: the function; all implementations of an operation share one signature.
+        unsupported_reasons: given a description of the call, returns why this implementation cannot
+            serve it; empty when it can.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    unsupported_reasons: Callable[[Request], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which implementation serves a call and why the others do not.
+
+    Attributes:
+        operation: name of the operation.
+        chosen: name of the implementation, or None when nothing fits.
+        reasons: for each implementation, in order of preference, why it cannot serve the call.
+        request: the call and the device, in words.
+    """
+
+    operation: str
+    chosen: str | None
+    reasons: dict[str, list[str]]
+    request: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.operation} of {self.request}"]
+        for name, reasons in self.reasons.items():
+            verdict = "; ".join(reasons) or ("chosen" if name == self.chosen else "possible")
+            lines.append(f"  {name:<12} {verdict}")
+        return "\n".join(lines)
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def choose(
+    operation: str, implementations: Sequence[Implementation], request: Request, requested: str = "auto"
+) -> Implementation:
+    """Return the first implementation that can serve the request, or the one asked for.
+
+    Args:
+        operation: name for messages.
+        implementations: fastest first.
+        request: description of the call.
+        requested: "auto", or the name of one implementation, which is then used or refused.
+
+    Raises:
+        ImplementationError: the name is unknown, or nothing that is allowed can serve the call;
+            the message lists every reason.
+    """
+    names = [candidate.name for candidate in implementations]
+    if requested != "auto" and requested not in names:
+        known = ", ".join(repr(name) for name in ("auto", *names))
+        raise ImplementationError(f"implementation is {requested!r}, {operation} has {known}")
+    skipped: list[str] = []
+    for candidate in implementations:
+        if requested not in ("auto", candidate.name):
+            continue
+        reasons = candidate.unsupported_reasons(request)
+        if not reasons:
+            if skipped:
+                _log_once(f"{operation} runs as {candidate.name!r}; " + "; ".join(skipped))
+            return candidate
+        skipped.append(f"{candidate.name!r} cannot: " + ", ".join(reasons))
+    raise ImplementationError(f"{operation}: nothing can serve this call; " + "; ".join(skipped))
+
+
+def explain_choice(
+    operation: str,
+    implementations: Sequence[Implementation],
+    request: Request,
+    requested: str,
+) -> Explanation:
+    """Return what `choose` would do and why, without raising."""
+    reasons = {each.name: each.unsupported_reasons(request) for each in implementations}
+    if requested != "auto":
+        for name in reasons:
+            if name != requested:
+                reasons[name] = [f"implementation={requested!r} was asked for", *reasons[name]]
+    chosen = next((name for name, why in reasons.items() if not why), None)
+    return Explanation(operation, chosen, reasons, str(request))

@@ -1,0 +1,65 @@
+"""Facts about the machine, read once."""
+
+import dataclasses
+import functools
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFacts:
+    """What a device is, as far as the choice of an implementation may depend on it.
+
+    Attributes:
+        type: "cpu", "cuda", ...
+        name: what the driver or torch calls it.
+        capability: instruction set of a CPU ("AVX512"), "sm_90" or "gfx942" for a GPU.
+        memory_bytes: memory of a GPU; 0 for a CPU.
+        vnni: the CPU has 8-bit integer dot products (AVX512-VNNI).
+    """
+
+    type: str
+    name: str
+    capability: str
+    memory_bytes: int = 0
+    vnni: bool = False
+
+    def __str__(self) -> str:
+        memory = f", {self.memory_bytes / 2**30:.0f} GiB" if self.memory_bytes else ""
+        return f"{self.type} ({self.name}, {self.capability}{', VNNI' if self.vnni else ''}{memory})"
+
+
+@functools.cache
+def _facts(device_type: str, index: int) -> DeviceFacts:
+    if device_type == "cuda":
+        properties = torch.cuda.get_device_properties(index)
+        arch = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+        capability = arch.split(":")[0] or f"sm_{properties.major}{properties.minor}"
+        return DeviceFacts("cuda", properties.name, capability, properties.total_memory)
+    if device_type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        vnni = capability == "AVX512" and torch.cpu._is_vnni_supported()
+        return DeviceFacts("cpu", f"{torch.get_num_threads()} threads", capability, vnni=vnni)
+    return DeviceFacts(device_type, device_type, "unknown")
+
+
+def device_facts(device: torch.device | str) -> DeviceFacts:
+    """Return the facts of a device; each device is asked once per process.
+
+    >>> device_facts("cpu").type
+    'cpu'
+    """
+    device = torch.device(device)
+    index = device.index
+    if device.type == "cuda" and index is None:
+        index = torch.cuda.current_device()
+    return _facts(device.type, index or 0)
+
+
+def float32_product_is_exact(device: torch.device) -> bool:
+    """Whether float32 matrix products run in full float32 under the present settings.
+
+    `torch.set_float32_matmul_precision` and its kin may replace them by TF32 or bfloat16.
+    """
+    backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    return backend.matmul.fp32_precision in ("none", "ieee")

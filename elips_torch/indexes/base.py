@@ -1,0 +1,615 @@
+"""The contract that every index keeps."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.errors import (
+    ArgumentError,
+    DtypeError,
+    DuplicateIdError,
+    IndexFileError,
+    ParameterError,
+    ShapeError,
+    UnknownIdError,
+)
+from elips_torch.core.execution import runs_directly
+from elips_torch.core.metric import resolve_metric
+from elips_torch.core.results import RangeResult, SearchResult
+from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
+from elips_torch.core.validation import (
+    FLOAT_DTYPES,
+    as_ids,
+    as_radius,
+    check_device,
+    check_exclude,
+    check_k,
+    check_mask,
+    check_unique,
+    check_values,
+    check_vectors,
+    check_workspace,
+)
+from elips_torch.indexes.files import read_index_file, write_index_file
+from elips_torch.indexes.state import RowState
+from elips_torch.kernels.selection import Selection
+from elips_torch.ops.candidate_scores import candidate_scores_op
+from elips_torch.ops.index_search import format_parameters, index_search_op
+
+_LARGEST_ID = torch.iinfo(torch.int64).max - 1
+_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(function: F) -> F:
+    """Keep a method that changes the index out of compiled graphs.
+
+    This is the mark that `torch.compiler.disable` leaves; calling it would import the compiler.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+class Index(RowState, ABC):
+    """A database of vectors that can be searched; base of all indexes.
+
+    A subclass names its row tensors and writes `_encode`, `_decode`, `_search` and
+    `_range_search`; this class validates, keeps the ids and does the rest.
+
+    Args:
+        dim: D, size of a vector.
+        metric: name of the distance kind, or an alias.
+        k: number of neighbours that `search` returns by default.
+        p: exponent of metric "lp".
+        device: where the database lies.
+        index_in_state_dict: whether checkpoints hold the database.
+        check_finite: whether vectors and queries are checked for NaN and infinity.
+        workspace_bytes: limit on temporary memory of a search, in bytes.
+    """
+
+    # Search parameters: plain attributes that `search` takes as keywords for one call.
+    search_parameters: ClassVar[tuple[str, ...]] = ("workspace_bytes",)
+
+    def __init__(
+        self,
+        dim: int,
+        metric: str = "l2",
+        *,
+        k: int = 10,
+        p: float | None = None,
+        device: torch.device | str | None = None,
+        index_in_state_dict: bool = True,
+        check_finite: bool = True,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    ) -> None:
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise DtypeError(f"dim is {dim!r}, expected an int")
+        if dim < 1:
+            raise ArgumentError(f"dim is {dim}, expected at least 1")
+        self._metric = resolve_metric(metric, p)
+        super().__init__(device, index_in_state_dict)
+        self.dim = dim
+        self.k = check_k(k)
+        self.check_finite = check_finite
+        self.workspace_bytes = check_workspace(workspace_bytes)
+
+    # What a subclass writes.
+
+    @abstractmethod
+    def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Return the rows to store for ``(N, D)`` vectors, by name of the row tensor."""
+
+    @abstractmethod
+    def _decode(self, rows: Tensor) -> Tensor:
+        """Return the vectors ``(M, D)`` of rows ``(M,)``."""
+
+    @abstractmethod
+    def _search(
+        self,
+        queries: Tensor,
+        k: int,
+        selection: Selection,
+        implementation: str,
+        parameters: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Return scores ``(Q, K)`` and rows ``(Q, K)``, -1 where there are fewer than k."""
+
+    @abstractmethod
+    def _range_search(
+        self,
+        queries: Tensor,
+        radius: Tensor,
+        selection: Selection,
+        implementation: str,
+        parameters: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return lims ``(Q + 1,)``, scores ``(M,)`` and rows ``(M,)`` for radius ``(Q,)``."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Return the constructor keywords that make an empty index like this one, for JSON."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether vectors can be added."""
+        return True
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether results are exact by the definition of the metric."""
+        return False
+
+    # Properties.
+
+    @property
+    def metric(self) -> str:
+        """Canonical name of the metric."""
+        return self._metric.name
+
+    @property
+    def p(self) -> float | None:
+        """Exponent of metric "lp", None for the others."""
+        return self._metric.p if self._metric.name == "lp" else None
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether larger scores are nearer."""
+        return self._metric.higher_is_better
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the database."""
+        return self.ids.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which `reconstruct` returns vectors."""
+        return torch.float32
+
+    def __len__(self) -> int:
+        return self.ntotal
+
+    def __contains__(self, id: object) -> bool:
+        if isinstance(id, Tensor) and id.numel() != 1:
+            raise ShapeError(f"id has shape {tuple(id.shape)}, expected one id")
+        if not isinstance(id, (int, Tensor)) or int(id) < 0 or int(id) > _LARGEST_ID:
+            return False
+        return bool(self._rows_of(torch.tensor([int(id)], device=self.device)) >= 0)
+
+    def memory_bytes(self) -> int:
+        """Return the bytes that the stored tensors occupy; on accelerators, room for growth included.
+
+        On a CPU that room is address space that no memory stands behind.
+        """
+        tensors = (*self.parameters(), *self.buffers())
+        if self.device.type == "cpu":
+            return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows."""
+        p = f", p={self.p:g}" if self.p is not None else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"dim={self.dim}, metric={self.metric!r}{p}, ntotal={self.ntotal}, k={self.k}, dtype={dtype}"
+
+    # Verbs that change the index.
+
+    @untraced
+    def fit(self, vectors: Tensor) -> Self:
+        """Learn from ``(N, D)`` vectors what the index needs before `add`; here, nothing.
+
+        Returns:
+            The index itself.
+        """
+        self._check_new(vectors)
+        return self
+
+    @untraced
+    def add(self, vectors: Tensor, ids: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Store vectors under new ids.
+
+        Args:
+            vectors: ``(N, D)`` float32, float16, bfloat16 or float64, on the index's device; stored
+                in the index's dtype, without gradient history.
+            ids: ``(N,)`` unique integers >= 0 that the index does not hold. Default: ascending from
+                one past the largest id ever used.
+
+        Returns:
+            ``(N,)`` int64, the ids.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError: the vectors or ids do not fit.
+            NonFiniteError: NaN or infinity, also where the index's dtype cannot hold a value.
+            DuplicateIdError: an id occurs twice or is held already.
+        """
+        encoded = self._encode(self._check_new(vectors))
+        return self._append(encoded, self._new_ids(vectors.shape[0], ids), automatic=ids is None)
+
+    @untraced
+    def upsert(self, vectors: Tensor, ids: Tensor | Sequence[int]) -> Tensor:
+        """Replace the vectors of known ids in place and add those of unknown ids at the end.
+
+        Args:
+            vectors: ``(N, D)``, as for `add`.
+            ids: ``(N,)`` unique integers >= 0.
+
+        Returns:
+            ``(N,)`` int64, the ids.
+
+        Raises:
+            ElipsError: as for `add`, but for ids that are held already.
+        """
+        encoded = self._encode(self._check_new(vectors))
+        labels = self._own_ids(vectors.shape[0], ids)
+        rows = self._rows_of(labels)
+        known = rows >= 0
+        new = ~known
+        fresh = {name: tensor[new] for name, tensor in encoded.items()}
+        stale = {name: tensor[known] for name, tensor in encoded.items()}
+        if bool(new.any()):
+            self._append(fresh, labels[new], automatic=False)
+        self._overwrite_rows(rows[known], stale)
+        return labels
+
+    @untraced
+    def remove(self, ids: Tensor | Sequence[int] | int) -> int:
+        """Remove the vectors of ids; the others keep their ids and their order.
+
+        Args:
+            ids: ``(N,)`` unique ids that the index holds, or one id.
+
+        Returns:
+            Number of vectors removed.
+
+        Raises:
+            UnknownIdError: an id that the index does not hold.
+            DuplicateIdError: an id occurs twice.
+        """
+        labels = as_ids("ids", ids, self.device)
+        check_unique("ids", labels)
+        rows = self._known_rows(labels)
+        if rows.numel():
+            keep = torch.ones(self.ntotal, dtype=torch.bool, device=self.device)
+            keep[rows] = False
+            self._keep_rows(keep)
+        return rows.numel()
+
+    @untraced
+    def reset(self) -> None:
+        """Remove every vector.
+
+        What `fit` learned stays, and automatic ids go on after the largest ever used: give
+        ``ids=`` to start over at 0.
+        """
+        self._keep_rows(torch.zeros(self.ntotal, dtype=torch.bool, device=self.device))
+
+    # Verbs that ask.
+
+    def forward(self, queries: Tensor, k: int | None = None, **options: Any) -> SearchResult:
+        """Same as `search`."""
+        return self.search(queries, k, **options)
+
+    def search(
+        self,
+        queries: Tensor,  # (Q, D) or (D,)
+        k: int | None = None,
+        *,
+        mask: Tensor | None = None,  # (ntotal,) or (Q, ntotal)
+        exclude: Tensor | None = None,  # (Q, M)
+        exclude_self: bool = False,
+        implementation: str = "auto",
+        **parameters: Any,
+    ) -> SearchResult:
+        """Find the k nearest vectors of each query.
+
+        With grad mode on, scores carry gradients to the queries (and to a learnable database), by
+        the vectors as they were searched: the index may change before the backward pass. Inside
+        `torch.compile` there is no graph break, and growth of the index does not recompile.
+
+        Args:
+            queries: ``(Q, D)`` or ``(D,)`` float32, float16, bfloat16 or float64, on the index's
+                device; finite.
+            k: number of neighbours, at least 1; default is the index's ``k``. No upper limit.
+            mask: bool ``(ntotal,)`` or ``(Q, ntotal)``; True keeps the vector. Column j stands for
+                ``index.ids[j]``.
+            exclude: int64 ``(Q, M)`` ids to leave out, per query; -1 and unknown ids are ignored.
+            exclude_self: the queries are the stored vectors in the order of ``index.ids``, and none
+                is to find itself.
+            implementation: "auto", or a name that `explain` lists, which then serves or raises.
+            **parameters: search parameters for this call, see ``search_parameters``.
+
+        Returns:
+            SearchResult: scores ``(Q, K)`` float32 and ids ``(Q, K)`` int64, best first; id -1 and
+            the worst score where fewer than k vectors are left. 1-D for a 1-D query.
+
+        Raises:
+            ElipsError: an argument of wrong type, shape, dtype, device or value.
+        """
+        check_vectors("queries", queries, dim=self.dim, allow_single=True)
+        count = self.k if k is None else check_k(k)
+        self._check_parameters(parameters)
+        single = queries.ndim == 1
+        if single:
+            queries = queries[None]
+        database = self._learnable_vectors()
+        if runs_directly(queries, database):
+            scores, _, ids, _ = self._search_now(
+                queries, count, mask, exclude, exclude_self, implementation, parameters, False
+            )
+        else:
+            differentiable = torch.is_grad_enabled() and (
+                queries.requires_grad or (database is not None and database.requires_grad)
+            )
+            scores, candidates, ids, rows = index_search_op(
+                queries.detach(),
+                mask,
+                exclude,
+                self._handle,
+                count,
+                exclude_self,
+                implementation,
+                format_parameters(parameters),
+                differentiable and database is None,
+                self._candidate_dtype(),
+            )
+            if differentiable:
+                if database is not None:
+                    candidates = _gather(database, rows)
+                scores = candidate_scores_op(
+                    queries, candidates, ids, self.metric, self._metric.p, DEFAULT_WORKSPACE_BYTES
+                )
+        return SearchResult(scores[0], ids[0]) if single else SearchResult(scores, ids)
+
+    def range_search(
+        self,
+        queries: Tensor,  # (Q, D) or (D,)
+        radius: float | Tensor,  # or (Q,)
+        *,
+        mask: Tensor | None = None,  # (ntotal,) or (Q, ntotal)
+        exclude: Tensor | None = None,  # (Q, M)
+        exclude_self: bool = False,
+        implementation: str = "auto",
+        **parameters: Any,
+    ) -> RangeResult:
+        """Find all vectors within a radius of each query.
+
+        Within means ``score < radius`` for distances and ``score > radius`` for "ip" and "cosine",
+        compared in float32 with the radius rounded to float32.
+
+        Args:
+            queries: as for `search`.
+            radius: one number, or ``(Q,)``, in the unit of the scores ("l2" is squared).
+            mask: as for `search`.
+            exclude: as for `search`.
+            exclude_self: as for `search`.
+            implementation: as for `search`.
+            **parameters: as for `search`.
+
+        Returns:
+            RangeResult: lims ``(Q + 1,)``, scores ``(M,)`` and ids ``(M,)``; best first per query.
+
+        Raises:
+            ElipsError: an argument of wrong type, shape, dtype, device or value.
+        """
+        check_vectors("queries", queries, dim=self.dim, device=self.device, allow_single=True)
+        self._check_parameters(parameters)
+        queries = torch.atleast_2d(queries)
+        selection = self._selection(queries.shape[0], mask, exclude, exclude_self)
+        limits = as_radius(radius, queries.shape[0], self.device)
+        lims, scores, rows = self._range_search(
+            queries.detach(), limits, selection, implementation, parameters
+        )
+        ids = self.ids.index_select(0, rows)
+        database = self._learnable_vectors()
+        if not runs_directly(queries, database):
+            hit = torch.repeat_interleave(lims.diff())
+            candidates = self._decode(rows) if database is None else database.index_select(0, rows)
+            scores = candidate_scores_op(
+                queries.index_select(0, hit),
+                candidates[:, None],
+                ids[:, None],
+                self.metric,
+                self._metric.p,
+                DEFAULT_WORKSPACE_BYTES,
+            )[:, 0]
+        return RangeResult(lims, scores, ids)
+
+    def reconstruct(self, ids: Tensor | Sequence[int] | int) -> Tensor:
+        """Return stored vectors: what was added, also under "cosine", in the index's dtype.
+
+        Args:
+            ids: ``(N,)`` ids, or one id.
+
+        Returns:
+            ``(N, D)``, or ``(D,)`` for one id.
+
+        Raises:
+            UnknownIdError: an id that the index does not hold.
+        """
+        rows = self._known_rows(as_ids("ids", ids, self.device))
+        vectors = self._decode(rows)
+        single = isinstance(ids, int) or (isinstance(ids, Tensor) and ids.ndim == 0)
+        return vectors[0] if single else vectors
+
+    # Files.
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index to a safetensors file, which appears whole or not at all.
+
+        The file holds the database whatever ``index_in_state_dict`` says.
+        """
+        in_state_dict, self.index_in_state_dict = self.index_in_state_dict, True
+        try:
+            tensors = self.state_dict()
+        finally:
+            self.index_in_state_dict = in_state_dict
+        write_index_file(path, type(self).__name__, self.config(), tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
+        """Read an index of this class from a file.
+
+        Args:
+            path: a file that `save` wrote.
+            device: where to put the database.
+
+        Raises:
+            IndexFileError: a truncated or foreign file, or one with another class of index.
+        """
+        return cls._restore(path, *read_index_file(path, device), device)
+
+    @classmethod
+    def _restore(
+        cls,
+        path: str | os.PathLike[str],
+        name: str,
+        config: dict[str, Any],
+        tensors: dict[str, Tensor],
+        device: torch.device | str,
+    ) -> Self:
+        where = repr(os.fspath(path))
+        if name != cls.__name__:
+            raise IndexFileError(
+                f"{where} holds a {name}, expected a {cls.__name__}; load_index reads any class"
+            )
+        dtype = _DTYPE_NAMES.get(config.get("dtype", ""))
+        try:
+            index = cls(**(config if dtype is None else {**config, "dtype": dtype}), device=device)
+            index.load_state_dict(tensors, assign=True)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise IndexFileError(f"{where} does not fit a {name}: {error}") from error
+        if dtype is not None and index.dtype != dtype:
+            raise IndexFileError(f"{where} holds {index.dtype} vectors, its settings say {dtype}")
+        return index
+
+    # How searches run.
+
+    def _search_now(
+        self,
+        queries: Tensor,
+        k: int,
+        mask: Tensor | None,
+        exclude: Tensor | None,
+        exclude_self: bool,
+        implementation: str,
+        parameters: dict[str, Any],
+        keep_candidates: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return scores, candidates ``(Q, K, D)`` or empty, ids and rows; no gradients, no tracing."""
+        check_device("queries", queries, self.device, "the index")
+        selection = self._selection(queries.shape[0], mask, exclude, exclude_self)
+        scores, rows = self._search(queries.detach(), k, selection, implementation, parameters)
+        ids = rows if not self.ntotal else self.ids[rows.clamp_min(0)].masked_fill_(rows < 0, -1)
+        if keep_candidates:
+            candidates = self._decode(rows.clamp_min(0).flatten()) if self.ntotal else None
+            if candidates is None:
+                candidates = torch.zeros(
+                    rows.numel(), self.dim, dtype=self._candidate_dtype(), device=self.device
+                )
+            return scores, candidates.view(*rows.shape, self.dim), ids, rows
+        return scores, torch.empty(0, dtype=self._candidate_dtype(), device=self.device), ids, rows
+
+    def _candidate_dtype(self) -> torch.dtype:
+        """Dtype of decoded vectors; may not read a row tensor, since compiled code asks."""
+        return torch.float32
+
+    def _learnable_vectors(self) -> Tensor | None:
+        """Return the database if it is a parameter; may not read a buffer, since compiled code asks."""
+        return None
+
+    def _selection(
+        self, n_queries: int, mask: Tensor | None, exclude: Tensor | None, exclude_self: bool
+    ) -> Selection:
+        check_mask(mask, n_queries, self.ntotal, self.device)
+        check_exclude(exclude, n_queries, self.device)
+        rows = None if exclude is None else self._rows_of(exclude)
+        if exclude_self:
+            if n_queries != self.ntotal:
+                raise ShapeError(
+                    f"exclude_self takes the stored vectors as queries: got {n_queries} queries, expected "
+                    f"{self.ntotal}; for a part of them pass exclude=ids[:, None]"
+                )
+            own = torch.arange(n_queries, device=self.device)[:, None]
+            rows = own if rows is None else torch.cat([rows, own], 1)
+        return Selection(mask, rows)
+
+    def _check_parameters(self, parameters: dict[str, Any]) -> None:
+        for name in parameters:
+            if name not in self.search_parameters:
+                known = ", ".join(self.search_parameters)
+                raise ParameterError(
+                    f"{type(self).__name__} has no search parameter {name!r}, it has {known}"
+                )
+
+    def _parameter(self, parameters: dict[str, Any], name: str) -> Any:
+        """Return a search parameter of this call, or its default."""
+        return parameters.get(name, getattr(self, name))
+
+    # How rows are kept.
+
+    def _check_new(self, vectors: Tensor) -> Tensor:
+        """Return vectors as they will be stored, or raise."""
+        check_vectors("vectors", vectors, dim=self.dim, device=self.device)
+        vectors = vectors.detach().to(self.dtype)
+        if self.check_finite:
+            check_values("vectors", vectors, self._metric)
+        return vectors
+
+    def _own_ids(self, n: int, ids: Tensor | Sequence[int]) -> Tensor:
+        labels = as_ids("ids", ids, self.device)
+        if labels.numel() != n:
+            raise ShapeError(f"ids has {labels.numel()} entries, expected {n}, one per vector")
+        if labels.numel() and int(labels.max()) > _LARGEST_ID:
+            raise ArgumentError(f"ids has the id {int(labels.max())}, expected ids <= {_LARGEST_ID}")
+        check_unique("ids", labels)
+        return labels
+
+    def _new_ids(self, n: int, ids: Tensor | Sequence[int] | None) -> Tensor:
+        if ids is None:
+            if self._next_id + n - 1 > _LARGEST_ID:
+                raise ArgumentError(f"no {n} automatic ids are left after {self._next_id - 1}; pass ids")
+            return torch.arange(self._next_id, self._next_id + n, device=self.device)
+        labels = self._own_ids(n, ids)
+        # Ids beyond the running maximum, the usual case, need no look-up.
+        if labels.numel() and int(labels.min()) < self._next_id:
+            held = labels[self._rows_of(labels) >= 0]
+            if held.numel():
+                raise DuplicateIdError(
+                    f"ids has the id {int(held[0])}, which the index holds already; use upsert"
+                )
+        return labels
+
+    def _append(self, encoded: dict[str, Tensor], ids: Tensor, *, automatic: bool) -> Tensor:
+        first_row, largest = self.ntotal, None if automatic else self._next_id - 1
+        self._append_rows({**encoded, "ids": ids})
+        self._id_map.append(ids, first_row, largest)
+        if ids.numel():
+            self._next_id = (
+                max(self._next_id, int(ids.max()) + 1) if not automatic else self._next_id + len(ids)
+            )
+        return ids
+
+    def _rows_of(self, ids: Tensor) -> Tensor:
+        """Return the row of each id, any shape; -1 where it is unknown."""
+        return self._id_map.rows(ids, self.ids)
+
+    def _known_rows(self, ids: Tensor) -> Tensor:
+        rows = self._rows_of(ids)
+        unknown = ids[rows < 0]
+        if unknown.numel():
+            shown = ", ".join(map(str, unknown[:5].tolist()))
+            more = f" and {unknown.numel() - 5} more" if unknown.numel() > 5 else ""
+            raise UnknownIdError(f"ids has {shown}{more}, expected ids that the index holds")
+        return rows
+
+
+def _gather(database: Tensor, rows: Tensor) -> Tensor:
+    """Return the vectors ``(Q, K, D)`` of rows ``(Q, K)``; zeros where the row is -1."""
+    if not database.shape[0]:
+        return database.new_zeros((*rows.shape, database.shape[1]))
+    picked = database.index_select(0, rows.clamp_min(0).flatten())
+    return picked.view(*rows.shape, database.shape[1])

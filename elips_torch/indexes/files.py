@@ -1,0 +1,68 @@
+"""Index files: safetensors with a header that names the class and its settings."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from elips_torch.core.errors import IndexFileError
+
+_FORMAT = "elips_torch.index"
+_VERSION = 1
+
+
+def write_index_file(
+    path: str | os.PathLike[str], name: str, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Write an index; the file appears whole or not at all.
+
+    Args:
+        path: where to write; an existing file is replaced.
+        name: class name of the index.
+        config: JSON-compatible constructor keywords.
+        tensors: the state dictionary.
+    """
+    target = Path(path)
+    header = {"format": _FORMAT, "version": str(_VERSION), "index": name, "config": json.dumps(config)}
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=header)
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_index_file(
+    path: str | os.PathLike[str], device: torch.device | str
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Read what `write_index_file` wrote: class name, settings and tensors on a device.
+
+    Raises:
+        IndexFileError: truncated, foreign, or written by a newer version.
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no index file at {os.fspath(path)!r}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            if header.get("format") != _FORMAT:
+                raise IndexFileError(
+                    f"{os.fspath(path)!r} is a safetensors file, but not an elips_torch index"
+                )
+            if int(header["version"]) > _VERSION:
+                raise IndexFileError(
+                    f"{os.fspath(path)!r} has format version {header['version']}, "
+                    f"this library reads up to {_VERSION}"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return header["index"], json.loads(header["config"]), tensors
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise IndexFileError(f"{os.fspath(path)!r} is no index file or is damaged: {error}") from error

@@ -1,0 +1,176 @@
+"""Exact search over vectors stored as they are."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from elips_torch.core.dispatch import Explanation
+from elips_torch.core.errors import DtypeError
+from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
+from elips_torch.core.validation import FLOAT_DTYPES, check_workspace
+from elips_torch.indexes.base import Index
+from elips_torch.indexes.storage import durable
+from elips_torch.kernels.selection import Selection
+from elips_torch.ops.explain import explain
+from elips_torch.ops.knn import run_knn
+from elips_torch.ops.range_search import run_range_search
+
+
+class FlatIndex(Index):
+    """Exact search over vectors stored as they are.
+
+    Args:
+        dim: D, size of a vector.
+        metric: name of the distance kind, or an alias; see `elips_torch.METRICS`.
+        k: number of neighbours that `search` returns by default.
+        dtype: how vectors are stored: float32, float16, bfloat16 or float64.
+        learnable: whether the database is a parameter. Adding, replacing and removing vectors then
+            makes a new parameter, which the optimiser must be given.
+        p: exponent of metric "lp".
+        device: where the database lies.
+        index_in_state_dict: whether checkpoints hold the database.
+        check_finite: whether vectors and queries are checked for NaN and infinity.
+        workspace_bytes: limit on temporary memory of a search, in bytes. Default 256 MiB.
+
+    Attributes:
+        vectors: ``(ntotal, D)``, the database.
+        ids: ``(ntotal,)`` int64, the label of each row, in the order of insertion.
+
+    Raises:
+        ElipsError: an argument has a wrong type or value.
+
+    >>> import torch
+    >>> index = FlatIndex(dim=2, metric="l2")
+    >>> index.add(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+    tensor([0, 1])
+    >>> scores, ids = index(torch.tensor([[3.0, 3.0]]), k=1)
+    >>> scores.tolist(), ids.tolist()
+    ([[1.0]], [[1]])
+    """
+
+    row_tensors: ClassVar[tuple[str, ...]] = ("vectors", "ids")
+
+    vectors: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        metric: str = "l2",
+        *,
+        k: int = 10,
+        dtype: torch.dtype = torch.float32,
+        learnable: bool = False,
+        p: float | None = None,
+        device: torch.device | str | None = None,
+        index_in_state_dict: bool = True,
+        check_finite: bool = True,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    ) -> None:
+        super().__init__(
+            dim,
+            metric,
+            k=k,
+            p=p,
+            device=device,
+            index_in_state_dict=index_in_state_dict,
+            check_finite=check_finite,
+            workspace_bytes=workspace_bytes,
+        )
+        if dtype not in FLOAT_DTYPES:
+            raise DtypeError(f"dtype is {dtype}, expected float32, float16, bfloat16 or float64")
+        self.learnable = learnable
+        with durable():
+            empty = torch.empty(0, dim, dtype=dtype, device=device)
+        if learnable:
+            self.vectors = nn.Parameter(empty)
+        else:
+            self.register_buffer("vectors", empty)
+        self._dtype = dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How vectors are stored."""
+        return self._dtype
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether results are exact by the definition of the metric: always."""
+        return True
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor keywords that make an empty index like this one, for JSON."""
+        return {
+            "dim": self.dim,
+            "metric": self.metric,
+            "k": self.k,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "learnable": self.learnable,
+            "p": self.p,
+            "index_in_state_dict": self.index_in_state_dict,
+            "check_finite": self.check_finite,
+            "workspace_bytes": self.workspace_bytes,
+        }
+
+    def explain(self, queries: Tensor, k: int | None = None, *, implementation: str = "auto") -> Explanation:
+        """Print which implementation would serve `search` and why the others would not."""
+        count = self.k if k is None else k
+        return explain(
+            queries, self.vectors, count, metric=self.metric, p=self.p, implementation=implementation
+        )
+
+    def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
+        return {"vectors": vectors}
+
+    def _decode(self, rows: Tensor) -> Tensor:
+        return self.vectors.detach().index_select(0, rows)
+
+    def _search(
+        self,
+        queries: Tensor,
+        k: int,
+        selection: Selection,
+        implementation: str,
+        parameters: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        return run_knn(
+            queries,
+            self.vectors,
+            k,
+            self._metric,
+            ranks=self._id_map.ranks(self.ids),
+            selection=selection,
+            implementation=implementation,
+            workspace_bytes=check_workspace(self._parameter(parameters, "workspace_bytes")),
+            check_finite=self.check_finite,
+        )
+
+    def _range_search(
+        self,
+        queries: Tensor,
+        radius: Tensor,
+        selection: Selection,
+        implementation: str,
+        parameters: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return run_range_search(
+            queries,
+            self.vectors,
+            radius,
+            self._metric,
+            ranks=self._id_map.ranks(self.ids),
+            selection=selection,
+            implementation=implementation,
+            workspace_bytes=check_workspace(self._parameter(parameters, "workspace_bytes")),
+            check_finite=self.check_finite,
+        )
+
+    def _learnable_vectors(self) -> Tensor | None:
+        return self.vectors if self.learnable else None
+
+    def _candidate_dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def _rows_changed(self) -> None:
+        # Compiled code asks for the dtype and must not touch the vectors, whose size changes.
+        self._dtype = self.vectors.dtype

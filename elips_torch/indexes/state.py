@@ -1,0 +1,202 @@
+"""Rows as module state: growth, checkpoints, copies, moves between devices and dtypes."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from elips_torch.core.errors import DuplicateIdError
+from elips_torch.core.validation import check_unique
+from elips_torch.indexes.id_map import IdMap
+from elips_torch.indexes.storage import append_rows, durable, owned
+from elips_torch.ops.index_search import register
+
+
+class RowState(nn.Module):
+    """A module whose tensors have one row per stored vector and grow.
+
+    Each row tensor is a buffer, or a parameter where it is learnable, of exactly ``ntotal`` rows.
+    Spare memory for growth lies behind it and never reaches a checkpoint, a copy or a pickle.
+    """
+
+    # Names of the tensors with one row per vector; subclasses add theirs to "ids".
+    row_tensors: ClassVar[tuple[str, ...]] = ("ids",)
+
+    ids: Tensor
+
+    def __init__(self, device: torch.device | str | None, index_in_state_dict: bool) -> None:
+        super().__init__()
+        self.index_in_state_dict = index_in_state_dict
+        with durable():
+            self.register_buffer("ids", torch.empty(0, dtype=torch.int64, device=device))
+        self._next_id = 0
+        self._attach()
+
+    def _attach(self) -> None:
+        """Make what belongs to this object alone and is not copied along."""
+        self._reserves: dict[str, Tensor] = {}
+        self._id_map = IdMap(self.ids)
+        self._handle = register(self)  # type: ignore[arg-type]
+
+    @property
+    def ntotal(self) -> int:
+        """Number of stored vectors."""
+        return self.ids.shape[0]
+
+    def _assign_rows(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name in self._parameters:
+                old = self._parameters[name]
+                trained = old is not None and old.requires_grad
+                # A new parameter, not new data in the old one: a graph that is still to run
+                # backward holds the old one with its shape.
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=trained)
+            else:
+                self._buffers[name] = tensor
+        self._rows_changed()
+
+    def _rows_changed(self) -> None:
+        """Called after row tensors were replaced."""
+
+    def _append_rows(self, rows: dict[str, Tensor]) -> None:
+        """Append to every row tensor, all or none."""
+        grown, reserves = {}, {}
+        with durable():
+            for name, new in rows.items():
+                old = getattr(self, name).detach()
+                if name in self._parameters:
+                    grown[name] = torch.cat([old, new.to(old.dtype)])
+                else:
+                    grown[name], reserves[name] = append_rows(old, self._reserves.get(name), new)
+            self._reserves.update(reserves)
+            self._assign_rows(grown)
+
+    def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
+        """Replace rows ``where (M,)`` of some row tensors."""
+        with durable():
+            for name, new in rows.items():
+                old = getattr(self, name)
+                if name in self._parameters:
+                    self._assign_rows({name: old.detach().index_copy(0, where, new.to(old.dtype))})
+                else:
+                    old.index_copy_(0, where, new)
+
+    def _keep_rows(self, keep: Tensor) -> None:
+        """Drop every row where ``keep (N,)`` is False; the others stay in order."""
+        with durable():
+            self._assign_rows({name: getattr(self, name).detach()[keep] for name in self.row_tensors})
+            self._reserves.clear()
+            self._id_map.rebuild(self.ids)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if not self.index_in_state_dict:
+            return
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.row_tensors:
+            # A view would drag the spare memory behind it into the file.
+            destination[prefix + name] = owned(destination[prefix + name])
+        destination[prefix + "next_id"] = torch.tensor(self._next_id, dtype=torch.int64, device="cpu")
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        expected = [*self.row_tensors, "next_id"]
+        if strict:
+            known = {*expected, *self._modules}
+            own = (key for key in state_dict if key.startswith(prefix))
+            unexpected_keys += [key for key in own if key[len(prefix) :].split(".")[0] not in known]
+        missing = [prefix + name for name in expected if prefix + name not in state_dict]
+        if len(missing) == len(expected) and not self.index_in_state_dict:
+            return
+        if missing:
+            missing_keys += missing
+            return
+        rows = {name: state_dict[prefix + name].detach() for name in self.row_tensors}
+        next_id = int(state_dict[prefix + "next_id"])
+        faults = self._faults(rows, next_id)
+        if faults:
+            error_msgs += [f"{prefix}{fault}" for fault in faults]
+            return
+        self._load_rows(rows, assign=bool(local_metadata.get("assign_to_params_buffers", False)))
+        self._next_id = next_id
+
+    def _faults(self, rows: dict[str, Tensor], next_id: int) -> list[str]:
+        """Return what keeps loaded rows from being the state of this index."""
+        faults = []
+        for name, tensor in rows.items():
+            wanted = getattr(self, name).shape[1:]
+            if tensor.ndim != 1 + len(wanted) or tensor.shape[1:] != wanted:
+                shape = ", ".join(("N", *map(str, wanted)))
+                faults.append(f"{name}: got shape {tuple(tensor.shape)}, expected ({shape})")
+            if tensor.is_floating_point() != getattr(self, name).is_floating_point():
+                faults.append(f"{name}: got dtype {tensor.dtype}, expected {getattr(self, name).dtype}")
+        lengths = {name: len(tensor) for name, tensor in rows.items() if tensor.ndim}
+        if len(set(lengths.values())) > 1:
+            faults.append(f"ids: the row tensors differ in length: {lengths}")
+        if not faults:
+            ids = rows["ids"]
+            try:
+                check_unique("ids", ids)
+            except DuplicateIdError as error:
+                faults.append(f"ids: {error}")
+            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= next_id):
+                faults.append(f"ids: got {int(ids.min())} to {int(ids.max())}, expected 0 <= id < {next_id}")
+        return faults
+
+    def _load_rows(self, rows: dict[str, Tensor], *, assign: bool) -> None:
+        with durable():
+            resized = {}
+            for name, tensor in rows.items():
+                old = getattr(self, name)
+                if assign:
+                    resized[name] = owned(tensor)
+                elif name in self._parameters and old.shape == tensor.shape:
+                    # The optimiser knows this parameter.
+                    old.data.copy_(tensor)
+                else:
+                    # As everywhere in torch, loading copies into the module's dtype and device.
+                    resized[name] = torch.empty(tensor.shape, dtype=old.dtype, device=old.device).copy_(
+                        tensor
+                    )
+            self._assign_rows(resized)
+            self._reserves.clear()
+            self._id_map.rebuild(self.ids)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowState":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._reserves = {
+            n: r for n, r in self._reserves.items() if r.data_ptr() == getattr(self, n).data_ptr()
+        }
+        self._id_map.move()
+        self._rows_changed()
+        return self
+
+    def share_memory(self) -> "RowState":
+        """Move the tensors to shared memory, without the spare memory behind them."""
+        self._reserves.clear()
+        self._assign_rows(
+            {name: owned(getattr(self, name)) for name in self.row_tensors if name in self._buffers}
+        )
+        return super().share_memory()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_reserves", "_id_map", "_handle"):
+            state.pop(name, None)
+        state["_buffers"] = {
+            name: owned(buffer) if buffer is not None and name in self.row_tensors else buffer
+            for name, buffer in self._buffers.items()
+        }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._attach()

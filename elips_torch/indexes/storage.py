@@ -1,0 +1,73 @@
+"""Tensors of rows that grow."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Doubling costs about one more copy of all rows, however many batches they come in.
+_GROWTH = 2
+# On a CPU memory that nobody has touched costs nothing: there a reserve starts large, and grows
+# faster while it is small, which saves most of that copy.
+_CPU_GROWTH = 8
+_CPU_RESERVE_BYTES = (2**28, 2**30)
+
+
+@contextmanager
+def durable() -> Iterator[None]:
+    """Allocate ordinary tensors, also while the caller is in inference mode.
+
+    What is stored outlives the caller's mode: an index filled during validation is trained through.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def append_rows(tensor: Tensor, reserve: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Append rows to a tensor in amortised constant time per row.
+
+    Args:
+        tensor: ``(N, ...)``, all rows so far.
+        reserve: ``(capacity, ...)`` whose first N rows are the tensor, as returned last time; None
+            or another tensor when there is no such memory.
+        rows: ``(M, ...)``.
+
+    Returns:
+        The tensor ``(N + M, ...)``, a view of the reserve, and the reserve.
+    """
+    old, new = tensor.shape[0], tensor.shape[0] + rows.shape[0]
+    if reserve is None or not _holds(reserve, tensor) or reserve.shape[0] < new:
+        reserve = _allocate(max(new, _grown(tensor)), tensor)
+        reserve[:old] = tensor
+    reserve[old:new] = rows
+    return reserve[:new], reserve
+
+
+def _grown(tensor: Tensor) -> int:
+    rows, row_bytes = tensor.shape[0], max(1, tensor[:1].nbytes)
+    if tensor.device.type != "cpu" or not rows:
+        return _GROWTH * rows
+    least, most = (size // row_bytes for size in _CPU_RESERVE_BYTES)
+    return max(_GROWTH * rows, min(_CPU_GROWTH * rows, most), least)
+
+
+def _allocate(rows: int, like: Tensor) -> Tensor:
+    # Unlike `torch.empty`, a bare storage is not filled in deterministic mode: filling would touch
+    # all of the reserve at each growth.
+    shape = (rows, *like.shape[1:])
+    storage = torch.UntypedStorage(math.prod(shape) * like.itemsize, device=like.device)
+    flat = torch.empty(0, dtype=like.dtype, device=like.device).set_(storage)
+    reserve: Tensor = flat.view(shape)
+    return reserve
+
+
+def _holds(reserve: Tensor, tensor: Tensor) -> bool:
+    same_kind = reserve.dtype == tensor.dtype and reserve.device == tensor.device
+    return same_kind and reserve.data_ptr() == tensor.data_ptr()
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """Return a tensor that owns exactly its own memory; a copy only where it does not."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

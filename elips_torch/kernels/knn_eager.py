@@ -1,0 +1,221 @@
+"""Exact k-nearest-neighbour search in plain torch, on every device and for every metric.
+
+1. Select: approximate scores tile by tile, keep the k best and some more of each query.
+2. Rescore these candidates by the definition.
+3. Certify: no row outside the candidates can beat or tie the k-th, by the error bound.
+
+A query that is not certified (duplicates at the k-th place, values that float32 cannot tell apart)
+is selected again in float64, and at last by the definition of every row.
+"""
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.hardware import float32_product_is_exact
+from elips_torch.core.metric import Metric
+from elips_torch.core.ordering import EMPTY_KEY, order_keys
+from elips_torch.core.tiling import plan_tiles, spans
+from elips_torch.kernels.approximate import (
+    approximate_scores,
+    error_bound,
+    has_approximation,
+    prepare_queries,
+    query_offset,
+    row_norms,
+)
+from elips_torch.kernels.definition import score_candidates
+from elips_torch.kernels.exact_tile import CELL_BYTES, FEATURE_BYTES, score_tile
+from elips_torch.kernels.selection import Selection
+
+# Share of the workspace for tiles; the rest is for rescoring and for what certifying a tile takes.
+_TILE_SHARE = 0.7
+
+
+def knn_eager(
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,  # (N,) int64, rank of each row's id; None: rows are in the order of ids
+    selection: Selection,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Return the scores and rows of the k best rows; -1 where there are fewer."""
+    n_queries, n_rows = queries.shape[0], database.shape[0]
+    scores = torch.full((n_queries, k), metric.worst, dtype=torch.float32, device=queries.device)
+    rows = torch.full((n_queries, k), -1, dtype=torch.int64, device=queries.device)
+    if n_rows == 0 or n_queries == 0:
+        return scores, rows
+    found = min(k, n_rows)
+    pending = torch.arange(n_queries, device=queries.device)
+    for search in _searches(queries, database, k, metric):
+        left = []
+        step = search.queries_at_once(found, workspace_bytes)
+        for start, stop in spans(pending.numel(), step):
+            part = pending[start:stop]
+            result = search.run(queries[part], found, ranks, selection.for_queries(part), workspace_bytes)
+            scores[part, :found], rows[part, :found], certified = result
+            left.append(part[~certified])
+        pending = torch.cat(left)
+        if not pending.numel():
+            break
+    return scores, rows
+
+
+def _searches(queries: Tensor, database: Tensor, k: int, metric: Metric) -> "list[_Screened | _Complete]":
+    """Return the searches to try in turn; the last one certifies every query."""
+    searches: list[_Screened | _Complete] = []
+    n_candidates = k + 16 + k // 8
+    if n_candidates <= database.shape[0] // 2:
+        wide = torch.float64 in (queries.dtype, database.dtype)
+        if has_approximation(metric, torch.float32) and not wide and float32_product_is_exact(queries.device):
+            searches.append(_Screened(database, metric, torch.float32, n_candidates))
+        if has_approximation(metric, torch.float64):
+            searches.append(_Screened(database, metric, torch.float64, n_candidates))
+    return [*searches, _Complete(database, metric)]
+
+
+class _Screened:
+    """Select by the approximation, rescore, certify."""
+
+    def __init__(self, database: Tensor, metric: Metric, dtype: torch.dtype, n_candidates: int) -> None:
+        self.database = database
+        self.metric = metric
+        self.dtype = dtype
+        self.n_candidates = n_candidates
+
+    def _tiles(self, n_queries: int, workspace_bytes: int) -> tuple[int, int]:
+        dim, size = self.database.shape[1], self.dtype.itemsize
+        # Scores and their temporaries; a row converted and its norms; a query converted, and its
+        # candidates old, new and merged, each with a score and a row.
+        tiles = plan_tiles(
+            n_queries,
+            self.database.shape[0],
+            workspace_bytes=int(workspace_bytes * _TILE_SHARE),
+            cell_bytes=3 * size + 2,
+            row_bytes=dim * (size + self.database.dtype.itemsize) + 4 * size,
+            query_bytes=24 * dim + 8 * self.n_candidates * (size + 8),
+        )
+        return tiles.queries, tiles.rows
+
+    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
+        return self._tiles(2**30, workspace_bytes)[0]
+
+    def run(
+        self, queries: Tensor, k: int, ranks: Tensor | None, selection: Selection, workspace_bytes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        metric = self.metric
+        prepared, query_norms = prepare_queries(metric, queries, self.dtype)
+        values, rows, largest_norm, all_seen = self._select(prepared, selection, workspace_bytes)
+        rest = int(workspace_bytes * (1 - _TILE_SHARE))
+        scores = score_candidates(metric, queries, self.database, rows.clamp_min(0), rest)
+        candidate_ranks = rows if ranks is None else ranks[rows.clamp_min(0)]
+        keys = order_keys(scores, candidate_ranks.clamp_min(0), metric.higher_is_better)
+        keys = keys.masked_fill_(rows < 0, EMPTY_KEY)
+        keys, best = keys.topk(k, dim=1, largest=False)
+        scores = scores.gather(1, best).masked_fill_(keys == EMPTY_KEY, metric.worst)
+        found = rows.gather(1, best)
+
+        last = values.amin(1, True) if metric.higher_is_better else values.amax(1, True)
+        dim = queries.shape[1]
+        bound = error_bound(metric, last, query_norms, largest_norm, dim, self.dtype)
+        limit = last.double() + query_offset(metric, query_norms)
+        kth = scores[:, -1:]
+        # The best that a row outside the candidates could score, against the k-th: a tie is not
+        # certified, because the lower id wins it. NaN compares False.
+        if metric.higher_is_better:
+            certified = (limit + bound).float() < kth
+        else:
+            certified = (limit - bound).float() > kth
+        return scores, found, certified.squeeze(1) | all_seen
+
+    def _select(
+        self, prepared: Tensor, selection: Selection, workspace_bytes: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the candidates and what a certificate needs.
+
+        These are their approximate scores and rows ``(Q, C)``, the largest norm of all rows, and
+        bool ``(Q,)``, True where the candidates are all the rows that a query may see.
+        """
+        metric, device = self.metric, prepared.device
+        n_queries, n_rows = prepared.shape[0], self.database.shape[0]
+        shape = (n_queries, self.n_candidates)
+        values = torch.full(shape, metric.worst, dtype=self.dtype, device=device)
+        rows = torch.full(shape, -1, dtype=torch.int64, device=device)
+        largest_norm = torch.zeros((), dtype=self.dtype, device=device)
+        visible = torch.full((n_queries,), n_rows, device=device)
+        for start, stop in spans(n_rows, self._tiles(n_queries, workspace_bytes)[1]):
+            vectors = self.database[start:stop].to(self.dtype).contiguous()
+            norms = row_norms(metric, vectors)
+            if norms.numel():
+                largest_norm = torch.maximum(largest_norm, norms.max())
+            scores = approximate_scores(metric, prepared, vectors, norms)
+            dropped = selection.dropped(n_queries, start, stop)
+            if dropped is not None:
+                scores.masked_fill_(dropped, metric.worst)
+                visible -= dropped.sum(1)
+            width = min(self.n_candidates, stop - start)
+            tile_values, columns = scores.topk(width, dim=1, largest=metric.higher_is_better, sorted=False)
+            tile_rows = columns.add_(start)
+            if dropped is not None:
+                out = dropped.expand(n_queries, -1).gather(1, tile_rows - start)
+                tile_rows.masked_fill_(out, -1)
+            merged, best = torch.cat([values, tile_values], 1).topk(
+                self.n_candidates, dim=1, largest=metric.higher_is_better, sorted=False
+            )
+            # Unknown scores sort as best for these metrics, and so they must count.
+            values = (
+                merged.nan_to_num_(torch.inf, torch.inf, -torch.inf) if metric.higher_is_better else merged
+            )
+            rows = torch.cat([rows, tile_rows], 1).gather(1, best)
+        return values, rows, largest_norm, (rows >= 0).sum(1) == visible
+
+
+class _Complete:
+    """Score every row exactly and keep the best by key; certifies every query."""
+
+    def __init__(self, database: Tensor, metric: Metric) -> None:
+        self.database = database
+        self.metric = metric
+
+    def _tiles(self, n_queries: int, k: int, workspace_bytes: int) -> tuple[int, int]:
+        features = self.database.shape[1] * FEATURE_BYTES
+        # Beside the tile's scores: keys and rows of the tile, and of the best old, new and merged.
+        tiles = plan_tiles(
+            n_queries,
+            self.database.shape[0],
+            workspace_bytes=int(workspace_bytes * _TILE_SHARE),
+            cell_bytes=CELL_BYTES + 40,
+            row_bytes=features,
+            query_bytes=features + 96 * k,
+        )
+        return tiles.queries, tiles.rows
+
+    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
+        return self._tiles(2**30, k, workspace_bytes)[0]
+
+    def run(
+        self, queries: Tensor, k: int, ranks: Tensor | None, selection: Selection, workspace_bytes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        metric, device = self.metric, queries.device
+        n_queries, n_rows = queries.shape[0], self.database.shape[0]
+        rest = int(workspace_bytes * (1 - _TILE_SHARE))
+        keys = torch.empty(n_queries, 0, dtype=torch.int64, device=device)
+        rows = torch.empty(n_queries, 0, dtype=torch.int64, device=device)
+        scores = torch.empty(n_queries, 0, dtype=torch.float32, device=device)
+        for start, stop in spans(n_rows, self._tiles(n_queries, k, workspace_bytes)[1]):
+            tile = score_tile(metric, queries, self.database[start:stop], rest)
+            positions = torch.arange(start, stop, device=device)
+            tile_ranks = positions if ranks is None else ranks[start:stop]
+            tile_keys = order_keys(tile, tile_ranks, metric.higher_is_better)
+            dropped = selection.dropped(n_queries, start, stop)
+            if dropped is not None:
+                tile_keys.masked_fill_(dropped, EMPTY_KEY)
+            keys = torch.cat([keys, tile_keys], 1)
+            keys, best = keys.topk(min(k, keys.shape[1]), dim=1, largest=False)
+            rows = torch.cat([rows, positions.expand(n_queries, -1)], 1).gather(1, best)
+            scores = torch.cat([scores, tile], 1).gather(1, best)
+        empty = keys == EMPTY_KEY
+        scores = scores.masked_fill_(empty, metric.worst)
+        certified = torch.ones(n_queries, dtype=torch.bool, device=device)
+        return scores, rows.masked_fill_(empty, -1), certified

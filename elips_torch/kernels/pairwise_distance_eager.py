@@ -1,0 +1,77 @@
+"""All pairwise scores in plain torch, and their gradient, on every device and for every metric."""
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.metric import Metric
+from elips_torch.core.tiling import plan_tiles, spans
+from elips_torch.kernels.exact_tile import CELL_BYTES, FEATURE_BYTES, score_tile
+
+_TILE_SHARE = 0.7
+# float64 temporaries of the costliest gradient.
+_GRADIENT_BYTES_PER_FEATURE = 72
+
+
+def pairwise_distance_eager(
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    metric: Metric,
+    workspace_bytes: int,
+) -> Tensor:  # (Q, N) float32
+    """Return every score; only the result itself is larger than the workspace."""
+    n_queries, n_rows = queries.shape[0], database.shape[0]
+    features = queries.shape[1] * FEATURE_BYTES
+    tiles = plan_tiles(
+        n_queries,
+        n_rows,
+        workspace_bytes=int(workspace_bytes * _TILE_SHARE),
+        cell_bytes=CELL_BYTES,
+        row_bytes=features,
+        query_bytes=features,
+    )
+    rest = int(workspace_bytes * (1 - _TILE_SHARE))
+    scores = torch.empty(n_queries, n_rows, dtype=torch.float32, device=queries.device)
+    for first, last in spans(n_rows, tiles.rows):
+        for start, stop in spans(n_queries, tiles.queries):
+            tile = score_tile(metric, queries[start:stop], database[first:last], rest)
+            scores[start:stop, first:last] = tile
+    return scores
+
+
+def pairwise_gradient(
+    grad: Tensor,  # (Q, N) d loss / d scores
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    metric: Metric,
+    workspace_bytes: int,
+) -> Tensor:  # (Q, D) float64
+    """Return d loss / d queries of pairwise scores. Swap the sides for the database's."""
+    if metric.form == "product":
+        return _product_gradient(grad.double(), queries.double(), database.double(), metric)
+    n_queries, dim = queries.shape
+    result = torch.zeros(n_queries, dim, dtype=torch.float64, device=queries.device)
+    cells = max(1, workspace_bytes // (_GRADIENT_BYTES_PER_FEATURE * dim))
+    row_step = max(1, min(database.shape[0], cells))
+    for start, stop in spans(n_queries, max(1, cells // row_step)):
+        q = queries[start:stop].double()[:, None]
+        for first, last in spans(database.shape[0], row_step):
+            slope = metric.gradient(q, database[first:last].double()[None])
+            part = grad[start:stop, first:last].double()
+            # A pair without weight gives nothing, also where its slope is infinite.
+            slope.mul_(part[..., None]).masked_fill_((part == 0)[..., None], 0.0)
+            result[start:stop] += slope.sum(1)
+    return result
+
+
+def _product_gradient(grad: Tensor, queries: Tensor, database: Tensor, metric: Metric) -> Tensor:
+    if metric.name == "ip":
+        return grad @ database
+    if metric.name == "l2":
+        return 2.0 * (grad.sum(1, keepdim=True) * queries - grad @ database)
+    query_norms = torch.linalg.vector_norm(queries, dim=1, keepdim=True)
+    norms = torch.linalg.vector_norm(database, dim=1, keepdim=True)
+    q_unit = torch.where(query_norms > 0, queries / query_norms, 0.0)
+    x_unit = torch.where(norms > 0, database / norms, 0.0)
+    pull = grad @ x_unit
+    along = (pull * q_unit).sum(1, keepdim=True)
+    return torch.where(query_norms > 0, (pull - along * q_unit) / query_norms, 0.0)

@@ -1,0 +1,60 @@
+"""Saying which implementation serves a call, and why."""
+
+from torch import Tensor
+
+from elips_torch.core.dispatch import Explanation, Implementation, Request, explain_choice
+from elips_torch.core.errors import ArgumentError
+from elips_torch.core.metric import resolve_metric
+from elips_torch.core.validation import check_vectors
+from elips_torch.ops import knn, pairwise_distance, range_search
+
+OPERATIONS: dict[str, tuple[Implementation, ...]] = {
+    "knn": knn.IMPLEMENTATIONS,
+    "range_search": range_search.IMPLEMENTATIONS,
+    "pairwise_distance": pairwise_distance.IMPLEMENTATIONS,
+}
+
+
+def explain(
+    queries: Tensor,  # (Q, D) or (D,)
+    database: Tensor,  # (N, D)
+    k: int | None = None,
+    *,
+    operation: str = "knn",
+    metric: str = "l2",
+    p: float | None = None,
+    implementation: str = "auto",
+) -> Explanation:
+    """Print which implementation would serve a call and why the others would not.
+
+    Args:
+        queries: ``(Q, D)`` or ``(D,)``; only shape, dtype and device are looked at.
+        database: ``(N, D)``.
+        k: number of neighbours, for "knn".
+        operation: "knn", "range_search" or "pairwise_distance".
+        metric: name of the distance kind.
+        p: exponent of metric "lp".
+        implementation: what the call would ask for.
+
+    Returns:
+        Explanation: the same as data.
+
+    Raises:
+        ArgumentError: unknown operation, or arguments that the operation refuses.
+
+    >>> import torch
+    >>> explain(torch.rand(2, 8), torch.rand(100, 8), k=10).chosen  # doctest: +ELLIPSIS
+    knn of 2 x 100 x 8 float32, l2, k=10 on cpu (...)
+      eager        chosen
+    'eager'
+    """
+    if operation not in OPERATIONS:
+        raise ArgumentError(f"operation is {operation!r}, expected one of {', '.join(map(repr, OPERATIONS))}")
+    kind = resolve_metric(metric, p)
+    check_vectors("database", database)
+    check_vectors("queries", queries, dim=database.shape[1], owner="the database", allow_single=True)
+    rows = queries[None] if queries.ndim == 1 else queries
+    request = Request.of(rows, database, kind, k)
+    explanation = explain_choice(operation, OPERATIONS[operation], request, implementation)
+    print(explanation)
+    return explanation

@@ -1,0 +1,212 @@
+"""k-nearest-neighbour search of queries in a database, both plain tensors."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.dispatch import Implementation, Request, choose
+from elips_torch.core.execution import plain_arithmetic, runs_directly
+from elips_torch.core.metric import Metric, resolve_metric
+from elips_torch.core.results import SearchResult
+from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
+from elips_torch.core.validation import (
+    bad_queries,
+    check_exclude,
+    check_k,
+    check_mask,
+    check_vectors,
+    check_workspace,
+)
+from elips_torch.kernels.candidate_gradient import database_gradient
+from elips_torch.kernels.knn_eager import knn_eager
+from elips_torch.kernels.selection import Selection
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Implementation("eager", knn_eager, lambda request: []),)
+
+
+def knn(
+    queries: Tensor,  # (Q, D) or (D,)
+    database: Tensor,  # (N, D)
+    k: int,
+    *,
+    metric: str = "l2",
+    p: float | None = None,
+    mask: Tensor | None = None,  # (N,) or (Q, N)
+    exclude: Tensor | None = None,  # (Q, M)
+    implementation: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> SearchResult:
+    """Find the k nearest rows of a database for each query, exactly.
+
+    A score is the metric's definition accumulated in float64 and rounded once to float32; rows
+    are ordered by that score, then by the lower row number. The scores carry gradients to the
+    queries and the database. A ``(Q, N)`` matrix is never made.
+
+    Args:
+        queries: ``(Q, D)`` or ``(D,)``, float32, float16, bfloat16 or float64; finite.
+        database: ``(N, D)`` of any of these dtypes, on the queries' device. It is not checked for
+            NaN; rows that hold one never come before others.
+        k: number of neighbours, at least 1; there is no upper limit.
+        metric: name of the distance kind, see `elips_torch.METRICS`.
+        p: exponent of metric "lp".
+        mask: bool ``(N,)`` or ``(Q, N)``; True keeps the row.
+        exclude: int64 ``(Q, M)`` row numbers to leave out; -1 is ignored.
+        implementation: "auto", or a name that `explain` lists, which then serves or raises.
+        workspace_bytes: limit on temporary memory, in bytes, at least 1 MiB. Default 256 MiB.
+
+    Returns:
+        SearchResult: scores ``(Q, K)`` float32 and ids ``(Q, K)`` int64, the row numbers, best
+        first; id -1 where fewer than k rows are left. 1-D for a 1-D query.
+
+    Raises:
+        ElipsError: an argument of wrong type, shape, dtype, device or value.
+
+    >>> import torch
+    >>> database = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]])
+    >>> scores, ids = knn(torch.tensor([[0.0, 0.0]]), database, k=2)
+    >>> scores.tolist(), ids.tolist()
+    ([[0.0, 1.0]], [[0, 2]])
+    """
+    kind = resolve_metric(metric, p)
+    check_vectors("database", database)
+    check_vectors(
+        "queries",
+        queries,
+        dim=database.shape[1],
+        owner="the database",
+        device=database.device,
+        allow_single=True,
+    )
+    check_k(k)
+    check_workspace(workspace_bytes)
+    single = queries.ndim == 1
+    if single:
+        queries = queries[None]
+    check_mask(mask, queries.shape[0], database.shape[0], database.device)
+    check_exclude(exclude, queries.shape[0], database.device)
+    run = _knn if runs_directly(queries, database) else knn_op
+    scores, ids = run(queries, database, mask, exclude, k, kind.name, kind.p, implementation, workspace_bytes)
+    return SearchResult(scores[0], ids[0]) if single else SearchResult(scores, ids)
+
+
+def run_knn(
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    k: int,
+    metric: Metric,
+    *,
+    ranks: Tensor | None = None,
+    selection: Selection = Selection(),
+    implementation: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    check_finite: bool = True,
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Choose an implementation and run it; the entry that indexes share with `knn`.
+
+    Args:
+        queries: ``(Q, D)``.
+        database: ``(N, D)``.
+        k: number of neighbours.
+        metric: the distance kind.
+        ranks: ``(N,)`` int64, place of each row's id among the sorted ids, which decides ties;
+            None where the ids ascend with the rows.
+        selection: rows that each query may see.
+        implementation: "auto" or a name.
+        workspace_bytes: limit on temporary memory, in bytes.
+        check_finite: look for queries that hold NaN or infinity.
+
+    Returns:
+        Scores and row numbers, -1 where there are fewer than k.
+    """
+    chosen = choose("knn", IMPLEMENTATIONS, Request.of(queries, database, metric, k), implementation)
+    with plain_arithmetic(queries.device):
+        bad = bad_queries(queries, metric) if check_finite else None
+        result: tuple[Tensor, Tensor] = chosen.run(
+            queries, database, k, metric, ranks, selection, workspace_bytes
+        )
+        scores, rows = result
+        if bad is not None:
+            scores.masked_fill_(bad[:, None], torch.nan)
+            rows.masked_fill_(bad[:, None], -1)
+    return scores, rows
+
+
+def _knn(
+    queries: Tensor,
+    database: Tensor,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    k: int,
+    metric: str,
+    p: float,
+    implementation: str,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    return run_knn(
+        queries,
+        database,
+        k,
+        resolve_metric(metric, p if metric == "lp" else None),
+        selection=Selection(mask, exclude),
+        implementation=implementation,
+        workspace_bytes=workspace_bytes,
+    )
+
+
+knn_op = torch.library.custom_op(
+    "elips_torch::knn", _knn, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+
+
+@knn_op.register_fake
+def _knn_fake(queries: Tensor, database: Tensor, mask: Any, exclude: Any, k: int, *rest: Any) -> Any:
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("elips_torch::knn_backward", mutates_args=())
+def knn_backward_op(
+    grad: Tensor,
+    queries: Tensor,
+    database: Tensor,
+    ids: Tensor,
+    metric: str,
+    p: float,
+    workspace_bytes: int,
+    for_queries: bool,
+    for_database: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return d loss / d queries and d loss / d database; empty where not asked for."""
+    kind = resolve_metric(metric, p if metric == "lp" else None)
+    with plain_arithmetic(queries.device):
+        return database_gradient(
+            grad, queries, database, ids, kind, workspace_bytes, for_queries, for_database
+        )
+
+
+@knn_backward_op.register_fake
+def _knn_backward_fake(grad: Tensor, queries: Tensor, database: Tensor, *rest: Any) -> Any:
+    for_queries, for_database = rest[-2:]
+    return (
+        queries.new_empty(queries.shape if for_queries else (0,)),
+        database.new_empty(database.shape if for_database else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    queries, database, _mask, _exclude, _k, ctx.metric, ctx.p, _implementation, ctx.workspace_bytes = inputs
+    ctx.save_for_backward(queries, database, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_scores: Tensor, grad_ids: Any) -> tuple[Any, ...]:
+    queries, database, ids = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:2]
+    grads = knn_backward_op(
+        grad_scores, queries, database, ids, ctx.metric, ctx.p, ctx.workspace_bytes, *wanted
+    )
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7
+
+
+knn_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,1 @@
+"""The obvious, slow, correct version of every operation, for tests and readers."""

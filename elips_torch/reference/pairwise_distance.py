@@ -1,0 +1,21 @@
+"""All pairwise scores, the obvious way."""
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.metric import resolve_metric
+
+
+def pairwise_distance(
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    metric: str = "l2",
+    p: float | None = None,
+) -> Tensor:  # (Q, N) float32
+    """Evaluate the definition in float64 for one pair after the other."""
+    kind = resolve_metric(metric, p)
+    scores = torch.empty(queries.shape[0], database.shape[0], dtype=torch.float32)
+    for i, query in enumerate(queries.double().contiguous()):
+        for j, vector in enumerate(database.double().contiguous()):
+            scores[i, j] = kind.score(query, vector).float()
+    return scores
