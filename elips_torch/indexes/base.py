@@ -2,8 +2,8 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -36,22 +36,13 @@ from elips_torch.core.validation import (
 )
 from elips_torch.indexes.files import read_index_file, write_index_file
 from elips_torch.indexes.state import RowState
+from elips_torch.indexes.untraced import untraced
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.candidate_scores import candidate_scores_op
 from elips_torch.ops.index_search import format_parameters, index_search_op
 
 _LARGEST_ID = torch.iinfo(torch.int64).max - 1
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def untraced(function: F) -> F:
-    """Keep a method that changes the index out of compiled graphs.
-
-    This is the mark that `torch.compiler.disable` leaves; calling it would import the compiler.
-    """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
 
 
 class Index(RowState, ABC):

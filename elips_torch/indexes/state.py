@@ -1,7 +1,7 @@
 """Rows as module state: growth, checkpoints, copies, moves between devices and dtypes."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +170,7 @@ class RowState(nn.Module):
             self._reserves.clear()
             self._id_map.rebuild(self.ids)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowState":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._reserves = {
             n: r for n, r in self._reserves.items() if r.data_ptr() == getattr(self, n).data_ptr()
@@ -179,7 +179,7 @@ class RowState(nn.Module):
         self._rows_changed()
         return self
 
-    def share_memory(self) -> "RowState":
+    def share_memory(self) -> Self:
         """Move the tensors to shared memory, without the spare memory behind them."""
         self._reserves.clear()
         self._assign_rows(

@@ -1,1 +1,14 @@
-"""What a test of an index needs: the contract as a test case."""
+"""The contract that every index keeps, as a test case.
+
+A new index is tested by naming it:
+
+    class TestMyIndex(IndexContract):
+        index_class = MyIndex
+        options = {"nlist": 4}
+
+Needs pytest (``pip install "elips-torch[test]"``).
+"""
+
+from elips_torch.testing.index_contract import IndexContract
+
+__all__ = ["IndexContract"]
