@@ -19,6 +19,9 @@ from elips_torch.core.errors import MetricError
 Form = Literal["product", "minkowski", "elementwise"]
 PairFunction = Callable[[Tensor, Tensor, float], Tensor]
 
+# From this many terms on, torch splits a sum that stands alone among its threads.
+_SPLIT_SUM = 32768
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -52,7 +55,16 @@ class Metric:
 
     def score(self, queries: Tensor, vectors: Tensor) -> Tensor:
         """Return the definition for float64 ``(..., D)`` tensors that broadcast; drops ``D``."""
-        return self.pair_score(queries, vectors, self.p)
+        if queries.shape[-1] < _SPLIT_SUM:
+            return self.pair_score(queries, vectors, self.p)
+        # The order of the terms must not depend on the pairs beside: no sum may stand alone.
+        queries, vectors = torch.broadcast_tensors(queries, vectors)
+        twice = (2, *queries.shape)
+        return self.pair_score(queries.expand(twice), vectors.expand(twice), self.p)[0]
+
+    def rounded_score(self, queries: Tensor, vectors: Tensor) -> Tensor:
+        """Return `score` rounded once to float32, which is what users see; zero has no sign."""
+        return self.score(queries, vectors).float() + 0.0
 
     def gradient(self, queries: Tensor, vectors: Tensor) -> Tensor:
         """Return d score / d queries for float64 ``(..., D)`` tensors that broadcast."""
@@ -123,7 +135,7 @@ def _lp_gradient(q: Tensor, x: Tensor, p: float) -> Tensor:
 
 def _canberra(q: Tensor, x: Tensor, p: float) -> Tensor:
     size = q.abs() + x.abs()
-    return torch.where(size > 0, (q - x).abs_() / size, 0.0).sum(-1)
+    return torch.where(size == 0, 0.0, (q - x).abs_() / size).sum(-1)
 
 
 def _canberra_gradient(q: Tensor, x: Tensor, p: float) -> Tensor:
@@ -134,7 +146,7 @@ def _canberra_gradient(q: Tensor, x: Tensor, p: float) -> Tensor:
 
 def _braycurtis(q: Tensor, x: Tensor, p: float) -> Tensor:
     difference, total = (q - x).abs_().sum(-1), (q + x).abs_().sum(-1)
-    return torch.where(difference > 0, difference / total, 0.0)
+    return torch.where(difference == 0, 0.0, difference / total)
 
 
 def _braycurtis_gradient(q: Tensor, x: Tensor, p: float) -> Tensor:
@@ -147,7 +159,7 @@ def _braycurtis_gradient(q: Tensor, x: Tensor, p: float) -> Tensor:
 def _jensenshannon(q: Tensor, x: Tensor, p: float) -> Tensor:
     middle = 0.5 * (q + x)
     terms = torch.xlogy(q, q / middle) + torch.xlogy(x, x / middle)
-    return 0.5 * torch.where(middle > 0, terms, 0.0).sum(-1)
+    return 0.5 * torch.where(middle == 0, 0.0, terms).sum(-1)
 
 
 def _jensenshannon_gradient(q: Tensor, x: Tensor, p: float) -> Tensor:
@@ -206,6 +218,6 @@ def resolve_metric(metric: str, p: float | None = None) -> Metric:
         if p is not None:
             raise MetricError(f"p is {p}, but metric {found.name!r} takes no p; only 'lp' does")
         return found
-    if p is None or not 0.0 < p < math.inf:
-        raise MetricError(f"p is {p}, expected a number above 0 for metric 'lp', such as p=3")
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 < p < math.inf:
+        raise MetricError(f"p is {p!r}, expected a number above 0 for metric 'lp', such as p=3")
     return dataclasses.replace(found, p=float(p))

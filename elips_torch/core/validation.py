@@ -47,6 +47,8 @@ def check_vectors(
     if vectors.ndim != 2 and not (allow_single and vectors.ndim == 1):
         expected = "(Q, D) or (D,)" if allow_single else "(N, D)"
         raise ShapeError(f"{name} has shape {tuple(vectors.shape)}, expected {expected}")
+    if vectors.shape[-1] == 0:
+        raise ShapeError(f"{name} has dim 0, expected at least 1")
     if dim is not None and vectors.shape[-1] != dim:
         raise ShapeError(f"{name} has dim {vectors.shape[-1]}, {owner} has dim {dim}")
     check_device(name, vectors, device, owner)

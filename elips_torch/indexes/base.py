@@ -1,51 +1,40 @@
 """The contract that every index keeps."""
 
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from elips_torch.core.errors import (
-    ArgumentError,
-    DtypeError,
-    DuplicateIdError,
     IndexFileError,
     ParameterError,
     ShapeError,
-    UnknownIdError,
 )
 from elips_torch.core.execution import runs_directly
-from elips_torch.core.metric import resolve_metric
 from elips_torch.core.results import RangeResult, SearchResult
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import (
     FLOAT_DTYPES,
-    as_ids,
     as_radius,
     check_device,
     check_exclude,
     check_k,
     check_mask,
-    check_unique,
-    check_values,
     check_vectors,
     check_workspace,
 )
 from elips_torch.indexes.files import read_index_file, write_index_file
-from elips_torch.indexes.state import RowState
-from elips_torch.indexes.untraced import untraced
+from elips_torch.indexes.rows import Rows
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.candidate_scores import candidate_scores_op
 from elips_torch.ops.index_search import format_parameters, index_search_op
 
-_LARGEST_ID = torch.iinfo(torch.int64).max - 1
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
-class Index(RowState, ABC):
+class Index(Rows):
     """A database of vectors that can be searched; base of all indexes.
 
     A subclass names its row tensors and writes `_encode`, `_decode`, `_search` and
@@ -77,26 +66,18 @@ class Index(RowState, ABC):
         check_finite: bool = True,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     ) -> None:
-        if isinstance(dim, bool) or not isinstance(dim, int):
-            raise DtypeError(f"dim is {dim!r}, expected an int")
-        if dim < 1:
-            raise ArgumentError(f"dim is {dim}, expected at least 1")
-        self._metric = resolve_metric(metric, p)
-        super().__init__(device, index_in_state_dict)
-        self.dim = dim
+        super().__init__(
+            dim,
+            metric,
+            p=p,
+            device=device,
+            index_in_state_dict=index_in_state_dict,
+            check_finite=check_finite,
+        )
         self.k = check_k(k)
-        self.check_finite = check_finite
         self.workspace_bytes = check_workspace(workspace_bytes)
 
     # What a subclass writes.
-
-    @abstractmethod
-    def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Return the rows to store for ``(N, D)`` vectors, by name of the row tensor."""
-
-    @abstractmethod
-    def _decode(self, rows: Tensor) -> Tensor:
-        """Return the vectors ``(M, D)`` of rows ``(M,)``."""
 
     @abstractmethod
     def _search(
@@ -125,158 +106,9 @@ class Index(RowState, ABC):
         """Return the constructor keywords that make an empty index like this one, for JSON."""
 
     @property
-    def is_trained(self) -> bool:
-        """Whether vectors can be added."""
-        return True
-
-    @property
     def is_exact(self) -> bool:
         """Whether results are exact by the definition of the metric."""
         return False
-
-    # Properties.
-
-    @property
-    def metric(self) -> str:
-        """Canonical name of the metric."""
-        return self._metric.name
-
-    @property
-    def p(self) -> float | None:
-        """Exponent of metric "lp", None for the others."""
-        return self._metric.p if self._metric.name == "lp" else None
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether larger scores are nearer."""
-        return self._metric.higher_is_better
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the database."""
-        return self.ids.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype in which `reconstruct` returns vectors."""
-        return torch.float32
-
-    def __len__(self) -> int:
-        return self.ntotal
-
-    def __contains__(self, id: object) -> bool:
-        if isinstance(id, Tensor) and id.numel() != 1:
-            raise ShapeError(f"id has shape {tuple(id.shape)}, expected one id")
-        if not isinstance(id, (int, Tensor)) or int(id) < 0 or int(id) > _LARGEST_ID:
-            return False
-        return bool(self._rows_of(torch.tensor([int(id)], device=self.device)) >= 0)
-
-    def memory_bytes(self) -> int:
-        """Return the bytes that the stored tensors occupy; on accelerators, room for growth included.
-
-        On a CPU that room is address space that no memory stands behind.
-        """
-        tensors = (*self.parameters(), *self.buffers())
-        if self.device.type == "cpu":
-            return sum(tensor.nbytes for tensor in tensors)
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-    def extra_repr(self) -> str:
-        """Return what `repr` shows."""
-        p = f", p={self.p:g}" if self.p is not None else ""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"dim={self.dim}, metric={self.metric!r}{p}, ntotal={self.ntotal}, k={self.k}, dtype={dtype}"
-
-    # Verbs that change the index.
-
-    @untraced
-    def fit(self, vectors: Tensor) -> Self:
-        """Learn from ``(N, D)`` vectors what the index needs before `add`; here, nothing.
-
-        Returns:
-            The index itself.
-        """
-        self._check_new(vectors)
-        return self
-
-    @untraced
-    def add(self, vectors: Tensor, ids: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Store vectors under new ids.
-
-        Args:
-            vectors: ``(N, D)`` float32, float16, bfloat16 or float64, on the index's device; stored
-                in the index's dtype, without gradient history.
-            ids: ``(N,)`` unique integers >= 0 that the index does not hold. Default: ascending from
-                one past the largest id ever used.
-
-        Returns:
-            ``(N,)`` int64, the ids.
-
-        Raises:
-            ShapeError, DtypeError, DeviceError: the vectors or ids do not fit.
-            NonFiniteError: NaN or infinity, also where the index's dtype cannot hold a value.
-            DuplicateIdError: an id occurs twice or is held already.
-        """
-        encoded = self._encode(self._check_new(vectors))
-        return self._append(encoded, self._new_ids(vectors.shape[0], ids), automatic=ids is None)
-
-    @untraced
-    def upsert(self, vectors: Tensor, ids: Tensor | Sequence[int]) -> Tensor:
-        """Replace the vectors of known ids in place and add those of unknown ids at the end.
-
-        Args:
-            vectors: ``(N, D)``, as for `add`.
-            ids: ``(N,)`` unique integers >= 0.
-
-        Returns:
-            ``(N,)`` int64, the ids.
-
-        Raises:
-            ElipsError: as for `add`, but for ids that are held already.
-        """
-        encoded = self._encode(self._check_new(vectors))
-        labels = self._own_ids(vectors.shape[0], ids)
-        rows = self._rows_of(labels)
-        known = rows >= 0
-        new = ~known
-        fresh = {name: tensor[new] for name, tensor in encoded.items()}
-        stale = {name: tensor[known] for name, tensor in encoded.items()}
-        if bool(new.any()):
-            self._append(fresh, labels[new], automatic=False)
-        self._overwrite_rows(rows[known], stale)
-        return labels
-
-    @untraced
-    def remove(self, ids: Tensor | Sequence[int] | int) -> int:
-        """Remove the vectors of ids; the others keep their ids and their order.
-
-        Args:
-            ids: ``(N,)`` unique ids that the index holds, or one id.
-
-        Returns:
-            Number of vectors removed.
-
-        Raises:
-            UnknownIdError: an id that the index does not hold.
-            DuplicateIdError: an id occurs twice.
-        """
-        labels = as_ids("ids", ids, self.device)
-        check_unique("ids", labels)
-        rows = self._known_rows(labels)
-        if rows.numel():
-            keep = torch.ones(self.ntotal, dtype=torch.bool, device=self.device)
-            keep[rows] = False
-            self._keep_rows(keep)
-        return rows.numel()
-
-    @untraced
-    def reset(self) -> None:
-        """Remove every vector.
-
-        What `fit` learned stays, and automatic ids go on after the largest ever used: give
-        ``ids=`` to start over at 0.
-        """
-        self._keep_rows(torch.zeros(self.ntotal, dtype=torch.bool, device=self.device))
 
     # Verbs that ask.
 
@@ -321,6 +153,9 @@ class Index(RowState, ABC):
             ElipsError: an argument of wrong type, shape, dtype, device or value.
         """
         check_vectors("queries", queries, dim=self.dim, allow_single=True)
+        if not torch.compiler.is_compiling():
+            # Compiled code may not touch a row tensor; there the operator checks when it runs.
+            check_device("queries", queries, self.device, "the index")
         count = self.k if k is None else check_k(k)
         self._check_parameters(parameters)
         single = queries.ndim == 1
@@ -408,23 +243,6 @@ class Index(RowState, ABC):
                 DEFAULT_WORKSPACE_BYTES,
             )[:, 0]
         return RangeResult(lims, scores, ids)
-
-    def reconstruct(self, ids: Tensor | Sequence[int] | int) -> Tensor:
-        """Return stored vectors: what was added, also under "cosine", in the index's dtype.
-
-        Args:
-            ids: ``(N,)`` ids, or one id.
-
-        Returns:
-            ``(N, D)``, or ``(D,)`` for one id.
-
-        Raises:
-            UnknownIdError: an id that the index does not hold.
-        """
-        rows = self._known_rows(as_ids("ids", ids, self.device))
-        vectors = self._decode(rows)
-        single = isinstance(ids, int) or (isinstance(ids, Tensor) and ids.ndim == 0)
-        return vectors[0] if single else vectors
 
     # Files.
 
@@ -539,63 +357,6 @@ class Index(RowState, ABC):
     def _parameter(self, parameters: dict[str, Any], name: str) -> Any:
         """Return a search parameter of this call, or its default."""
         return parameters.get(name, getattr(self, name))
-
-    # How rows are kept.
-
-    def _check_new(self, vectors: Tensor) -> Tensor:
-        """Return vectors as they will be stored, or raise."""
-        check_vectors("vectors", vectors, dim=self.dim, device=self.device)
-        vectors = vectors.detach().to(self.dtype)
-        if self.check_finite:
-            check_values("vectors", vectors, self._metric)
-        return vectors
-
-    def _own_ids(self, n: int, ids: Tensor | Sequence[int]) -> Tensor:
-        labels = as_ids("ids", ids, self.device)
-        if labels.numel() != n:
-            raise ShapeError(f"ids has {labels.numel()} entries, expected {n}, one per vector")
-        if labels.numel() and int(labels.max()) > _LARGEST_ID:
-            raise ArgumentError(f"ids has the id {int(labels.max())}, expected ids <= {_LARGEST_ID}")
-        check_unique("ids", labels)
-        return labels
-
-    def _new_ids(self, n: int, ids: Tensor | Sequence[int] | None) -> Tensor:
-        if ids is None:
-            if self._next_id + n - 1 > _LARGEST_ID:
-                raise ArgumentError(f"no {n} automatic ids are left after {self._next_id - 1}; pass ids")
-            return torch.arange(self._next_id, self._next_id + n, device=self.device)
-        labels = self._own_ids(n, ids)
-        # Ids beyond the running maximum, the usual case, need no look-up.
-        if labels.numel() and int(labels.min()) < self._next_id:
-            held = labels[self._rows_of(labels) >= 0]
-            if held.numel():
-                raise DuplicateIdError(
-                    f"ids has the id {int(held[0])}, which the index holds already; use upsert"
-                )
-        return labels
-
-    def _append(self, encoded: dict[str, Tensor], ids: Tensor, *, automatic: bool) -> Tensor:
-        first_row, largest = self.ntotal, None if automatic else self._next_id - 1
-        self._append_rows({**encoded, "ids": ids})
-        self._id_map.append(ids, first_row, largest)
-        if ids.numel():
-            self._next_id = (
-                max(self._next_id, int(ids.max()) + 1) if not automatic else self._next_id + len(ids)
-            )
-        return ids
-
-    def _rows_of(self, ids: Tensor) -> Tensor:
-        """Return the row of each id, any shape; -1 where it is unknown."""
-        return self._id_map.rows(ids, self.ids)
-
-    def _known_rows(self, ids: Tensor) -> Tensor:
-        rows = self._rows_of(ids)
-        unknown = ids[rows < 0]
-        if unknown.numel():
-            shown = ", ".join(map(str, unknown[:5].tolist()))
-            more = f" and {unknown.numel() - 5} more" if unknown.numel() > 5 else ""
-            raise UnknownIdError(f"ids has {shown}{more}, expected ids that the index holds")
-        return rows
 
 
 def _gather(database: Tensor, rows: Tensor) -> Tensor:

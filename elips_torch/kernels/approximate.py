@@ -7,6 +7,8 @@ With unit roundoff u, n terms added in any order err by at most gamma_n = n u / 
 sum of their magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,10 @@ _LARGEST_NORM = {torch.float32: 2.0**40, torch.float64: 2.0**400}
 
 def has_approximation(metric: Metric, dtype: torch.dtype) -> bool:
     """Whether `approximate_scores` can serve a metric in float32 or float64."""
-    # Powers of small differences underflow in float32.
-    return metric.form == "product" or (
-        metric.form == "minkowski" and (metric.name != "lp" or dtype == torch.float64)
-    )
+    if metric.name == "lp":
+        # `cdist` takes the root, which for p < 1 leaves the range; in float32 the powers do.
+        return dtype == torch.float64 and metric.p >= 1.0
+    return metric.form != "elementwise"
 
 
 def row_norms(metric: Metric, vectors: Tensor) -> Tensor:
@@ -56,7 +58,11 @@ def approximate_scores(
     vectors: Tensor,  # (N, D) same dtype, contiguous
     norms: Tensor,  # (N,) from row_norms
 ) -> Tensor:  # (Q, N) same dtype
-    """Return approximate scores, less `query_offset`; NaN where nothing is known."""
+    """Return approximate scores, less `query_offset`.
+
+    Where nothing is known, as with overflow, they are infinite or NaN, and never rank behind a row
+    that is known to be worse.
+    """
     if metric.name == "l2":
         return torch.addmm(norms.square()[None], queries, vectors.T, alpha=-2.0)
     if metric.name == "ip":
@@ -66,14 +72,19 @@ def approximate_scores(
         # The norm of a tiny row may have underflowed.
         unknown = norms < _SMALLEST_NORM[norms.dtype]
         return scores.mul_(torch.where(unknown, torch.nan, norms.reciprocal()))
-    scores = torch.cdist(queries, vectors, p=metric.p)
+    # A Euclidean distance by a matrix product would lose the digits that the bound promises.
+    scores = torch.cdist(queries, vectors, p=metric.p, compute_mode="donot_use_mm_for_euclid_dist")
+    if metric.name == "linf":
+        # The maximum in `cdist` passes over NaN.
+        return scores.masked_fill_(vectors.isnan().any(1), torch.nan)
     if metric.name == "lp":
         return scores.pow_(metric.p)
     if metric.name == "gower":
         return scores.div_(queries.shape[1])
     if metric.name == "braycurtis":
         total = torch.cdist(queries, -vectors, p=1.0)
-        return torch.where(scores > 0, scores / total, 0.0)
+        overflow = scores + total == torch.inf
+        return torch.where(scores == 0, 0.0, scores / total).masked_fill_(overflow, -torch.inf)
     return scores
 
 
@@ -92,8 +103,15 @@ def error_bound(
     info = torch.finfo(dtype)
     # eps is 2 u. The term beside dim covers norms, roots, powers and divisions; the factor of two
     # covers the rounding of the bound itself and of the definition in float64.
-    terms = dim + 16 + (4 * metric.p if metric.name == "lp" else 0)
-    gamma = 2.0 * terms * info.eps / 2 / (1 - terms * info.eps / 2)
+    terms = dim + 16.0
+    if metric.name in ("cosine", "braycurtis"):
+        # A quotient errs by both of its parts.
+        terms += dim
+    elif metric.name == "lp":
+        # Root and power amplify by p, and the rounding of 1 / p by the score's logarithm.
+        terms += 4 * metric.p + 710
+    loss = terms * info.eps / 2
+    gamma = 2.0 * loss / (1 - loss) if loss < 0.5 else math.inf
     floor = 8.0 * dim * info.tiny
     if metric.form == "minkowski":
         return gamma * scores.double().abs() + floor
@@ -103,6 +121,8 @@ def error_bound(
     elif metric.name == "ip":
         bound = gamma * query_norms * norms + floor
     else:
-        bound = gamma + floor / _SMALLEST_NORM[dtype] * torch.ones_like(query_norms)
+        bound = torch.full_like(query_norms, gamma + floor / _SMALLEST_NORM[dtype])
+        underflow = (query_norms > 0) & (query_norms < _SMALLEST_NORM[torch.float64])
+        bound.masked_fill_(underflow, torch.inf)
     largest = torch.maximum(norms, query_norms)
     return torch.where(largest < _LARGEST_NORM[dtype], bound, torch.inf)

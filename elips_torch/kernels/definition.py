@@ -41,8 +41,7 @@ def score_candidates(
         for first, last in spans(n_candidates, step if query_step == 1 else n_candidates):
             part = rows[start:stop, first:last]
             x = database.index_select(0, part.reshape(-1)).double()
-            exact = metric.score(q, x.view(*part.shape, dim))
-            scores[start:stop, first:last] = exact.float()
+            scores[start:stop, first:last] = metric.rounded_score(q, x.view(*part.shape, dim))
     return scores
 
 
@@ -59,7 +58,7 @@ def score_pairs(
     for start, stop in spans(query_rows.numel(), _pairs_at_once(queries.shape[1], workspace_bytes)):
         q = queries.index_select(0, query_rows[start:stop]).double()
         x = database.index_select(0, database_rows[start:stop]).double()
-        scores[start:stop] = metric.score(q, x).float()
+        scores[start:stop] = metric.rounded_score(q, x)
     return scores
 
 
@@ -79,5 +78,5 @@ def score_all(
         x = database[first:last].double().contiguous()[None]
         for start, stop in spans(n_queries, query_step):
             q = queries[start:stop].double().contiguous()[:, None]
-            scores[start:stop, first:last] = metric.score(q, x).float()
+            scores[start:stop, first:last] = metric.rounded_score(q, x)
     return scores

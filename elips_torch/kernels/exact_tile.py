@@ -46,4 +46,5 @@ def score_tile(
     if unsure.numel():
         query_rows, rows = unsure.unbind(1)
         lower[query_rows, rows] = score_pairs(metric, queries, vectors, query_rows, rows, workspace_bytes)
-    return lower
+    # Rounded from below, a zero may carry a sign; scores have none.
+    return lower.add_(0.0)

@@ -11,17 +11,19 @@ class Selection:
     """The rows that masks and exclusions leave to each query.
 
     Attributes:
-        mask: bool ``(N,)`` or ``(Q, N)``, True keeps; None keeps all.
+        mask: bool ``(N,)`` or ``(all queries, N)``, True keeps; None keeps all.
         exclude: int64 ``(Q, M)`` row numbers to leave out, -1 ignored; None excludes none.
+        queries: which rows of a ``(all queries, N)`` mask the queries are, None for all. The mask
+            is read tile by tile, never copied whole.
     """
 
     mask: Tensor | None = None
     exclude: Tensor | None = None
+    queries: slice | Tensor | None = None
 
     def for_queries(self, chosen: slice | Tensor) -> "Selection":
         """Return the selection of some of the queries."""
-        mask = self.mask if self.mask is None or self.mask.ndim == 1 else self.mask[chosen]
-        return Selection(mask, None if self.exclude is None else self.exclude[chosen])
+        return Selection(self.mask, None if self.exclude is None else self.exclude[chosen], chosen)
 
     def dropped(self, n_queries: int, start: int, stop: int) -> Tensor | None:
         """Return bool ``(Q, stop - start)`` or ``(1, stop - start)``: True where a row is out.
@@ -30,8 +32,9 @@ class Selection:
         """
         dropped = None
         if self.mask is not None:
-            dropped = ~self.mask[..., start:stop]
-            dropped = dropped[None] if dropped.ndim == 1 else dropped
+            mask = self.mask[None] if self.mask.ndim == 1 else self.mask
+            rows = slice(None) if self.mask.ndim == 1 or self.queries is None else self.queries
+            dropped = ~mask[rows, start:stop]
         if self.exclude is not None:
             width = stop - start
             column = self.exclude - start

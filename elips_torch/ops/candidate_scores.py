@@ -30,7 +30,7 @@ def candidate_scores_op(
     with plain_arithmetic(queries.device):
         for start, stop in spans(len(queries), step):
             q, x = queries[start:stop].double().contiguous(), candidates[start:stop].double().contiguous()
-            scores[start:stop] = kind.score(q[:, None], x).float()
+            scores[start:stop] = kind.rounded_score(q[:, None], x)
         return scores.masked_fill_(ids < 0, kind.worst)
 
 

@@ -22,8 +22,8 @@ def knn(
     kind = resolve_metric(metric, p)
     sign = -1.0 if kind.higher_is_better else 1.0
     labels = list(range(database.shape[0])) if ids is None else ids.tolist()
-    scores = torch.full((queries.shape[0], k), kind.worst)
-    found = torch.full((queries.shape[0], k), -1)
+    scores = torch.full((queries.shape[0], k), kind.worst, dtype=torch.float32)
+    found = torch.full((queries.shape[0], k), -1, dtype=torch.int64)
     for i, row in enumerate(pairwise_distance(queries, database, metric, p).tolist()):
         hidden = set() if exclude is None else set(exclude[i].tolist())
         keep = [True] * len(labels) if mask is None else (mask if mask.ndim == 1 else mask[i]).tolist()

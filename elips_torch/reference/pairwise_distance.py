@@ -17,5 +17,5 @@ def pairwise_distance(
     scores = torch.empty(queries.shape[0], database.shape[0], dtype=torch.float32)
     for i, query in enumerate(queries.double().contiguous()):
         for j, vector in enumerate(database.double().contiguous()):
-            scores[i, j] = kind.score(query, vector).float()
+            scores[i, j] = kind.rounded_score(query, vector)
     return scores

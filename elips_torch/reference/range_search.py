@@ -22,7 +22,7 @@ def range_search(
     kind = resolve_metric(metric, p)
     limits = torch.as_tensor(radius, dtype=torch.float32).expand(queries.shape[0])
     full = knn(queries, database, max(1, database.shape[0]), metric, p, ids, mask, exclude)
-    lims, scores, found = [0], [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
+    lims, scores, found = [0], [torch.empty(0, dtype=torch.float32)], [torch.empty(0, dtype=torch.int64)]
     for score, label, limit in zip(full.scores, full.ids, limits, strict=True):
         within = (score > limit if kind.higher_is_better else score < limit) & (label >= 0)
         scores.append(score[within])

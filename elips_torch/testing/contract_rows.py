@@ -8,6 +8,7 @@ import torch
 
 from elips_torch.core.errors import (
     ArgumentError,
+    DeviceError,
     DtypeError,
     DuplicateIdError,
     ElipsError,
@@ -126,6 +127,7 @@ class RowContract(Contract):
             (torch.rand(self.dim), ShapeError, "expected"),
             (torch.ones(2, self.dim, dtype=torch.int32), DtypeError, "int32"),
             (np.zeros((2, self.dim), dtype=np.float32), DtypeError, "ndarray"),
+            (good.to("meta"), DeviceError, "vectors is on meta, the index is on cpu"),
             (poor, NonFiniteError, "row 1"),
             (huge, NonFiniteError, "row 0"),
         ]

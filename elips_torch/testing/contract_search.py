@@ -7,6 +7,7 @@ import torch
 
 from elips_torch.core.errors import (
     ArgumentError,
+    DeviceError,
     DtypeError,
     ElipsError,
     ImplementationError,
@@ -204,6 +205,7 @@ class SearchContract(Contract):
             (torch.rand(1, 3, self.dim), {}, ShapeError, "queries has shape"),
             (torch.ones(3, self.dim, dtype=torch.int64), {}, DtypeError, "int64"),
             (good.tolist(), {}, DtypeError, "list"),
+            (good.to("meta"), {}, DeviceError, "queries is on meta, the index is on cpu"),
             (poor, {}, NonFiniteError, "row 2"),
             (good, {"k": 0}, ArgumentError, "k is 0"),
             (good, {"k": 2.0}, DtypeError, "k is 2.0"),

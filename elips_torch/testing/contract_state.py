@@ -63,6 +63,17 @@ class StateContract(Contract):
             assert isinstance(restored, Index)
             self.assert_equal(copy.deepcopy(index), restored)
 
+    def test_an_index_made_on_the_meta_device_takes_a_state(self) -> None:
+        index = self.filled(60)
+        if not index.is_trained or index.row_tensors != tuple(
+            n for n in index.state_dict() if n != "next_id"
+        ):
+            pytest.skip("what this index has learned cannot be made on the meta device")
+        with torch.device("meta"):
+            other = self.make()
+        other.load_state_dict(index.state_dict(), assign=True)
+        self.assert_equal(index, other)
+
     def test_a_loaded_state_is_a_copy(self) -> None:
         index, other = self.filled(60), self.make()
         state = index.state_dict()

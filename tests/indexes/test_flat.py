@@ -5,7 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from elips_torch import METRICS, FlatIndex
+from elips_torch import METRICS, FlatIndex, NonFiniteError
 from elips_torch.testing import IndexContract
 from elips_torch.testing.contract import Contract, assert_same
 
@@ -39,3 +39,79 @@ class TestEveryMetric(Contract):
             assert_same(index.search(queries, k), self.expected(index, queries, k))
         index.save(tmp_path / "index")
         assert_same(FlatIndex.load(tmp_path / "index").search(queries, 5), index.search(queries, 5))
+
+
+def test_a_learnable_database_gets_gradients():
+    torch.manual_seed(0)
+    index = FlatIndex(5, "ip", learnable=True)
+    index.add(torch.randn(30, 5))
+    assert [name for name, _ in index.named_parameters()] == ["vectors"]
+    queries = torch.randn(4, 5, requires_grad=True)
+    scores, ids = index(queries, k=3)
+    scores.sum().backward()
+    dense = index.vectors.detach().clone().requires_grad_()
+    (queries.detach()[:, None] * dense[ids]).sum().backward()
+    torch.testing.assert_close(index.vectors.grad, dense.grad)
+    torch.testing.assert_close(queries.grad, dense.detach()[ids].sum(1))
+
+
+def test_an_optimiser_trains_a_learnable_database():
+    torch.manual_seed(0)
+    index = FlatIndex(5, learnable=True)
+    index.add(torch.randn(30, 5))
+    optimiser = torch.optim.SGD(index.parameters(), lr=0.1)
+    queries = torch.randn(4, 5)
+    before = index(queries, k=3).scores.sum()
+    for _ in range(5):
+        optimiser.zero_grad()
+        index(queries, k=3).scores.sum().backward()
+        optimiser.step()
+    assert index(queries, k=3).scores.sum() < before / 2
+    state = {name: tensor.clone() for name, tensor in index.state_dict().items()}
+    kept = index.vectors
+    index.load_state_dict(state)
+    assert index.vectors is kept
+
+
+def test_range_search_scores_carry_gradients():
+    torch.manual_seed(0)
+    index = FlatIndex(5)
+    index.add(torch.randn(30, 5))
+    queries = torch.randn(4, 5, requires_grad=True)
+    lims, scores, ids = index.range_search(queries, 8.0)
+    assert len(ids) > 4
+    scores.sum().backward()
+    hit = torch.repeat_interleave(lims.diff())
+    expected = torch.zeros(4, 5).index_add_(0, hit, 2 * (queries.detach()[hit] - index.vectors[ids]))
+    torch.testing.assert_close(queries.grad, expected)
+
+
+def test_k_has_no_limit():
+    index = FlatIndex(3)
+    index.add(torch.rand(5000, 3))
+    scores, ids = index(torch.rand(2, 3), k=5000)
+    assert all(sorted(row) == list(range(5000)) for row in ids.tolist())
+    assert (scores.diff(dim=1) >= 0).all()
+
+
+def test_values_that_the_storage_cannot_hold_are_refused():
+    index = FlatIndex(3, dtype=torch.float16)
+    with pytest.raises(NonFiniteError, match=r"row 1, .*float16"):
+        index.add(torch.tensor([[1.0, 2.0, 3.0], [1.0, 1e6, 3.0]]))
+    gower = FlatIndex(3, "gower")
+    with pytest.raises(NonFiniteError, match=r"\[0, 1\]"):
+        gower.add(torch.tensor([[0.5, 2.0, 0.1]]))
+
+
+def test_explain_says_what_runs(capsys):
+    index = FlatIndex(3)
+    index.add(torch.rand(50, 3))
+    assert index.explain(torch.rand(2, 3), k=5).chosen == "eager"
+    assert "knn of 2 x 50 x 3 float32, l2, k=5 on cpu" in capsys.readouterr().out
+
+
+def test_repr_shows_what_matters():
+    index = FlatIndex(3, "lp", p=3, dtype=torch.bfloat16)
+    index.add(torch.rand(5, 3))
+    assert repr(index) == "FlatIndex(dim=3, metric='lp', p=3, ntotal=5, k=10, dtype=bfloat16)"
+    assert index.memory_bytes() == 5 * 3 * 2 + 5 * 8

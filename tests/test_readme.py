@@ -1,0 +1,34 @@
+"""What the README shows runs."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks():
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_the_first_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {}
+    exec(blocks()[0], names)
+    assert len(blocks()[0].splitlines()) <= 12
+    assert names["queries"].grad.abs().sum() > 0
+    assert (names["even"].ids % 2 == 0).all()
+    assert (tmp_path / "index.safetensors").stat().st_size > 0
+
+
+def test_the_training_example_runs():
+    names = {"torch": torch, "nn": nn, "FlatIndex": __import__("elips_torch").FlatIndex}
+    exec(blocks()[1].replace("fullgraph=True", "fullgraph=True, backend='aot_eager'"), names)
+    model = names["model"]
+    model.index.add(torch.randn(50, 64))
+    model(torch.randn(4, 784)).backward()
+    assert model.encoder.weight.grad.abs().sum() > 0
+    torch._dynamo.reset()
