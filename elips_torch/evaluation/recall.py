@@ -101,7 +101,8 @@ class RecallAtK(_Recall):
 class HitRateAtK(_AtK):
     """Fraction of queries with anything relevant among the first k retrieved.
 
-    By label this is the Recall@k of metric learning. Queries without a relevant id do not count.
+    Queries without a relevant id do not count. Given the labels of what was retrieved in place of ids,
+    and each query's own label as what is relevant, this is the Recall@k of metric learning.
 
     Args:
         k: one or several numbers of results to look at.
@@ -115,6 +116,13 @@ class HitRateAtK(_AtK):
     >>> hit_rate.update(torch.tensor([[7, 2, 9], [4, 5, -1]]), torch.tensor([[2, 9], [3, -1]]))
     >>> hit_rate.compute()
     {'hit_rate@1': tensor(0.), 'hit_rate@3': tensor(0.5000)}
+
+    By label:
+
+    >>> recall = HitRateAtK(k=2)
+    >>> recall.update(retrieved_ids=torch.tensor([[0, 1], [0, 0]]), relevant_ids=torch.tensor([1, 2]))
+    >>> recall.compute()
+    {'hit_rate@2': tensor(0.5000)}
     """
 
     name = "hit_rate"
@@ -122,28 +130,6 @@ class HitRateAtK(_AtK):
     def update(self, retrieved_ids: Tensor, relevant_ids: Tensor) -> None:
         """Add queries; the arguments are those of `RecallAtK.update`."""
         self._accumulate(*_match_ids(retrieved_ids, relevant_ids, max(self.k)))
-
-    def update_labels(self, retrieved_labels: Tensor, labels: Tensor, relevant: Tensor | None = None) -> None:
-        """Add queries that are right wherever a label equals theirs.
-
-        Args:
-            retrieved_labels: ``(Q, K)`` int64 labels of what was retrieved, best first; -1 where
-                nothing was found, which is never a hit.
-            labels: ``(Q,)`` int64 label of each query.
-            relevant: ``(Q,)`` int64 number of database entries with the query's label, the query
-                itself left out; queries with none do not count. Default: every query counts.
-
-        Raises:
-            ElipsError: an argument of wrong dtype, shape or device.
-
-        >>> import torch
-        >>> hit_rate = HitRateAtK(k=2)
-        >>> hit_rate.update_labels(torch.tensor([[0, 1], [0, 0]]), torch.tensor([1, 2]))
-        >>> hit_rate.compute()
-        {'hit_rate@2': tensor(0.5000)}
-        """
-        found = _match_labels(retrieved_labels, labels, max(self.k))
-        self._accumulate(found, torch.ones_like(labels) if relevant is None else _counts(relevant, labels))
 
     def _score(self, found: Tensor, relevant: Tensor) -> Tensor:
         return (found > 0).double()
@@ -174,15 +160,21 @@ class LabelRecallAtK(_Recall):
         Args:
             retrieved_labels: ``(Q, K)`` int64 labels of what was retrieved, best first; -1 where
                 nothing was found, which is never a hit.
-            labels: ``(Q,)`` int64 label of each query.
+            labels: ``(Q,)`` int64 label of each query; one without a label has -1 and does not count.
             relevant: ``(Q,)`` int64 number of database entries with the query's label, the query
                 itself left out; queries with none do not count.
 
         Raises:
             ElipsError: an argument of wrong dtype, shape or device.
         """
-        found = _match_labels(retrieved_labels, labels, max(self.k))
-        self._accumulate(found, _counts(relevant, labels))
+        _check_integers("labels", labels, 1)
+        _check_integers("relevant", relevant, 1)
+        if relevant.shape != labels.shape:
+            raise ShapeError(f"relevant has shape {tuple(relevant.shape)}, expected {tuple(labels.shape)}")
+        retrieved = _check_retrieved(
+            "retrieved_labels", retrieved_labels, len(labels), labels.device, max(self.k)
+        )
+        self._accumulate(retrieved == labels[:, None], relevant.masked_fill(labels < 0, 0))
 
 
 def _match_ids(retrieved: Tensor, relevant: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -199,15 +191,6 @@ def _match_ids(retrieved: Tensor, relevant: Tensor, k: int) -> tuple[Tensor, Ten
         part = slice(start, start + step)
         hit[part] = (retrieved[part, :, None] == relevant[part, None, :]).any(2)
     return hit.logical_and_(retrieved >= 0), (relevant >= 0).sum(1)
-
-
-def _match_labels(retrieved: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Return bool ``(Q, K)``, True where a place found the query's label."""
-    _check_integers("labels", labels, 1)
-    if labels.numel() and int(labels.min()) < 0:
-        raise ArgumentError(f"labels has the negative label {int(labels.min())}, expected labels >= 0")
-    retrieved = _check_retrieved("retrieved_labels", retrieved, len(labels), labels.device, k)
-    return retrieved == labels[:, None]
 
 
 def _without_repeats(ids: Tensor) -> Tensor:
@@ -245,10 +228,3 @@ def _check_retrieved(name: str, tensor: Tensor, n: int, device: torch.device, k:
     if tensor.device != device:
         raise DeviceError(f"{name} is on {tensor.device}, what it is compared with is on {device}")
     return tensor[:, :k]
-
-
-def _counts(relevant: Tensor, labels: Tensor) -> Tensor:
-    _check_integers("relevant", relevant, 1)
-    if relevant.shape != labels.shape:
-        raise ShapeError(f"relevant has shape {tuple(relevant.shape)}, expected {tuple(labels.shape)}")
-    return relevant

@@ -7,7 +7,7 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import spans
 
 # float64 temporaries of the costliest gradient, and the candidates widened.
-_BYTES_PER_FEATURE = 96
+_BYTES_PER_FEATURE = 160
 
 
 def candidate_gradient(

@@ -48,7 +48,7 @@ def knn_eager(
         return scores, rows
     found = min(k, n_rows)
     pending = torch.arange(n_queries, device=queries.device)
-    for search in _searches(queries, database, k, metric):
+    for search in _searches(queries, database, k, metric, selection.query_bytes):
         left = []
         step = search.queries_at_once(found, workspace_bytes)
         for start, stop in spans(pending.numel(), step):
@@ -62,27 +62,37 @@ def knn_eager(
     return scores, rows
 
 
-def _searches(queries: Tensor, database: Tensor, k: int, metric: Metric) -> "list[_Screened | _Complete]":
+def _searches(
+    queries: Tensor, database: Tensor, k: int, metric: Metric, selection_bytes: int
+) -> "list[_Screened | _Complete]":
     """Return the searches to try in turn; the last one certifies every query."""
     searches: list[_Screened | _Complete] = []
     n_candidates = k + 16 + k // 8
     if n_candidates <= database.shape[0] // 2:
         wide = torch.float64 in (queries.dtype, database.dtype)
         if has_approximation(metric, torch.float32) and not wide and float32_product_is_exact(queries.device):
-            searches.append(_Screened(database, metric, torch.float32, n_candidates))
+            searches.append(_Screened(database, metric, torch.float32, n_candidates, selection_bytes))
         if has_approximation(metric, torch.float64):
-            searches.append(_Screened(database, metric, torch.float64, n_candidates))
-    return [*searches, _Complete(database, metric)]
+            searches.append(_Screened(database, metric, torch.float64, n_candidates, selection_bytes))
+    return [*searches, _Complete(database, metric, selection_bytes)]
 
 
 class _Screened:
     """Select by the approximation, rescore, certify."""
 
-    def __init__(self, database: Tensor, metric: Metric, dtype: torch.dtype, n_candidates: int) -> None:
+    def __init__(
+        self,
+        database: Tensor,
+        metric: Metric,
+        dtype: torch.dtype,
+        n_candidates: int,
+        selection_bytes: int,  # per query
+    ) -> None:
         self.database = database
         self.metric = metric
         self.dtype = dtype
         self.n_candidates = n_candidates
+        self.selection_bytes = selection_bytes
 
     def _tiles(self, n_queries: int, workspace_bytes: int) -> tuple[int, int]:
         dim, size = self.database.shape[1], self.dtype.itemsize
@@ -92,9 +102,9 @@ class _Screened:
             n_queries,
             self.database.shape[0],
             workspace_bytes=int(workspace_bytes * _TILE_SHARE),
-            cell_bytes=3 * size + 2,
+            cell_bytes=(5 if self.metric.name == "braycurtis" else 3) * size + 2,
             row_bytes=dim * (size + self.database.dtype.itemsize) + 4 * size,
-            query_bytes=24 * dim + 8 * self.n_candidates * (size + 8),
+            query_bytes=24 * dim + 8 * self.n_candidates * (size + 8) + self.selection_bytes,
         )
         return tiles.queries, tiles.rows
 
@@ -174,9 +184,10 @@ class _Screened:
 class _Complete:
     """Score every row exactly and keep the best by key; certifies every query."""
 
-    def __init__(self, database: Tensor, metric: Metric) -> None:
+    def __init__(self, database: Tensor, metric: Metric, selection_bytes: int) -> None:
         self.database = database
         self.metric = metric
+        self.selection_bytes = selection_bytes
 
     def _tiles(self, n_queries: int, k: int, workspace_bytes: int) -> tuple[int, int]:
         features = self.database.shape[1] * FEATURE_BYTES
@@ -187,7 +198,7 @@ class _Complete:
             workspace_bytes=int(workspace_bytes * _TILE_SHARE),
             cell_bytes=CELL_BYTES + 40,
             row_bytes=features,
-            query_bytes=features + 96 * k,
+            query_bytes=features + 96 * k + self.selection_bytes,
         )
         return tiles.queries, tiles.rows
 

@@ -47,7 +47,7 @@ def pairwise_gradient(
 ) -> Tensor:  # (Q, D) float64
     """Return d loss / d queries of pairwise scores. Swap the sides for the database's."""
     if metric.form == "product":
-        return _product_gradient(grad.double(), queries.double(), database.double(), metric)
+        return _product_gradient(grad, queries, database, metric, workspace_bytes)
     n_queries, dim = queries.shape
     result = torch.zeros(n_queries, dim, dtype=torch.float64, device=queries.device)
     cells = max(1, workspace_bytes // (_GRADIENT_BYTES_PER_FEATURE * dim))
@@ -63,15 +63,39 @@ def pairwise_gradient(
     return result
 
 
-def _product_gradient(grad: Tensor, queries: Tensor, database: Tensor, metric: Metric) -> Tensor:
-    if metric.name == "ip":
-        return grad @ database
-    if metric.name == "l2":
-        return 2.0 * (grad.sum(1, keepdim=True) * queries - grad @ database)
-    query_norms = torch.linalg.vector_norm(queries, dim=1, keepdim=True)
-    norms = torch.linalg.vector_norm(database, dim=1, keepdim=True)
-    q_unit = torch.where(query_norms > 0, queries / query_norms, 0.0)
-    x_unit = torch.where(norms > 0, database / norms, 0.0)
-    pull = grad @ x_unit
-    along = (pull * q_unit).sum(1, keepdim=True)
-    return torch.where(query_norms > 0, (pull - along * q_unit) / query_norms, 0.0)
+def _product_gradient(
+    grad: Tensor, queries: Tensor, database: Tensor, metric: Metric, workspace_bytes: int
+) -> Tensor:
+    n_queries, n_rows, dim = queries.shape[0], database.shape[0], queries.shape[1]
+    features = 24 * dim
+    tiles = plan_tiles(
+        n_queries,
+        n_rows,
+        workspace_bytes=workspace_bytes,
+        cell_bytes=16,
+        row_bytes=features,
+        query_bytes=2 * features,
+    )
+    result = torch.empty(n_queries, dim, dtype=torch.float64, device=queries.device)
+    for start, stop in spans(n_queries, tiles.queries):
+        pull = torch.zeros(stop - start, dim, dtype=torch.float64, device=queries.device)
+        total = pull.new_zeros(stop - start, 1)
+        for first, last in spans(n_rows, tiles.rows):
+            x = database[first:last].double()
+            weight = grad[start:stop, first:last].double()
+            total += weight.sum(1, keepdim=True)
+            pull += weight @ (_unit(x) if metric.name == "cosine" else x)
+        q = queries[start:stop].double()
+        if metric.name == "l2":
+            pull = 2.0 * (total * q - pull)
+        elif metric.name == "cosine":
+            unit, norms = _unit(q), torch.linalg.vector_norm(q, dim=1, keepdim=True)
+            across = pull - (pull * unit).sum(1, keepdim=True) * unit
+            pull = torch.where(norms > 0, across / norms, 0.0)
+        result[start:stop] = pull
+    return result
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return torch.where(norms > 0, vectors / norms, 0.0)

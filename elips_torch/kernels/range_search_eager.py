@@ -10,6 +10,8 @@ from elips_torch.kernels.exact_tile import CELL_BYTES, FEATURE_BYTES, score_tile
 from elips_torch.kernels.selection import Selection
 
 _TILE_SHARE = 0.7
+# What collecting and sorting takes per hit of a tile of queries.
+_HIT_BYTES = 128
 
 
 def range_search_eager(
@@ -31,30 +33,28 @@ def range_search_eager(
         workspace_bytes=int(workspace_bytes * _TILE_SHARE),
         cell_bytes=CELL_BYTES,
         row_bytes=features,
-        query_bytes=features,
+        query_bytes=features + selection.query_bytes,
     )
-    rest = int(workspace_bytes * (1 - _TILE_SHARE))
     lims = torch.zeros(n_queries + 1, dtype=torch.int64, device=device)
     all_scores = [torch.empty(0, dtype=torch.float32, device=device)]
     all_rows = [torch.empty(0, dtype=torch.int64, device=device)]
-    for first, last in spans(n_queries, tiles.queries):
-        part = queries[first:last]
-        visible = selection.for_queries(slice(first, last))
-        hits, scores, rows = [], [], []
-        for start, stop in spans(n_rows, tiles.rows):
-            tile = score_tile(metric, part, database[start:stop], rest)
-            limit = radius[first:last, None]
-            within = tile > limit if metric.higher_is_better else tile < limit
-            dropped = visible.dropped(last - first, start, stop)
-            if dropped is not None:
-                within &= ~dropped
-            hit, column = within.nonzero(as_tuple=True)
-            hits.append(hit)
-            scores.append(tile[hit, column])
-            rows.append(column + start)
-        if not hits:
+    first, step = 0, tiles.queries
+    while first < n_queries:
+        last = min(first + step, n_queries)
+        hits = _scan(
+            queries[first:last],
+            database,
+            radius[first:last, None],
+            metric,
+            selection.for_queries(slice(first, last)),
+            tiles.rows,
+            workspace_bytes,
+        )
+        if hits is None:
+            # More hits than the workspace can sort; fewer queries find fewer.
+            step = (last - first + 1) // 2
             continue
-        hit, score, row = torch.cat(hits), torch.cat(scores), torch.cat(rows)
+        hit, score, row = hits
         rank = row if ranks is None else ranks[row]
         # Two stable sorts: by key, then by query.
         order = order_keys(score, rank, metric.higher_is_better).argsort()
@@ -62,4 +62,40 @@ def range_search_eager(
         all_scores.append(score[order])
         all_rows.append(row[order])
         lims[first + 1 : last + 1] = torch.bincount(hit, minlength=last - first)
+        first = last
     return lims.cumsum(0), torch.cat(all_scores), torch.cat(all_rows)
+
+
+def _scan(
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    limit: Tensor,  # (Q, 1) float32
+    metric: Metric,
+    selection: Selection,
+    row_step: int,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return query, score and row of each hit; None when several queries have too many."""
+    n_queries, most = queries.shape[0], workspace_bytes // _HIT_BYTES
+    rest = int(workspace_bytes * (1 - _TILE_SHARE))
+    hits = [torch.empty(0, dtype=torch.int64, device=queries.device)]
+    scores = [torch.empty(0, dtype=torch.float32, device=queries.device)]
+    rows = [torch.empty(0, dtype=torch.int64, device=queries.device)]
+    found = 0
+    for start, stop in spans(database.shape[0], row_step):
+        tile = score_tile(metric, queries, database[start:stop], rest)
+        within = tile > limit if metric.higher_is_better else tile < limit
+        dropped = selection.dropped(n_queries, start, stop)
+        if dropped is not None:
+            within &= ~dropped
+        hit, column = within.nonzero(as_tuple=True)
+        if not hit.numel():
+            continue
+        found += hit.numel()
+        if found > most and n_queries > 1:
+            return None
+        # A copy: `hit` is a view of both columns.
+        hits.append(hit.clone())
+        scores.append(tile[hit, column])
+        rows.append(column + start)
+    return torch.cat(hits), torch.cat(scores), torch.cat(rows)

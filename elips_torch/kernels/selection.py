@@ -21,6 +21,12 @@ class Selection:
     exclude: Tensor | None = None
     queries: slice | Tensor | None = None
 
+    @property
+    def query_bytes(self) -> int:
+        """Bytes per query that `dropped` takes beside its result."""
+        # The columns and three temporaries, int64, and bool.
+        return 0 if self.exclude is None else 36 * self.exclude.shape[1]
+
     def for_queries(self, chosen: slice | Tensor) -> "Selection":
         """Return the selection of some of the queries."""
         return Selection(self.mask, None if self.exclude is None else self.exclude[chosen], chosen)

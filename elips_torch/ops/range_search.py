@@ -53,7 +53,8 @@ def range_search(
         mask: bool ``(N,)`` or ``(Q, N)``; True keeps the row.
         exclude: int64 ``(Q, M)`` row numbers to leave out; -1 is ignored.
         implementation: "auto", or a name that `explain` lists.
-        workspace_bytes: limit on temporary memory beside the result, in bytes. Default 256 MiB.
+        workspace_bytes: limit on temporary memory beside the result and one copy of it, in bytes.
+            Default 256 MiB.
 
     Returns:
         RangeResult: lims ``(Q + 1,)``, scores ``(M,)`` float32 and ids ``(M,)`` int64; the rows

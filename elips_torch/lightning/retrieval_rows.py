@@ -1,0 +1,143 @@
+"""What the steps of a validation epoch return, kept until its end."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data.distributed import DistributedSampler
+
+from elips_torch.core.errors import ArgumentError, DtypeError, ShapeError
+from elips_torch.core.validation import check_vectors
+from elips_torch.lightning.gather import gather_objects
+
+# What a step may return: the name of the vectors, and of the integers that belong to them.
+KINDS = {"embeddings": "labels", "queries": "relevant", "documents": "ids"}
+_EXPECTED = " or ".join(f"{{{vectors!r}, {integers!r}}}" for vectors, integers in KINDS.items())
+
+
+@dataclasses.dataclass
+class Rows:
+    """Vectors ``(N, D)``, the integers ``(N,)`` or ``(N, R)`` that belong to them, their places ``(N,)``.
+
+    The place of a row is its number in the data of all processes.
+    """
+
+    vectors: Tensor
+    integers: Tensor
+    places: Tensor
+
+
+class RowCollection:
+    """The rows that this process has seen, by kind and by dataloader."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[int, list[tuple[Tensor, Tensor]]]] = {}
+
+    def add(self, output: Any, dataloader_idx: int, device: torch.device | str | None) -> None:
+        """Keep what a step returned.
+
+        Raises:
+            ElipsError: it is no mapping, lacks a key, or its tensors do not fit.
+        """
+        if not isinstance(output, Mapping):
+            raise DtypeError(f"the retrieval step returned a {type(output).__name__}, expected {_EXPECTED}")
+        present = [kind for kind in KINDS if kind in output]
+        if not present:
+            keys = ", ".join(map(repr, output)) or "nothing"
+            raise ArgumentError(f"the retrieval step returned {keys}, expected {_EXPECTED}")
+        for kind in present:
+            rows = _checked(kind, output, device)
+            self._parts.setdefault(kind, {}).setdefault(dataloader_idx, []).append(rows)
+
+    def kinds(self) -> set[str]:
+        """Return the kinds of rows that any process has; must be called by all processes."""
+        return set().union(*gather_objects(set(self._parts)))
+
+    def rows(self, kind: str, samplers: list[Any]) -> Rows:
+        """Return the rows of a kind that are this process's own; must be called by all processes.
+
+        Args:
+            kind: one of `KINDS`.
+            samplers: the sampler of each dataloader.
+        """
+        parts = self._parts.get(kind, {})
+        everywhere = gather_objects({loader: _count(part) for loader, part in parts.items()})
+        shapes = [shape for shape in gather_objects(self._shape(kind)) if shape is not None]
+        if len({shape[0] for shape in shapes}) > 1:
+            raise ShapeError(f"{kind} differ in dim between processes: {shapes}")
+        pieces = []
+        first = 0
+        for loader in sorted(set().union(*everywhere)):
+            counts = [each.get(loader, 0) for each in everywhere]
+            places, total = _places(counts, samplers[loader] if loader < len(samplers) else None)
+            kept = places < total
+            if loader in parts:
+                vectors, integers = _joined(parts[loader])
+                kept, places = kept.to(vectors.device), places.to(vectors.device)
+                pieces.append((vectors[kept], integers[kept], places[kept] + first))
+            first += total
+        dim, width = shapes[0][0], max(shape[1] for shape in shapes)
+        if not pieces:
+            integers = torch.empty((0, width) if kind == "queries" else 0, dtype=torch.int64)
+            return Rows(torch.empty(0, dim), integers, torch.empty(0, dtype=torch.int64))
+        vectors, integers = _joined([piece[:2] for piece in pieces])
+        return Rows(vectors, integers, torch.cat([piece[2] for piece in pieces]))
+
+    def _shape(self, kind: str) -> tuple[int, int] | None:
+        """Return the dim of the vectors and the largest number of integers per row; None without rows."""
+        tensors = [pair for part in self._parts.get(kind, {}).values() for pair in part]
+        if not tensors:
+            return None
+        return tensors[0][0].shape[1], max(pair[1].shape[-1] for pair in tensors)
+
+
+def _checked(
+    kind: str, output: Mapping[str, Any], device: torch.device | str | None
+) -> tuple[Tensor, Tensor]:
+    name = KINDS[kind]
+    if name not in output:
+        raise ArgumentError(f"the retrieval step returned {kind!r} without {name!r}")
+    vectors, integers = output[kind], output[name]
+    check_vectors(kind, vectors)
+    if not isinstance(integers, Tensor) or integers.is_floating_point() or integers.dtype == torch.bool:
+        got = integers.dtype if isinstance(integers, Tensor) else type(integers).__name__
+        raise DtypeError(f"{name} is {got}, expected an int64 tensor")
+    if kind == "queries" and integers.ndim == 1:
+        integers = integers[:, None]
+    n, ndim = len(vectors), 2 if kind == "queries" else 1
+    if integers.ndim != ndim or len(integers) != n:
+        expected = f"({n}, R)" if ndim == 2 else f"({n},)"
+        raise ShapeError(f"{name} has shape {tuple(integers.shape)}, expected {expected}, a row per vector")
+    where = vectors.device if device is None else device
+    return vectors.detach().to(where, torch.float32), integers.to(where, torch.int64)
+
+
+def _count(pairs: Iterable[tuple[Tensor, Tensor]]) -> int:
+    return sum(len(vectors) for vectors, _ in pairs)
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len({vectors.shape[1] for vectors, _ in pairs}) > 1:
+        dims = sorted({vectors.shape[1] for vectors, _ in pairs})
+        raise ShapeError(f"the retrieval step returned vectors of dims {dims}, expected one dim")
+    integers = [each for _, each in pairs]
+    if integers[0].ndim == 2:
+        width = max(each.shape[1] for each in integers)
+        integers = [functional.pad(each, (0, width - each.shape[1]), value=-1) for each in integers]
+    return torch.cat([vectors for vectors, _ in pairs]), torch.cat(integers)
+
+
+def _places(counts: list[int], sampler: Any) -> tuple[Tensor, int]:
+    """Return the places of this process's rows and the number of places.
+
+    A `DistributedSampler` deals the samples out in turn and repeats the first ones until each
+    process has equally many. The repeats get places past the end.
+    """
+    if isinstance(sampler, DistributedSampler) and all(count == sampler.num_samples for count in counts):
+        dealt = torch.arange(sampler.num_samples) * sampler.num_replicas + sampler.rank
+        return dealt, min(len(sampler.dataset), sampler.num_samples * sampler.num_replicas)  # type: ignore[arg-type]
+    rank = torch.distributed.get_rank() if len(counts) > 1 else 0
+    return torch.arange(counts[rank]) + sum(counts[:rank]), sum(counts)

@@ -1,0 +1,285 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from elips_torch import (
+    ArgumentError,
+    DtypeError,
+    DuplicateIdError,
+    FlatIndex,
+    ImplementationError,
+    ShapeError,
+)
+from elips_torch.lightning import RetrievalEvaluation
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    # Lightning uses what newer torch deprecates.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
+]
+
+
+class Table(Dataset):
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, row):
+        return {name: column[row] for name, column in self.columns.items()}
+
+
+class Model(LightningModule):
+    """Embeds by a fixed random map; a training step changes it a little."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(6, 4, bias=False)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            self.map.weight.copy_(torch.randn(4, 6, generator=generator))
+
+    def training_step(self, batch, batch_idx):
+        return self.map(next(iter(batch.values()))).square().mean()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        pass
+
+    def retrieval_step(self, batch, dataloader_idx):
+        assert not torch.is_grad_enabled()
+        vectors = ("embeddings", "queries", "documents")
+        return {name: self.map(x) if name in vectors else x for name, x in batch.items()}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def labelled(n=101):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 12, (n,), generator=generator)
+    labels[3], labels[4] = -1, 99
+    centres = torch.randn(100, 6, generator=generator)
+    return Table(embeddings=centres[labels] + torch.randn(n, 6, generator=generator), labels=labels)
+
+
+def queries_and_documents(q=31, n=57):
+    generator = torch.Generator().manual_seed(2)
+    documents = torch.randn(n, 6, generator=generator)
+    ids = torch.randperm(1000, generator=generator)[:n]
+    rows = torch.randint(0, n, (q, 3), generator=generator)
+    relevant = ids[rows]
+    relevant[:, 1:][torch.rand(q, 2, generator=generator) < 0.5] = -1
+    relevant[0] = -1
+    queries = documents[rows[:, 0]] + torch.randn(q, 6, generator=generator)
+    return Table(queries=queries, relevant=relevant), Table(documents=documents, ids=ids)
+
+
+def trainer(tmp_path, *callbacks, **options):
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in callbacks),
+        "default_root_dir": tmp_path,
+        "max_epochs": 2,
+    }
+    return Trainer(callbacks=list(callbacks), **{**quiet, **options})
+
+
+def loaders(*tables):
+    return [DataLoader(table, batch_size=8) for table in tables]
+
+
+def nearest(vectors, database, exclude_self=False):
+    cosine = nn.functional.normalize(vectors.double()) @ nn.functional.normalize(database.double()).T
+    if exclude_self:
+        cosine.fill_diagonal_(-2)
+    return cosine.argsort(1, descending=True)
+
+
+def expected_by_label(model, table, k):
+    labels = table.columns["labels"]
+    order = nearest(*(model.map(table.columns["embeddings"]).detach(),) * 2, exclude_self=True)
+    hits, fractions = [], []
+    for row, label in enumerate(labels.tolist()):
+        same = int((labels == label).sum()) - 1
+        if label >= 0 and same:
+            found = int((labels[order[row, :k]] == label).sum())
+            hits.append(found > 0)
+            fractions.append(found / same)
+    return sum(hits) / len(hits), sum(fractions) / len(fractions)
+
+
+def test_labelled_samples_query_each_other(tmp_path):
+    model, table, evaluation = Model(), labelled(), RetrievalEvaluation(k=(1, 5))
+    run = trainer(tmp_path, evaluation)
+    run.validate(model, loaders(table), verbose=False)
+    for k in (1, 5):
+        recall, label_recall = expected_by_label(model, table, k)
+        assert run.callback_metrics[f"val/recall@{k}"].item() == pytest.approx(recall, abs=1e-6)
+        assert run.callback_metrics[f"val/label_recall@{k}"].item() == pytest.approx(label_recall, abs=1e-6)
+        assert evaluation.history[0][f"recall@{k}"] == run.callback_metrics[f"val/recall@{k}"].item()
+
+
+def test_queries_and_documents(tmp_path):
+    model, (queries, documents) = Model(), queries_and_documents()
+    run = trainer(tmp_path, RetrievalEvaluation(k=5))
+    run.validate(model, loaders(queries, documents), verbose=False)
+    with torch.no_grad():
+        vectors = model.map(queries.columns["queries"]), model.map(documents.columns["documents"])
+    found = documents.columns["ids"][nearest(*vectors)[:, :5]]
+    recalls = [
+        len(set(row) & set(wanted) - {-1}) / len(set(wanted) - {-1})
+        for row, wanted in zip(found.tolist(), queries.columns["relevant"].tolist(), strict=True)
+        if set(wanted) != {-1}
+    ]
+    expected = sum(recalls) / len(recalls)
+    assert 0 < expected < 1
+    assert run.callback_metrics["val/recall@5"].item() == pytest.approx(expected, abs=1e-6)
+    assert run.callback_metrics["val/hit_rate@5"].item() >= expected
+
+
+def test_fit_skips_the_sanity_check_and_frees_the_embeddings(tmp_path):
+    evaluation = RetrievalEvaluation(k=1)
+    trainer(tmp_path, evaluation, num_sanity_val_steps=2).fit(
+        Model(), loaders(labelled())[0], loaders(labelled())
+    )
+    assert [entry["epoch"] for entry in evaluation.history] == [0, 1]
+    assert not evaluation._rows._parts
+
+
+def test_model_checkpoint_can_monitor_recall_and_keeps_the_history(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val/recall@10", mode="max")
+    evaluation = RetrievalEvaluation()
+    trainer(tmp_path, evaluation, checkpoint, num_sanity_val_steps=0).fit(
+        Model(), loaders(labelled())[0], loaders(labelled())
+    )
+    best = max(entry["recall@10"] for entry in evaluation.history)
+    assert checkpoint.best_model_score.item() == best
+    resumed = RetrievalEvaluation()
+    resumed.load_state_dict(evaluation.state_dict())
+    assert resumed.history == evaluation.history
+
+
+def test_the_index_and_the_step_are_the_users_choice(tmp_path):
+    made = []
+
+    def index(dim):
+        made.append(FlatIndex(dim, metric="l2"))
+        return made[-1]
+
+    def step(module, batch, dataloader_idx):
+        return {"embeddings": batch["embeddings"], "labels": batch["labels"]}
+
+    table = labelled()
+    trainer(tmp_path, RetrievalEvaluation(index=index, step=step)).validate(
+        Model(), loaders(table), verbose=False
+    )
+    assert len(made) == 1
+    assert torch.equal(made[0].vectors, table.columns["embeddings"])
+
+
+def test_a_validation_step_may_return_the_embeddings(tmp_path):
+    class OneStep(Model):
+        retrieval_step = None
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return Model.retrieval_step(self, batch, dataloader_idx)
+
+    evaluation = RetrievalEvaluation()
+    run = trainer(tmp_path, evaluation)
+    run.validate(OneStep(), loaders(labelled()), verbose=False)
+    run.validate(Model(), loaders(labelled()), verbose=False)
+    assert evaluation.history[0] == evaluation.history[1]
+
+
+def test_an_index_filled_in_validation_can_be_trained_through(tmp_path):
+    made = []
+
+    def index(dim):
+        made.append(FlatIndex(dim))
+        return made[-1]
+
+    trainer(tmp_path, RetrievalEvaluation(index=index)).validate(Model(), loaders(labelled()), verbose=False)
+    queries = torch.randn(2, 4, requires_grad=True)
+    made[0](queries).scores.sum().backward()
+    assert queries.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "words"),
+    [
+        (lambda b: {"embeddings": b["embeddings"]}, ArgumentError, "without 'labels'"),
+        (lambda b: {"loss": 1}, ArgumentError, "returned 'loss', expected"),
+        (lambda b: 3, DtypeError, "returned a int"),
+        (lambda b: None, ImplementationError, "no retrieval_step"),
+        (lambda b: {**b, "labels": b["labels"][:2]}, ShapeError, r"labels has shape \(2,\)"),
+        (lambda b: {**b, "labels": b["labels"].float()}, DtypeError, "labels is torch.float32"),
+        (lambda b: {"queries": b["embeddings"], "relevant": b["labels"]}, ArgumentError, "'documents'"),
+        (lambda b: {"documents": b["embeddings"], "ids": torch.arange(len(b))}, ShapeError, "ids has shape"),
+        (
+            lambda b: {**b, "queries": b["embeddings"], "relevant": b["labels"]},
+            ArgumentError,
+            "labelled embeddings and queries",
+        ),
+        (
+            lambda b: {
+                "queries": b["embeddings"],
+                "relevant": b["labels"],
+                "documents": b["embeddings"],
+                "ids": b["labels"].abs(),
+            },
+            DuplicateIdError,
+            "more than once",
+        ),
+    ],
+)
+def test_a_wrong_step_is_refused(tmp_path, step, error, words):
+    evaluation = RetrievalEvaluation(step=lambda module, batch, idx: step(batch))
+    with pytest.raises(error, match=words):
+        trainer(tmp_path, evaluation).validate(Model(), loaders(labelled()), verbose=False)
+
+
+def test_labels_that_never_repeat_are_refused(tmp_path):
+    table = Table(embeddings=torch.randn(9, 6), labels=torch.arange(9))
+    with pytest.raises(ArgumentError, match="no label occurs twice among 9 samples"):
+        trainer(tmp_path, RetrievalEvaluation()).validate(Model(), loaders(table), verbose=False)
+
+
+def test_queries_without_a_relevant_document_are_refused(tmp_path):
+    queries, documents = queries_and_documents()
+    queries.columns["relevant"].fill_(-1)
+    with pytest.raises(ArgumentError, match="no query has a relevant document"):
+        trainer(tmp_path, RetrievalEvaluation()).validate(Model(), loaders(queries, documents), verbose=False)
+
+
+class Reporting(RetrievalEvaluation):
+    """Writes what each rank has logged, for the test to read."""
+
+    def __init__(self, folder):
+        super().__init__(k=(1, 5))
+        self.folder = str(folder)
+
+    def on_validation_end(self, trainer, pl_module):
+        logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        report = {"logged": logged, "history": self.history[-1]}
+        Path(self.folder, f"{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize("tables", [(labelled(),), queries_and_documents()], ids=["labels", "documents"])
+def test_two_processes_log_the_numbers_of_one(tmp_path, tables):
+    # Odd sizes: Lightning's sampler repeats a sample, which must not count twice.
+    trainer(tmp_path, Reporting(tmp_path)).validate(Model(), loaders(*tables), verbose=False)
+    two = trainer(tmp_path, Reporting(tmp_path), devices=2, strategy="ddp_spawn")
+    two.validate(Model(), loaders(*tables), verbose=False)
+    one, *ranks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert one["logged"]
+    assert all(rank == one for rank in ranks)

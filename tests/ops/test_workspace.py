@@ -1,0 +1,86 @@
+"""Peak memory of a search: the workspace beside what the caller holds and the results."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+MIB = 2**20
+WORKSPACE = 64 * MIB
+# What the allocator keeps in pieces too small to use again.
+ALLOWANCE = 24 * MIB
+
+PROGRAM = """
+import gc, json, sys, torch
+from elips_torch import knn, pairwise_distance, range_search
+
+case = json.loads(sys.argv[1])
+operation, n, n_queries, dim = case["operation"], case["n"], case["n_queries"], case["dim"]
+options = {"metric": case.get("metric", "l2"), "workspace_bytes": case["workspace"]}
+generator = torch.Generator().manual_seed(0)
+queries = torch.rand(n_queries, dim, generator=generator)
+database = torch.rand(n, dim, generator=generator)
+if case.get("mask"):
+    options["mask"] = torch.ones(n_queries, n, dtype=torch.bool)
+if case.get("exclude"):
+    options["exclude"] = torch.randint(0, n, (n_queries, case["exclude"]), generator=generator)
+weight = torch.rand(n_queries, n, generator=generator) if operation == "pairwise_backward" else None
+
+
+def run(rows, columns):
+    q, x, chosen = queries[:rows], database[:columns], dict(options)
+    if "mask" in chosen:
+        chosen["mask"] = chosen["mask"][:rows, :columns]
+    if "exclude" in chosen:
+        chosen["exclude"] = chosen["exclude"][:rows]
+    if operation == "knn":
+        return knn(q, x, min(case["k"], columns), **chosen)
+    if operation == "range_search":
+        return range_search(q, x, case["radius"], **chosen)
+    if operation == "pairwise_distance":
+        return (pairwise_distance(q, x, **chosen),)
+    backward = torch.ops.elips_torch.pairwise_distance_backward
+    return (backward(weight[:rows, :columns], q, x, options["metric"], 0.0, options["workspace_bytes"]),)
+
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+run(2, 1000)
+gc.collect()
+with open("/proc/self/clear_refs", "w") as reset:
+    reset.write("5")
+before = status("VmRSS")
+results = run(n_queries, n)
+print(json.dumps([status("VmHWM") - before, sum(each.nbytes for each in results)]))
+"""
+
+CASES = {
+    "screened": {"operation": "knn", "n": 200_000, "n_queries": 1000, "k": 10},
+    "many neighbours": {"operation": "knn", "n": 20_000, "n_queries": 100, "k": 3000},
+    "exclude": {"operation": "knn", "n": 20_000, "n_queries": 600, "k": 10, "exclude": 10_000},
+    "mask": {"operation": "knn", "n": 100_000, "n_queries": 600, "k": 10, "mask": True},
+    "cdist": {"operation": "knn", "n": 20_000, "n_queries": 300, "k": 10, "metric": "braycurtis"},
+    "complete": {"operation": "knn", "n": 4000, "n_queries": 80, "k": 10, "metric": "canberra"},
+    "k close to n": {"operation": "knn", "n": 4000, "n_queries": 400, "k": 3900},
+    "nothing within": {"operation": "range_search", "n": 50_000, "n_queries": 150, "radius": 0.5},
+    "much within": {"operation": "range_search", "n": 20_000, "n_queries": 60, "radius": 10.0},
+    "pairwise": {"operation": "pairwise_distance", "n": 50_000, "n_queries": 300},
+    "pairwise gradient": {"operation": "pairwise_backward", "n": 50_000, "n_queries": 500},
+}
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="reads /proc of Linux")
+@pytest.mark.parametrize("name", CASES)
+def test_peak_memory_stays_within_the_workspace(name):
+    case = json.dumps({"dim": 64, "workspace": WORKSPACE} | CASES[name])
+    done = subprocess.run([sys.executable, "-c", PROGRAM, case], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    peak, results = json.loads(done.stdout)
+    # Range search puts its results together from parts: twice their size for a moment.
+    held = 2 * results if CASES[name]["operation"] == "range_search" else results
+    assert peak - held <= WORKSPACE + ALLOWANCE, f"{(peak - held) / MIB:.1f} MiB beside the results"

@@ -1,0 +1,142 @@
+import ast
+import inspect
+import pathlib
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+import elips_torch
+
+ROOT = pathlib.Path(elips_torch.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+LAYERS = {
+    "core": 0,
+    "reference": 1,
+    "kernels": 1,
+    "engines": 1,
+    "ops": 2,
+    "quantizers": 3,
+    "indexes": 4,
+    "training": 5,
+    "evaluation": 5,
+    "distributed": 5,
+    "runtime": 5,
+    "lightning": 6,
+    "cli": 6,
+    "testing": 6,
+}
+# Folders of one layer that may not import each other.
+APART = {"training", "evaluation", "distributed", "runtime"}
+OWNERS = {
+    "faiss": "engines/faiss",
+    "cuvs": "engines/cuvs",
+    "triton": "kernels",
+    "lightning": "lightning",
+    "matplotlib": "evaluation",
+}
+LAZY = ("faiss", "cuvs", "lightning", "torchmetrics", "triton", "matplotlib", "torch._dynamo")
+
+
+def imports(path: pathlib.Path):
+    """Yield the full names of the modules that a file imports, anywhere in it."""
+    package = ["elips_torch", *path.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            # `from elips_torch import ops` names a folder too.
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def folder_of(path: pathlib.Path) -> str | None:
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if len(parts) > 1 else None
+
+
+def upward(folder: str, imported: str) -> bool:
+    parts = imported.split(".")
+    if parts[0] != "elips_torch" or len(parts) < 2:
+        return False
+    other = parts[1]
+    if other not in LAYERS:
+        # A name of the package itself, whose __init__ imports everything.
+        return True
+    if other == folder:
+        return False
+    return LAYERS[other] > LAYERS[folder] or {folder, other} <= APART
+
+
+def test_every_folder_has_a_layer():
+    folders = {folder_of(path) for path in FILES} - {None}
+    assert folders <= set(LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downward(path):
+    folder = folder_of(path)
+    if folder is None or LAYERS[folder] == 6:
+        # These may import all.
+        return
+    assert not [name for name in imports(path) if upward(folder, name)]
+
+
+def test_an_upward_import_is_noticed():
+    assert upward("core", "elips_torch.ops.knn")
+    assert upward("evaluation", "elips_torch.training.memory")
+    assert upward("ops", "elips_torch.knn")
+    assert not upward("ops", "elips_torch.core.metric")
+    assert not upward("kernels", "elips_torch.reference.knn")
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_an_optional_package_is_imported_by_its_folder_only(package):
+    owner = ROOT / OWNERS[package]
+    strangers = [
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if owner not in path.parents and any(name.split(".")[0] == package for name in imports(path))
+    ]
+    assert not strangers
+
+
+def run(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_library_leaves_the_heavy_packages_alone():
+    # Some versions of torch import a few of them by themselves.
+    program = f"""
+import sys, torch
+before = set(sys.modules)
+import elips_torch
+print([name for name in {LAZY!r} if name in set(sys.modules) - before])
+"""
+    assert run(program).strip() == "[]"
+
+
+def test_importing_the_library_costs_little():
+    program = """
+import time, torch
+start = time.perf_counter()
+import elips_torch
+print(time.perf_counter() - start)
+"""
+    assert statistics.median(float(run(program)) for _ in range(5)) <= 0.15
+
+
+@pytest.mark.parametrize("name", elips_torch.__all__)
+def test_public_names_are_documented(name):
+    public = getattr(elips_torch, name)
+    if inspect.isclass(public) or inspect.isfunction(public):
+        assert public.__doc__
+        assert not public.__doc__.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 450
