@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
@@ -25,7 +24,6 @@ def test_the_first_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "index.safetensors").stat().st_size > 0
 
 
-@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_the_training_example_runs():
     names = {"torch": torch, "nn": nn, "FlatIndex": __import__("elips_torch").FlatIndex}
     exec(blocks()[1].replace("fullgraph=True", "fullgraph=True, backend='aot_eager'"), names)

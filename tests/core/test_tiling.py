@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elips_torch.core.tiling import plan_tiles, spans
@@ -6,6 +6,7 @@ from elips_torch.core.tiling import plan_tiles, spans
 sizes = st.integers(0, 10**7)
 
 
+@settings(deadline=None)
 @given(
     sizes,
     sizes,
@@ -28,6 +29,7 @@ def test_a_single_pair_larger_than_the_workspace_is_still_a_tile():
     assert (tiles.queries, tiles.rows) == (1, 1)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5000), st.integers(1, 700))
 def test_spans_cover_everything_once(total, step):
     parts = list(spans(total, step))

@@ -19,10 +19,6 @@ INDUCTOR = pytest.param(
 pytestmark = [
     # Raised inside torch's own compiler, by Python's ast module and by typing internals.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    # Python 3.13.0 alone.
-    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0"),
-    # Raised and filtered inside torch's compiler, whose filter gives way to pytest's.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
 

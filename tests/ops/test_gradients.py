@@ -86,15 +86,15 @@ def test_the_workspace_and_the_layout_change_nothing(metric):
     kind = resolve_metric(metric)
     grads = []
     for workspace, transposed in [(256 * MIB, False), (MIB, False), (MIB, True)]:
-        q, x = leaves(kind, 60, 200, 33)
+        q, x = leaves(kind, 30, 120, 33)
         if transposed:
             q, x = (each.detach().T.contiguous().T.requires_grad_() for each in (q, x))
         scores = knn(q, x, 20, metric=metric, workspace_bytes=workspace).scores
-        loss = (scores * weights(60, 20)).sum()
+        loss = (scores * weights(30, 20)).sum()
         found = range_search(q, x, scores.detach()[:, 10], metric=metric, workspace_bytes=workspace)
         loss = loss + (found.scores**2).sum()
         every = pairwise_distance(q, x, metric=metric, workspace_bytes=workspace)
-        loss = loss + (every * weights(60, 200)).sum()
+        loss = loss + (every * weights(30, 120)).sum()
         grads.append(torch.autograd.grad(loss, (q, x)))
     for again in grads[1:]:
         for first, second in zip(grads[0], again, strict=True):

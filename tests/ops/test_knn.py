@@ -24,7 +24,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(("metric", "p"), CASES, ids=NAMES)
 def test_every_metric_and_dtype_equals_the_reference(metric, p, dtype):
     kind = resolve_metric(metric, p)
-    for n, n_queries, dim in [(1, 1, 3), (63, 7, 1), (127, 2, 33), (90, 1, 100)]:
+    for n, n_queries, dim in [(1, 1, 3), (63, 3, 1), (127, 1, 33), (90, 1, 100)]:
         q, x = vectors(kind, n_queries, dim, dtype=dtype), vectors(kind, n, dim, seed=1, dtype=dtype)
         full = reference_knn(q, x, n + 3, metric, p)
         for k in {1, min(10, n), n, n + 3}:
@@ -53,8 +53,8 @@ def test_mixed_dtypes(metric, query_dtype, database_dtype):
 @pytest.mark.parametrize(("metric", "p", "name"), hard_cases())
 def test_hard_data(metric, p, name):
     kind = resolve_metric(metric, p)
-    q, x = hard_sets(kind, 500, 6)[name]
-    for k in (1, 20):
+    q, x = hard_sets(kind, 200, 6)[name]
+    for k in (1, 12):
         assert_same(knn(q, x, k, metric=metric, p=p), oracle_knn(kind, q, x, k))
     one_feature = knn(q[:, :1], x[:, :1], 9, metric=metric, p=p)
     assert_same(one_feature, oracle_knn(kind, q[:, :1], x[:, :1], 9))
@@ -64,7 +64,7 @@ def test_hard_data(metric, p, name):
 def test_masks_and_exclusions_equal_the_reference(metric, p):
     kind = resolve_metric(metric, p)
     generator = torch.Generator().manual_seed(0)
-    for n in (63, 200):
+    for n in (63, 130):
         q, x = vectors(kind, 3, 5), (vectors(kind, n, 5, seed=1) * 3).round() / 3
         exclude = torch.randint(-1, n, (3, 20), generator=generator)
         few = torch.rand(n, generator=generator) < 0.05
@@ -120,18 +120,18 @@ def test_many_tiles_of_clustered_and_repeated_rows(metric, dtype):
     kind = resolve_metric(metric)
     generator = torch.Generator().manual_seed(3)
     centres = torch.randn(40, 64, generator=generator)
-    x = centres[torch.randint(0, 40, (18_000,), generator=generator)]
-    x = x + 0.01 * torch.randn(18_000, 64, generator=generator)
+    x = centres[torch.randint(0, 40, (12_000,), generator=generator)]
+    x = x + 0.01 * torch.randn(12_000, 64, generator=generator)
     # Copies of a row lie in different tiles.
-    x[9000:] = x[torch.randint(0, 9000, (9000,), generator=generator)]
+    x[6000:] = x[torch.randint(0, 6000, (6000,), generator=generator)]
     q, x = x[:6].to(dtype) + 0.001, x.to(dtype)
     for workspace in (16 * MIB, 256 * MIB):
         assert_same(knn(q, x, 10, metric=metric, workspace_bytes=workspace), oracle_knn(kind, q, x, 10))
-    mask = torch.rand(6, 18_000, generator=generator) < 0.01
+    mask = torch.rand(6, 12_000, generator=generator) < 0.01
     assert_same(knn(q, x, 10, metric=metric, mask=mask), oracle_knn(kind, q, x, 10, mask))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     st.data(),
     st.sampled_from(CASES),

@@ -7,7 +7,7 @@ from elips_torch.ops.pairwise_distance import pairwise_distance_backward_op, pai
 from elips_torch.ops.range_search import range_search_backward_op, range_search_op
 
 MIB = 2**20
-METRICS = [("l2", 0.0), ("cosine", 0.0), ("lp", 3.0), ("jensenshannon", 0.0)]
+METRICS = [("l2", 0.0), ("cosine", 0.0), ("lp", 3.0)]
 DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float64)]
 
 

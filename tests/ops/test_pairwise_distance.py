@@ -11,7 +11,7 @@ from elips_torch.reference.pairwise_distance import pairwise_distance as referen
 @pytest.mark.parametrize(("metric", "p"), CASES, ids=NAMES)
 def test_every_metric_and_dtype_equals_the_reference(metric, p, dtype):
     kind = resolve_metric(metric, p)
-    for n, n_queries, dim in [(0, 2, 3), (1, 1, 3), (63, 7, 1), (127, 2, 33), (60, 1, 100), (5, 0, 2)]:
+    for n, n_queries, dim in [(0, 2, 3), (1, 1, 3), (63, 3, 1), (127, 1, 33), (60, 1, 100), (5, 0, 2)]:
         q, x = vectors(kind, n_queries, dim, dtype=dtype), vectors(kind, n, dim, seed=1, dtype=dtype)
         scores = pairwise_distance(q, x, metric=metric, p=p)
         assert scores.dtype == torch.float32

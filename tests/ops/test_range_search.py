@@ -29,7 +29,7 @@ def middle(kind, q, x):
 @pytest.mark.parametrize(("metric", "p"), CASES, ids=NAMES)
 def test_every_metric_and_dtype_equals_the_reference(metric, p, dtype):
     kind = resolve_metric(metric, p)
-    for n, n_queries, dim in [(0, 2, 3), (1, 1, 3), (63, 7, 1), (127, 2, 33), (5, 0, 2)]:
+    for n, n_queries, dim in [(0, 2, 3), (1, 1, 3), (63, 2, 1), (127, 1, 33), (5, 0, 2)]:
         q, x = vectors(kind, n_queries, dim, dtype=dtype), vectors(kind, n, dim, seed=1, dtype=dtype)
         radius = middle(kind, q, x)
         assert_same(range_search(q, x, radius, metric=metric, p=p), reference_search(q, x, radius, metric, p))

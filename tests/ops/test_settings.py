@@ -54,9 +54,9 @@ SETTINGS = {
 def search_all(metric, grad):
     generator = torch.Generator().manual_seed(0)
     q = torch.rand(12, 20, generator=generator, device="cpu", dtype=torch.float32).requires_grad_(grad)
-    x = torch.rand(900, 20, generator=generator, device="cpu", dtype=torch.float32)
+    x = torch.rand(300, 20, generator=generator, device="cpu", dtype=torch.float32)
     radius = {"l2": 3.0, "cosine": 0.8, "canberra": 6.0}[metric]
-    found = [*knn(q, x, 9, metric=metric), *knn(q, x, 700, metric=metric)]
+    found = [*knn(q, x, 9, metric=metric), *knn(q, x, 200, metric=metric)]
     found += range_search(q, x, radius, metric=metric)
     found.append(pairwise_distance(q, x, metric=metric))
     if grad and found[0].requires_grad:

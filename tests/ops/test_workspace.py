@@ -60,17 +60,23 @@ print(json.dumps([status("VmHWM") - before, sum(each.nbytes for each in results)
 """
 
 CASES = {
-    "screened": {"operation": "knn", "n": 200_000, "n_queries": 1000, "k": 10},
+    "screened": {"operation": "knn", "n": 200_000, "n_queries": 600, "k": 10},
     "many neighbours": {"operation": "knn", "n": 20_000, "n_queries": 100, "k": 3000},
-    "exclude": {"operation": "knn", "n": 20_000, "n_queries": 600, "k": 10, "exclude": 10_000},
-    "mask": {"operation": "knn", "n": 100_000, "n_queries": 600, "k": 10, "mask": True},
+    "mask and exclude": {
+        "operation": "knn",
+        "n": 40_000,
+        "n_queries": 300,
+        "k": 10,
+        "mask": True,
+        "exclude": 10_000,
+    },
     "cdist": {"operation": "knn", "n": 20_000, "n_queries": 300, "k": 10, "metric": "braycurtis"},
-    "complete": {"operation": "knn", "n": 4000, "n_queries": 80, "k": 10, "metric": "canberra"},
+    "complete": {"operation": "knn", "n": 3000, "n_queries": 50, "k": 10, "metric": "canberra"},
     "k close to n": {"operation": "knn", "n": 4000, "n_queries": 400, "k": 3900},
     "nothing within": {"operation": "range_search", "n": 50_000, "n_queries": 150, "radius": 0.5},
     "much within": {"operation": "range_search", "n": 20_000, "n_queries": 60, "radius": 10.0},
     "pairwise": {"operation": "pairwise_distance", "n": 50_000, "n_queries": 300},
-    "pairwise gradient": {"operation": "pairwise_backward", "n": 50_000, "n_queries": 500},
+    "pairwise gradient": {"operation": "pairwise_backward", "n": 40_000, "n_queries": 500},
 }
 
 
