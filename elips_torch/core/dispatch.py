@@ -87,6 +87,13 @@ def _log_once(message: str) -> None:
     logger.info(message)
 
 
+def _check_name(operation: str, implementations: Sequence[Implementation], requested: str) -> None:
+    names = ["auto", *(candidate.name for candidate in implementations)]
+    if requested not in names:
+        known = ", ".join(map(repr, names))
+        raise ImplementationError(f"implementation is {requested!r}, {operation} has {known}")
+
+
 def choose(
     operation: str, implementations: Sequence[Implementation], request: Request, requested: str = "auto"
 ) -> Implementation:
@@ -102,10 +109,7 @@ def choose(
         ImplementationError: the name is unknown, or nothing that is allowed can serve the call;
             the message lists every reason.
     """
-    names = [candidate.name for candidate in implementations]
-    if requested != "auto" and requested not in names:
-        known = ", ".join(repr(name) for name in ("auto", *names))
-        raise ImplementationError(f"implementation is {requested!r}, {operation} has {known}")
+    _check_name(operation, implementations, requested)
     skipped: list[str] = []
     for candidate in implementations:
         if requested not in ("auto", candidate.name):
@@ -125,7 +129,8 @@ def explain_choice(
     request: Request,
     requested: str,
 ) -> Explanation:
-    """Return what `choose` would do and why, without raising."""
+    """Return what `choose` would do and why; raises only for an unknown name."""
+    _check_name(operation, implementations, requested)
     reasons = {each.name: each.unsupported_reasons(request) for each in implementations}
     if requested != "auto":
         for name in reasons:

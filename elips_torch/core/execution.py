@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from elips_torch.core.errors import ImplementationError
 
 
 def runs_directly(*tensors: Tensor | None) -> bool:
@@ -12,13 +16,33 @@ def runs_directly(*tensors: Tensor | None) -> bool:
 
     The dispatcher costs tens of microseconds and is needed for gradients, for tracing, and for
     tensor subclasses such as fake tensors.
+
+    Raises:
+        ImplementationError: under forward-mode differentiation or `torch.func`, whose tangents a
+            direct call would drop in silence.
     """
     if torch.compiler.is_compiling():
         return False
     present = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in present):
+        raise ImplementationError(
+            "scores have reverse-mode gradients only: torch.func transforms and forward-mode "
+            "differentiation are not supported; use loss.backward() or torch.autograd.grad"
+        )
+    if needs_gradient(*present):
         return False
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in present)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient to any of the tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def refuse_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
+    """Stand in for the derivative of a backward operator."""
+    raise ImplementationError("scores can be differentiated once, not twice")
 
 
 @contextmanager

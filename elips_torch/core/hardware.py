@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import torch
 
@@ -12,7 +13,7 @@ class DeviceFacts:
 
     Attributes:
         type: "cpu", "cuda", ...
-        name: what the driver or torch calls it.
+        name: what the driver calls a GPU; the number of cores of a CPU.
         capability: instruction set of a CPU ("AVX512"), "sm_90" or "gfx942" for a GPU.
         memory_bytes: memory of a GPU; 0 for a CPU.
         vnni: the CPU has 8-bit integer dot products (AVX512-VNNI).
@@ -39,7 +40,7 @@ def _facts(device_type: str, index: int) -> DeviceFacts:
     if device_type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         vnni = capability == "AVX512" and torch.cpu._is_vnni_supported()
-        return DeviceFacts("cpu", f"{torch.get_num_threads()} threads", capability, vnni=vnni)
+        return DeviceFacts("cpu", f"{os.cpu_count()} cores", capability, vnni=vnni)
     return DeviceFacts(device_type, device_type, "unknown")
 
 

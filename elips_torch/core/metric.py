@@ -221,3 +221,8 @@ def resolve_metric(metric: str, p: float | None = None) -> Metric:
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 < p < math.inf:
         raise MetricError(f"p is {p!r}, expected a number above 0 for metric 'lp', such as p=3")
     return dataclasses.replace(found, p=float(p))
+
+
+def metric_of(name: str, p: float) -> Metric:
+    """Return the metric whose name and p these are; operators take these two for a metric."""
+    return resolve_metric(name, p if name == "lp" else None)

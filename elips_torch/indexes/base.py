@@ -12,7 +12,7 @@ from elips_torch.core.errors import (
     ParameterError,
     ShapeError,
 )
-from elips_torch.core.execution import runs_directly
+from elips_torch.core.execution import needs_gradient, runs_directly
 from elips_torch.core.results import RangeResult, SearchResult
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import (
@@ -29,7 +29,7 @@ from elips_torch.indexes.files import read_index_file, write_index_file
 from elips_torch.indexes.rows import Rows
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.candidate_scores import candidate_scores_op
-from elips_torch.ops.index_search import format_parameters, index_search_op
+from elips_torch.ops.index_search import format_parameters, index_range_search_op, index_search_op
 
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -110,6 +110,12 @@ class Index(Rows):
         """Whether results are exact by the definition of the metric."""
         return False
 
+    def extra_repr(self) -> str:
+        """Return what `repr` shows."""
+        p = f", p={self.p:g}" if self.p is not None else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"dim={self.dim}, metric={self.metric!r}{p}, ntotal={self.ntotal}, k={self.k}, dtype={dtype}"
+
     # Verbs that ask.
 
     def forward(self, queries: Tensor, k: int | None = None, **options: Any) -> SearchResult:
@@ -156,7 +162,7 @@ class Index(Rows):
         if not torch.compiler.is_compiling():
             # Compiled code may not touch a row tensor; there the operator checks when it runs.
             check_device("queries", queries, self.device, "the index")
-        count = self.k if k is None else check_k(k)
+        count = check_k(self.k if k is None else k)
         self._check_parameters(parameters)
         single = queries.ndim == 1
         if single:
@@ -167,9 +173,7 @@ class Index(Rows):
                 queries, count, mask, exclude, exclude_self, implementation, parameters, False
             )
         else:
-            differentiable = torch.is_grad_enabled() and (
-                queries.requires_grad or (database is not None and database.requires_grad)
-            )
+            differentiable = needs_gradient(queries, database)
             scores, candidates, ids, rows = index_search_op(
                 queries.detach(),
                 mask,
@@ -185,9 +189,7 @@ class Index(Rows):
             if differentiable:
                 if database is not None:
                     candidates = _gather(database, rows)
-                scores = candidate_scores_op(
-                    queries, candidates, ids, self.metric, self._metric.p, DEFAULT_WORKSPACE_BYTES
-                )
+                scores = self._candidate_scores(queries, candidates, ids, parameters)
         return SearchResult(scores[0], ids[0]) if single else SearchResult(scores, ids)
 
     def range_search(
@@ -221,27 +223,38 @@ class Index(Rows):
         Raises:
             ElipsError: an argument of wrong type, shape, dtype, device or value.
         """
-        check_vectors("queries", queries, dim=self.dim, device=self.device, allow_single=True)
+        check_vectors("queries", queries, dim=self.dim, allow_single=True)
+        if not torch.compiler.is_compiling():
+            check_device("queries", queries, self.device, "the index")
         self._check_parameters(parameters)
         queries = torch.atleast_2d(queries)
-        selection = self._selection(queries.shape[0], mask, exclude, exclude_self)
-        limits = as_radius(radius, queries.shape[0], self.device)
-        lims, scores, rows = self._range_search(
-            queries.detach(), limits, selection, implementation, parameters
-        )
-        ids = self.ids.index_select(0, rows)
+        limits = as_radius(radius, queries.shape[0], queries.device)
         database = self._learnable_vectors()
-        if not runs_directly(queries, database):
-            hit = torch.repeat_interleave(lims.diff())
-            candidates = self._decode(rows) if database is None else database.index_select(0, rows)
-            scores = candidate_scores_op(
-                queries.index_select(0, hit),
-                candidates[:, None],
-                ids[:, None],
-                self.metric,
-                self._metric.p,
-                DEFAULT_WORKSPACE_BYTES,
-            )[:, 0]
+        if runs_directly(queries, database):
+            scores, _, ids, _, lims = self._range_search_now(
+                queries, limits, mask, exclude, exclude_self, implementation, parameters, False
+            )
+        else:
+            differentiable = needs_gradient(queries, database)
+            scores, candidates, ids, rows, lims = index_range_search_op(
+                queries.detach(),
+                limits,
+                mask,
+                exclude,
+                self._handle,
+                exclude_self,
+                implementation,
+                format_parameters(parameters),
+                differentiable and database is None,
+                self._candidate_dtype(),
+            )
+            if differentiable:
+                if database is not None:
+                    candidates = database.index_select(0, rows)
+                hit = torch.repeat_interleave(lims.diff(), output_size=rows.shape[0])
+                scores = self._candidate_scores(
+                    queries.index_select(0, hit), candidates[:, None], ids[:, None], parameters
+                )[:, 0]
         return RangeResult(lims, scores, ids)
 
     # Files.
@@ -285,11 +298,11 @@ class Index(Rows):
             raise IndexFileError(
                 f"{where} holds a {name}, expected a {cls.__name__}; load_index reads any class"
             )
-        dtype = _DTYPE_NAMES.get(config.get("dtype", ""))
         try:
+            dtype = _DTYPE_NAMES.get(config.get("dtype", ""))
             index = cls(**(config if dtype is None else {**config, "dtype": dtype}), device=device)
             index.load_state_dict(tensors, assign=True)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise IndexFileError(f"{where} does not fit a {name}: {error}") from error
         if dtype is not None and index.dtype != dtype:
             raise IndexFileError(f"{where} holds {index.dtype} vectors, its settings say {dtype}")
@@ -322,6 +335,36 @@ class Index(Rows):
             return scores, candidates.view(*rows.shape, self.dim), ids, rows
         return scores, torch.empty(0, dtype=self._candidate_dtype(), device=self.device), ids, rows
 
+    def _range_search_now(
+        self,
+        queries: Tensor,
+        radius: Tensor,
+        mask: Tensor | None,
+        exclude: Tensor | None,
+        exclude_self: bool,
+        implementation: str,
+        parameters: dict[str, Any],
+        keep_candidates: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return scores, candidates ``(M, D)`` or empty, ids, rows and lims; no gradients, no tracing."""
+        check_device("queries", queries, self.device, "the index")
+        selection = self._selection(queries.shape[0], mask, exclude, exclude_self)
+        lims, scores, rows = self._range_search(
+            queries.detach(), radius, selection, implementation, parameters
+        )
+        candidates = torch.empty(0, dtype=self._candidate_dtype(), device=self.device)
+        if keep_candidates:
+            candidates = self._decode(rows)
+        return scores, candidates, self.ids.index_select(0, rows), rows, lims
+
+    def _candidate_scores(
+        self, queries: Tensor, candidates: Tensor, ids: Tensor, parameters: dict[str, Any]
+    ) -> Tensor:
+        """Return the scores of candidates ``(Q, K, D)`` with gradients."""
+        workspace = self._parameter(parameters, "workspace_bytes")
+        scores: Tensor = candidate_scores_op(queries, candidates, ids, self.metric, self._metric.p, workspace)
+        return scores
+
     def _candidate_dtype(self) -> torch.dtype:
         """Dtype of decoded vectors; may not read a row tensor, since compiled code asks."""
         return torch.float32
@@ -347,12 +390,14 @@ class Index(Rows):
         return Selection(mask, rows)
 
     def _check_parameters(self, parameters: dict[str, Any]) -> None:
-        for name in parameters:
+        for name, value in parameters.items():
             if name not in self.search_parameters:
                 known = ", ".join(self.search_parameters)
                 raise ParameterError(
                     f"{type(self).__name__} has no search parameter {name!r}, it has {known}"
                 )
+            if type(value) not in (int, float):
+                raise ParameterError(f"{name} is {value!r}, expected an int or a float")
 
     def _parameter(self, parameters: dict[str, Any], name: str) -> Any:
         """Return a search parameter of this call, or its default."""

@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,18 @@ def write_index_file(
     """
     target = Path(path)
     header = {"format": _FORMAT, "version": str(_VERSION), "index": name, "config": json.dumps(config)}
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {os.fspath(target.parent)!r} to save an index in")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=header)
+        # Safetensors makes files that nobody else may read; the user's umask decides that.
+        temporary.chmod(mode)
         os.replace(temporary, target)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_index_file(
@@ -64,5 +69,7 @@ def read_index_file(
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return header["index"], json.loads(header["config"]), tensors
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except IndexFileError:
+        raise
+    except (SafetensorError, KeyError, ValueError) as error:
         raise IndexFileError(f"{os.fspath(path)!r} is no index file or is damaged: {error}") from error

@@ -25,10 +25,20 @@ class IdMap:
         # Fewer ids need no look, which also spares the meta device a question about values.
         self.ascending = ids.numel() < 2 or bool((ids[1:] > ids[:-1]).all())
         self._runs = self._ranks = None
+        self.accept(ids)
 
-    def move(self) -> None:
+    def accept(self, ids: Tensor) -> None:
+        """Take the ids ``(N,)`` as they are now for known."""
+        self._seen = (ids._version, ids.data_ptr(), ids.numel())
+
+    def is_stale(self, ids: Tensor) -> bool:
+        """Whether somebody else has written into the ids or replaced them since `accept`."""
+        return (ids._version, ids.data_ptr(), ids.numel()) != self._seen
+
+    def move(self, ids: Tensor) -> None:
         """Forget what lies on the device that the ids have left."""
         self._runs = self._ranks = None
+        self.accept(ids)
 
     def append(self, ids: Tensor, first_row: int, largest: int | None) -> None:
         """Take note of new rows.

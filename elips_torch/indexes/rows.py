@@ -1,8 +1,9 @@
 """The vectors of an index and their ids: adding, replacing, removing, asking for them."""
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -95,11 +96,13 @@ class Rows(RowState, ABC):
         return self.ntotal
 
     def __contains__(self, id: object) -> bool:
-        if isinstance(id, Tensor) and id.numel() != 1:
-            raise ShapeError(f"id has shape {tuple(id.shape)}, expected one id")
-        if not isinstance(id, (int, Tensor)) or int(id) < 0 or int(id) > _LARGEST_ID:
+        try:
+            label = operator.index(id)  # type: ignore[arg-type]
+        except TypeError:
             return False
-        return bool(self._rows_of(torch.tensor([int(id)], device=self.device)) >= 0)
+        if isinstance(id, bool) or not 0 <= label <= _LARGEST_ID:
+            return False
+        return bool(self._rows_of(torch.tensor([label], device=self.device)) >= 0)
 
     def memory_bytes(self) -> int:
         """Return the bytes that the stored tensors occupy; on accelerators, room for growth included.
@@ -110,12 +113,6 @@ class Rows(RowState, ABC):
         if self.device.type == "cpu":
             return sum(tensor.nbytes for tensor in tensors)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-    def extra_repr(self) -> str:
-        """Return what `repr` shows."""
-        p = f", p={self.p:g}" if self.p is not None else ""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"dim={self.dim}, metric={self.metric!r}{p}, ntotal={self.ntotal}, k={self.k}, dtype={dtype}"
 
     @untraced
     def fit(self, vectors: Tensor) -> Self:
@@ -220,7 +217,7 @@ class Rows(RowState, ABC):
         """
         rows = self._known_rows(as_ids("ids", ids, self.device))
         vectors = self._decode(rows)
-        single = isinstance(ids, int) or (isinstance(ids, Tensor) and ids.ndim == 0)
+        single = ids.ndim == 0 if isinstance(ids, Tensor) else isinstance(ids, SupportsIndex)
         return vectors[0] if single else vectors
 
     # How rows are kept.
@@ -243,6 +240,7 @@ class Rows(RowState, ABC):
         return labels
 
     def _new_ids(self, n: int, ids: Tensor | Sequence[int] | None) -> Tensor:
+        self._current_id_map()
         if ids is None:
             if self._next_id + n - 1 > _LARGEST_ID:
                 raise ArgumentError(f"no {n} automatic ids are left after {self._next_id - 1}; pass ids")
@@ -258,18 +256,18 @@ class Rows(RowState, ABC):
         return labels
 
     def _append(self, encoded: dict[str, Tensor], ids: Tensor, *, automatic: bool) -> Tensor:
-        first_row, largest = self.ntotal, None if automatic else self._next_id - 1
+        if not ids.numel():
+            return ids
+        id_map, first_row = self._current_id_map(), self.ntotal
         self._append_rows({**encoded, "ids": ids})
-        self._id_map.append(ids, first_row, largest)
-        if ids.numel():
-            self._next_id = (
-                max(self._next_id, int(ids.max()) + 1) if not automatic else self._next_id + len(ids)
-            )
+        id_map.append(ids, first_row, largest=None if automatic else self._next_id - 1)
+        id_map.accept(self.ids)
+        self._next_id = self._next_id + len(ids) if automatic else max(self._next_id, int(ids.max()) + 1)
         return ids
 
     def _rows_of(self, ids: Tensor) -> Tensor:
         """Return the row of each id, any shape; -1 where it is unknown."""
-        return self._id_map.rows(ids, self.ids)
+        return self._current_id_map().rows(ids, self.ids)
 
     def _known_rows(self, ids: Tensor) -> Tensor:
         rows = self._rows_of(ids)

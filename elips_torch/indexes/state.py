@@ -1,5 +1,7 @@
 """Rows as module state: growth, checkpoints, copies, moves between devices and dtypes."""
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elips_torch.core.errors import DuplicateIdError
-from elips_torch.core.validation import check_unique
+from elips_torch.core.validation import FLOAT_DTYPES, check_unique
 from elips_torch.indexes.id_map import IdMap
 from elips_torch.indexes.storage import append_rows, durable, owned
 from elips_torch.ops.index_search import register
@@ -35,6 +37,11 @@ class RowState(nn.Module):
 
     def _attach(self) -> None:
         """Make what belongs to this object alone and is not copied along."""
+        with durable():
+            for name in self.row_tensors:
+                buffer = self._buffers.get(name)
+                if buffer is not None and buffer.is_inference():
+                    self._buffers[name] = buffer.clone()
         self._reserves: dict[str, Tensor] = {}
         self._id_map = IdMap(self.ids)
         self._handle = register(self)  # type: ignore[arg-type]
@@ -43,6 +50,14 @@ class RowState(nn.Module):
     def ntotal(self) -> int:
         """Number of stored vectors."""
         return self.ids.shape[0]
+
+    def _current_id_map(self) -> IdMap:
+        """Return the map of the ids as they are now."""
+        if self._id_map.is_stale(self.ids):
+            # Averaging of models and an unprepared DDP write into buffers behind the index's back.
+            self._id_map.rebuild(self.ids)
+            self._next_id = max(self._next_id, int(self.ids.max()) + 1) if self.ntotal else self._next_id
+        return self._id_map
 
     def _assign_rows(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -77,10 +92,7 @@ class RowState(nn.Module):
         with durable():
             for name, new in rows.items():
                 old = getattr(self, name)
-                if name in self._parameters:
-                    self._assign_rows({name: old.detach().index_copy(0, where, new.to(old.dtype))})
-                else:
-                    old.index_copy_(0, where, new)
+                old.index_copy_(0, where, new.to(old.dtype))
 
     def _keep_rows(self, keep: Tensor) -> None:
         """Drop every row where ``keep (N,)`` is False; the others stay in order."""
@@ -90,9 +102,11 @@ class RowState(nn.Module):
             self._id_map.rebuild(self.ids)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if not self.index_in_state_dict:
-            return
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.index_in_state_dict:
+            for name in self.row_tensors:
+                del destination[prefix + name]
+            return
         for name in self.row_tensors:
             # A view would drag the spare memory behind it into the file.
             destination[prefix + name] = owned(destination[prefix + name])
@@ -108,36 +122,49 @@ class RowState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        expected = [*self.row_tensors, "next_id"]
-        if strict:
-            known = {*expected, *self._modules}
-            own = (key for key in state_dict if key.startswith(prefix))
-            unexpected_keys += [key for key in own if key[len(prefix) :].split(".")[0] not in known]
-        missing = [prefix + name for name in expected if prefix + name not in state_dict]
-        if len(missing) == len(expected) and not self.index_in_state_dict:
-            return
-        if missing:
-            missing_keys += missing
+        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
+        found: tuple[list[str], list[str]] = [], []
+        try:
+            for hook in hooks.values():
+                hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            expected = {prefix + name for name in (*self.row_tensors, "next_id")}
+            # Torch loads what else a subclass holds; it would refuse rows of another number.
+            rest = {key: tensor for key, tensor in state_dict.items() if key not in expected}
+            super()._load_from_state_dict(rest, prefix, local_metadata, strict, *found, error_msgs)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
+        unexpected_keys += found[1]
+        missing = [key for key in found[0] if key not in expected]
+        absent = sorted(expected - state_dict.keys())
+        if len(absent) < len(expected) or self.index_in_state_dict:
+            missing += absent
+        missing_keys += missing
+        if absent or (strict and (found[1] or missing)):
             return
         rows = {name: state_dict[prefix + name].detach() for name in self.row_tensors}
-        next_id = int(state_dict[prefix + "next_id"])
-        faults = self._faults(rows, next_id)
+        next_id, assign = state_dict[prefix + "next_id"], _assigns(local_metadata)
+        faults = self._faults(rows, next_id, assign)
         if faults:
             error_msgs += [f"{prefix}{fault}" for fault in faults]
             return
-        self._load_rows(rows, assign=bool(local_metadata.get("assign_to_params_buffers", False)))
-        self._next_id = next_id
+        self._load_rows(rows, assign=assign)
+        self._next_id = int(next_id)
 
-    def _faults(self, rows: dict[str, Tensor], next_id: int) -> list[str]:
+    def _faults(self, rows: dict[str, Tensor], next_id: Tensor, assign: bool) -> list[str]:
         """Return what keeps loaded rows from being the state of this index."""
         faults = []
+        if self.ids.is_meta and not assign:
+            faults.append("ids: the index is on the meta device, which holds no values; pass assign=True")
+        if next_id.dtype != torch.int64 or next_id.numel() != 1 or int(next_id) < 0:
+            faults.append(f"next_id: got {next_id}, expected one int64 number >= 0")
         for name, tensor in rows.items():
             wanted = getattr(self, name).shape[1:]
             if tensor.ndim != 1 + len(wanted) or tensor.shape[1:] != wanted:
                 shape = ", ".join(("N", *map(str, wanted)))
                 faults.append(f"{name}: got shape {tuple(tensor.shape)}, expected ({shape})")
-            if tensor.is_floating_point() != getattr(self, name).is_floating_point():
-                faults.append(f"{name}: got dtype {tensor.dtype}, expected {getattr(self, name).dtype}")
+            own = getattr(self, name).dtype
+            if tensor.dtype != own and not {tensor.dtype, own} <= set(FLOAT_DTYPES):
+                faults.append(f"{name}: got dtype {tensor.dtype}, expected {own}")
         lengths = {name: len(tensor) for name, tensor in rows.items() if tensor.ndim}
         if len(set(lengths.values())) > 1:
             faults.append(f"ids: the row tensors differ in length: {lengths}")
@@ -147,8 +174,9 @@ class RowState(nn.Module):
                 check_unique("ids", ids)
             except DuplicateIdError as error:
                 faults.append(f"ids: {error}")
-            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= next_id):
-                faults.append(f"ids: got {int(ids.min())} to {int(ids.max())}, expected 0 <= id < {next_id}")
+            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= int(next_id)):
+                span = f"{int(ids.min())} to {int(ids.max())}"
+                faults.append(f"ids: got {span}, expected 0 <= id < {int(next_id)}")
         return faults
 
     def _load_rows(self, rows: dict[str, Tensor], *, assign: bool) -> None:
@@ -171,11 +199,16 @@ class RowState(nn.Module):
             self._id_map.rebuild(self.ids)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        ids = self.ids
+        with durable():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            if self.ids.dtype != torch.int64:
+                # `Module.type` casts every tensor; a label is no number to round.
+                self._buffers["ids"] = ids.to(self.ids.device)
         self._reserves = {
             n: r for n, r in self._reserves.items() if r.data_ptr() == getattr(self, n).data_ptr()
         }
-        self._id_map.move()
+        self._id_map.move(self.ids)
         self._rows_changed()
         return self
 
@@ -186,6 +219,10 @@ class RowState(nn.Module):
             {name: owned(getattr(self, name)) for name in self.row_tensors if name in self._buffers}
         )
         return super().share_memory()
+
+    def __copy__(self) -> Self:
+        # Two indexes cannot share rows that either may change.
+        return copy.deepcopy(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -200,3 +237,7 @@ class RowState(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach()
+
+
+def _assigns(local_metadata: dict[str, Any]) -> bool:
+    return bool(local_metadata.get("assign_to_params_buffers", False))

@@ -9,10 +9,10 @@ from torch import Tensor
 
 # Doubling costs about one more copy of all rows, however many batches they come in.
 _GROWTH = 2
-# On a CPU memory that nobody has touched costs nothing: there a reserve starts large, and grows
-# faster while it is small, which saves most of that copy.
-_CPU_GROWTH = 8
-_CPU_RESERVE_BYTES = (2**28, 2**30)
+# On a CPU memory that nobody has touched costs nothing: there a reserve grows faster while it is
+# small, which saves most of that copy.
+_CPU_GROWTH = 64
+_CPU_RESERVE_BYTES = 2**28
 
 
 @contextmanager
@@ -41,7 +41,8 @@ def append_rows(tensor: Tensor, reserve: Tensor | None, rows: Tensor) -> tuple[T
     if reserve is None or not _holds(reserve, tensor) or reserve.shape[0] < new:
         reserve = _allocate(max(new, _grown(tensor)), tensor)
         reserve[:old] = tensor
-    reserve[old:new] = rows
+    # Through `data`, so that autograd does not take the rows before for changed.
+    reserve.data[old:new] = rows
     return reserve[:new], reserve
 
 
@@ -49,8 +50,7 @@ def _grown(tensor: Tensor) -> int:
     rows, row_bytes = tensor.shape[0], max(1, tensor[:1].nbytes)
     if tensor.device.type != "cpu" or not rows:
         return _GROWTH * rows
-    least, most = (size // row_bytes for size in _CPU_RESERVE_BYTES)
-    return max(_GROWTH * rows, min(_CPU_GROWTH * rows, most), least)
+    return max(_GROWTH * rows, min(_CPU_GROWTH * rows, _CPU_RESERVE_BYTES // row_bytes))
 
 
 def _allocate(rows: int, like: Tensor) -> Tensor:

@@ -75,8 +75,9 @@ def approximate_scores(
     # A Euclidean distance by a matrix product would lose the digits that the bound promises.
     scores = torch.cdist(queries, vectors, p=metric.p, compute_mode="donot_use_mm_for_euclid_dist")
     if metric.name == "linf":
-        # The maximum in `cdist` passes over NaN.
-        return scores.masked_fill_(vectors.isnan().any(1), torch.nan)
+        # The maximum in `cdist` passes over NaN, also over that of inf - inf.
+        unknown = ~(queries.isfinite().all(1, keepdim=True) & vectors.isfinite().all(1))
+        return scores.masked_fill_(unknown, torch.nan)
     if metric.name == "lp":
         return scores.pow_(metric.p)
     if metric.name == "gower":

@@ -154,7 +154,8 @@ class RetrievalEvaluation(Callback):
         hit_rate, label_recall = HitRateAtK(self.k).to(ids.device), LabelRecallAtK(self.k).to(ids.device)
         hit_rate.update(retrieved, own.integers.masked_fill(others == 0, -1))
         label_recall.update(retrieved, own.integers, others)
-        recall = {f"recall@{k}": hit_rate.compute()[f"hit_rate@{k}"] for k in self.k}
+        hits = hit_rate.compute()
+        recall = {f"recall@{k}": hits[f"hit_rate@{k}"] for k in self.k}
         return {**recall, **label_recall.compute()}
 
     def _evaluate_documents(self, queries: Rows, documents: Rows, device: torch.device) -> dict[str, Tensor]:

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.execution import plain_arithmetic
-from elips_torch.core.metric import resolve_metric
+from elips_torch.core.execution import plain_arithmetic, refuse_second_derivative
+from elips_torch.core.metric import metric_of
 from elips_torch.core.tiling import spans
+from elips_torch.core.validation import rows_outside_domain
 from elips_torch.kernels.candidate_gradient import candidate_gradient, queries_at_once
 
 
@@ -24,14 +25,17 @@ def candidate_scores_op(
 
     The candidates are saved as they are, so the database may change before the backward pass.
     """
-    kind = resolve_metric(metric, p if metric == "lp" else None)
+    kind = metric_of(metric, p)
     scores = torch.empty(ids.shape, dtype=torch.float32, device=queries.device)
     step = queries_at_once(candidates.shape[1], candidates.shape[2], workspace_bytes)
     with plain_arithmetic(queries.device):
         for start, stop in spans(len(queries), step):
             q, x = queries[start:stop].double().contiguous(), candidates[start:stop].double().contiguous()
             scores[start:stop] = kind.rounded_score(q[:, None], x)
-        return scores.masked_fill_(ids < 0, kind.worst)
+        scores.masked_fill_(ids < 0, kind.worst)
+        # A query that could not be served on an accelerator has found nothing and scores NaN.
+        unserved = (ids < 0).all(1) & rows_outside_domain(queries, kind)
+        return scores.masked_fill_(unserved[:, None], torch.nan)
 
 
 @candidate_scores_op.register_fake
@@ -51,7 +55,7 @@ def candidate_scores_backward_op(
     for_candidates: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return d loss / d queries and d loss / d candidates (empty unless asked for)."""
-    kind = resolve_metric(metric, p if metric == "lp" else None)
+    kind = metric_of(metric, p)
     grad_queries = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     shape = candidates.shape if for_candidates else (0,)
     grad_candidates = torch.empty(shape, dtype=candidates.dtype, device=queries.device)
@@ -65,6 +69,9 @@ def candidate_scores_backward_op(
             if slopes[1] is not None:
                 grad_candidates[part] = slopes[1]
     return grad_queries, grad_candidates
+
+
+candidate_scores_backward_op.register_autograd(refuse_second_derivative)
 
 
 @candidate_scores_backward_op.register_fake

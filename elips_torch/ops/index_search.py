@@ -27,6 +27,18 @@ class Searchable(Protocol):
         keep_candidates: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
+    def _range_search_now(
+        self,
+        queries: Tensor,
+        radius: Tensor,
+        mask: Tensor | None,
+        exclude: Tensor | None,
+        exclude_self: bool,
+        implementation: str,
+        parameters: dict[str, Any],
+        keep_candidates: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
 
 _handles = itertools.count()
 _indexes: "weakref.WeakValueDictionary[int, Searchable]" = weakref.WeakValueDictionary()
@@ -92,4 +104,45 @@ def _fake(queries: Tensor, mask: Any, exclude: Any, handle: int, k: int, *rest: 
         queries.new_empty((*shape, queries.shape[1]) if keep_candidates else (0,), dtype=dtype),
         queries.new_empty(shape, dtype=torch.int64),
         queries.new_empty(shape, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op(
+    "elips_torch::index_range_search", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def index_range_search_op(
+    queries: Tensor,  # (Q, D)
+    radius: Tensor,  # (Q,) float32
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    handle: int,
+    exclude_self: bool,
+    implementation: str,
+    parameters: str,
+    keep_candidates: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return scores ``(M,)``, candidates ``(M, D)`` or empty, ids and rows ``(M,)``, lims ``(Q + 1,)``."""
+    return _indexes[handle]._range_search_now(
+        queries,
+        radius,
+        mask,
+        exclude,
+        exclude_self,
+        implementation,
+        parse_parameters(parameters),
+        keep_candidates,
+    )
+
+
+@index_range_search_op.register_fake
+def _range_fake(queries: Tensor, *rest: Any) -> Any:
+    keep_candidates, dtype = rest[-2:]
+    found = torch.library.get_ctx().new_dynamic_size()
+    return (
+        queries.new_empty((found,), dtype=torch.float32),
+        queries.new_empty((found, queries.shape[1]) if keep_candidates else (0,), dtype=dtype),
+        queries.new_empty((found,), dtype=torch.int64),
+        queries.new_empty((found,), dtype=torch.int64),
+        queries.new_empty((queries.shape[0] + 1,), dtype=torch.int64),
     )

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.dispatch import Implementation, Request, choose
-from elips_torch.core.execution import plain_arithmetic, runs_directly
-from elips_torch.core.metric import Metric, resolve_metric
+from elips_torch.core.execution import plain_arithmetic, refuse_second_derivative, runs_directly
+from elips_torch.core.metric import Metric, metric_of, resolve_metric
 from elips_torch.core.results import SearchResult
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import (
@@ -41,7 +41,7 @@ def knn(
 
     A score is the metric's definition accumulated in float64 and rounded once to float32; rows
     are ordered by that score, then by the lower row number. The scores carry gradients to the
-    queries and the database. A ``(Q, N)`` matrix is never made.
+    queries and the database. Of the ``(Q, N)`` matrix no more than a tile exists at a time.
 
     Args:
         queries: ``(Q, D)`` or ``(D,)``, float32, float16, bfloat16 or float64; finite.
@@ -147,7 +147,7 @@ def _knn(
         queries,
         database,
         k,
-        resolve_metric(metric, p if metric == "lp" else None),
+        metric_of(metric, p),
         selection=Selection(mask, exclude),
         implementation=implementation,
         workspace_bytes=workspace_bytes,
@@ -178,11 +178,14 @@ def knn_backward_op(
     for_database: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return d loss / d queries and d loss / d database; empty where not asked for."""
-    kind = resolve_metric(metric, p if metric == "lp" else None)
+    kind = metric_of(metric, p)
     with plain_arithmetic(queries.device):
         return database_gradient(
             grad, queries, database, ids, kind, workspace_bytes, for_queries, for_database
         )
+
+
+knn_backward_op.register_autograd(refuse_second_derivative)
 
 
 @knn_backward_op.register_fake

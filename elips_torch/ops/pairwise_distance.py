@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.dispatch import Implementation, Request, choose
-from elips_torch.core.execution import plain_arithmetic, runs_directly
-from elips_torch.core.metric import resolve_metric
+from elips_torch.core.execution import plain_arithmetic, refuse_second_derivative, runs_directly
+from elips_torch.core.metric import metric_of, resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import check_vectors, check_workspace
 from elips_torch.kernels.pairwise_distance_eager import pairwise_distance_eager, pairwise_gradient
@@ -37,8 +37,8 @@ def pairwise_distance(
         workspace_bytes: limit on temporary memory beside the result, in bytes. Default 256 MiB.
 
     Returns:
-        ``(Q, N)`` float32: the definition accumulated in float64 and rounded once. It carries
-        gradients to both sides.
+        ``(Q, N)`` float32: the definition accumulated in float64 and rounded once; what it gives for
+        NaN and infinity too, since values are not checked. It carries gradients to both sides.
 
     Raises:
         ElipsError: an argument of wrong type, shape, dtype, device or value.
@@ -59,7 +59,7 @@ def pairwise_distance(
 def _pairwise_distance(
     queries: Tensor, database: Tensor, metric: str, p: float, implementation: str, workspace_bytes: int
 ) -> Tensor:
-    kind = resolve_metric(metric, p if metric == "lp" else None)
+    kind = metric_of(metric, p)
     request = Request.of(queries, database, kind)
     chosen = choose("pairwise_distance", IMPLEMENTATIONS, request, implementation)
     with plain_arithmetic(queries.device):
@@ -85,9 +85,12 @@ def pairwise_distance_backward_op(
     grad: Tensor, queries: Tensor, database: Tensor, metric: str, p: float, workspace_bytes: int
 ) -> Tensor:
     """Return d loss / d queries in the queries' dtype."""
-    kind = resolve_metric(metric, p if metric == "lp" else None)
+    kind = metric_of(metric, p)
     with plain_arithmetic(queries.device):
         return pairwise_gradient(grad, queries, database, kind, workspace_bytes).to(queries.dtype)
+
+
+pairwise_distance_backward_op.register_autograd(refuse_second_derivative)
 
 
 @pairwise_distance_backward_op.register_fake

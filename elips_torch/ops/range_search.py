@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.dispatch import Implementation, Request, choose
-from elips_torch.core.execution import plain_arithmetic, runs_directly
-from elips_torch.core.metric import Metric, resolve_metric
+from elips_torch.core.execution import plain_arithmetic, refuse_second_derivative, runs_directly
+from elips_torch.core.metric import Metric, metric_of, resolve_metric
 from elips_torch.core.results import RangeResult
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import (
@@ -136,7 +136,7 @@ def _range_search(
         queries,
         database,
         radius,
-        resolve_metric(metric, p if metric == "lp" else None),
+        metric_of(metric, p),
         selection=Selection(mask, exclude),
         implementation=implementation,
         workspace_bytes=workspace_bytes,
@@ -171,9 +171,12 @@ def range_search_backward_op(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """Return d loss / d queries and d loss / d database."""
-    kind = resolve_metric(metric, p if metric == "lp" else None)
+    kind = metric_of(metric, p)
     with plain_arithmetic(queries.device):
         return pair_gradient(grad, queries, database, ids, lims, kind, workspace_bytes)
+
+
+range_search_backward_op.register_autograd(refuse_second_derivative)
 
 
 @range_search_backward_op.register_fake

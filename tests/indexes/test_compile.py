@@ -167,3 +167,22 @@ def test_operator_check():
         torch.float32,
     )
     torch.library.opcheck(torch.ops.elips_torch.index_search.default, masked)
+
+
+def test_range_search_compiles():
+    model = make("l2")
+
+    def search(inputs):
+        lims, scores, ids = model.index.range_search(model.encoder(inputs), 12.0)
+        return lims, scores, ids
+
+    inputs = torch.randn(6, 16)
+    expected = search(inputs)
+    found = torch.compile(search, fullgraph=True, backend="aot_eager")(inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    found[1].sum().backward()
+    gradient = model.encoder.weight.grad.clone()
+    model.zero_grad()
+    expected[1].sum().backward()
+    torch.testing.assert_close(gradient, model.encoder.weight.grad)
