@@ -87,6 +87,13 @@ def _log_once(message: str) -> None:
     logger.info(message)
 
 
+def float64_reasons(request: Request) -> list[str]:
+    """Return why a device cannot compute scores as they are defined; empty where it can."""
+    if request.device.type == "mps":
+        return ["scores are defined in float64, which MPS does not have; move to the CPU"]
+    return []
+
+
 def _check_name(operation: str, implementations: Sequence[Implementation], requested: str) -> None:
     names = ["auto", *(candidate.name for candidate in implementations)]
     if requested not in names:

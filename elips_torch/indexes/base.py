@@ -137,7 +137,8 @@ class Index(Rows):
 
         With grad mode on, scores carry gradients to the queries (and to a learnable database), by
         the vectors as they were searched: the index may change before the backward pass. Inside
-        `torch.compile` there is no graph break, and growth of the index does not recompile.
+        `torch.compile` there is no graph break, and growth of the index does not recompile (that of a
+        learnable one does).
 
         Args:
             queries: ``(Q, D)`` or ``(D,)`` float32, float16, bfloat16 or float64, on the index's

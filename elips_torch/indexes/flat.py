@@ -25,8 +25,8 @@ class FlatIndex(Index):
         metric: name of the distance kind, or an alias; see `elips_torch.METRICS`.
         k: number of neighbours that `search` returns by default.
         dtype: how vectors are stored: float32, float16, bfloat16 or float64.
-        learnable: whether the database is a parameter. Adding, replacing and removing vectors then
-            makes a new parameter, which the optimiser must be given.
+        learnable: whether the database is a parameter. Whatever changes its size then makes a new
+            parameter, which the optimiser must be given, and compiled code is compiled again.
         p: exponent of metric "lp".
         device: where the database lies.
         index_in_state_dict: whether checkpoints hold the database.
@@ -34,7 +34,8 @@ class FlatIndex(Index):
         workspace_bytes: limit on temporary memory of a search, in bytes. Default 256 MiB.
 
     Attributes:
-        vectors: ``(ntotal, D)``, the database.
+        vectors: ``(ntotal, D)``, the database. A view with room for growth behind it: clone it to save
+            it by itself.
         ids: ``(ntotal,)`` int64, the label of each row, in the order of insertion.
 
     Raises:

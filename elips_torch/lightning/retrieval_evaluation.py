@@ -125,17 +125,18 @@ class RetrievalEvaluation(Callback):
 
     def _evaluate(self, rows: RowCollection, trainer: Trainer, device: torch.device) -> dict[str, Tensor]:
         kinds = rows.kinds()
+        place = device if self.device is None else self.device
         loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
         samplers = [getattr(loader, "sampler", None) for loader in loaders]
         if not kinds:
             raise ArgumentError("the validation data has no batch, nothing can be evaluated")
         if kinds == {"embeddings"}:
-            return self._evaluate_labels(rows.rows("embeddings", samplers), device)
+            return self._evaluate_labels(rows.rows("embeddings", samplers, place), device)
         if "embeddings" in kinds:
             raise ArgumentError("the retrieval step returned labelled embeddings and queries or documents")
         for missing in {"queries", "documents"} - kinds:
             raise ArgumentError(f"no retrieval step returned {missing!r} during this validation")
-        queries, documents = rows.rows("queries", samplers), rows.rows("documents", samplers)
+        queries, documents = (rows.rows(kind, samplers, place) for kind in ("queries", "documents"))
         return self._evaluate_documents(queries, documents, device)
 
     def _evaluate_labels(self, own: Rows, device: torch.device) -> dict[str, Tensor]:

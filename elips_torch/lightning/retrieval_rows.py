@@ -56,12 +56,13 @@ class RowCollection:
         """Return the kinds of rows that any process has; must be called by all processes."""
         return set().union(*gather_objects(set(self._parts)))
 
-    def rows(self, kind: str, samplers: list[Any]) -> Rows:
+    def rows(self, kind: str, samplers: list[Any], device: torch.device | str) -> Rows:
         """Return the rows of a kind that are this process's own; must be called by all processes.
 
         Args:
             kind: one of `KINDS`.
             samplers: the sampler of each dataloader.
+            device: where the empty result lies if this process has none.
         """
         parts = self._parts.get(kind, {})
         everywhere = gather_objects({loader: _count(part) for loader, part in parts.items()})
@@ -81,8 +82,10 @@ class RowCollection:
             first += total
         dim, width = shapes[0][0], max(shape[1] for shape in shapes)
         if not pieces:
-            integers = torch.empty((0, width) if kind == "queries" else 0, dtype=torch.int64)
-            return Rows(torch.empty(0, dim), integers, torch.empty(0, dtype=torch.int64))
+            shape = (0, width) if kind == "queries" else (0,)
+            integers = torch.empty(shape, dtype=torch.int64, device=device)
+            vectors = torch.empty(0, dim, dtype=torch.float32, device=device)
+            return Rows(vectors, integers, torch.empty(0, dtype=torch.int64, device=device))
         vectors, integers = _joined([piece[:2] for piece in pieces])
         return Rows(vectors, integers, torch.cat([piece[2] for piece in pieces]))
 

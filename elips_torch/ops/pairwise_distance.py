@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.dispatch import Implementation, Request, choose
+from elips_torch.core.dispatch import Implementation, Request, choose, float64_reasons
 from elips_torch.core.execution import plain_arithmetic, refuse_second_derivative, runs_directly
 from elips_torch.core.metric import metric_of, resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
@@ -13,7 +13,7 @@ from elips_torch.core.validation import check_vectors, check_workspace
 from elips_torch.kernels.pairwise_distance_eager import pairwise_distance_eager, pairwise_gradient
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("eager", pairwise_distance_eager, lambda request: []),
+    Implementation("eager", pairwise_distance_eager, float64_reasons),
 )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.dispatch import Implementation, Request, choose
+from elips_torch.core.dispatch import Implementation, Request, choose, float64_reasons
 from elips_torch.core.execution import plain_arithmetic, refuse_second_derivative, runs_directly
 from elips_torch.core.metric import Metric, metric_of, resolve_metric
 from elips_torch.core.results import RangeResult
@@ -22,9 +22,7 @@ from elips_torch.kernels.candidate_gradient import pair_gradient
 from elips_torch.kernels.range_search_eager import range_search_eager
 from elips_torch.kernels.selection import Selection
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("eager", range_search_eager, lambda request: []),
-)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Implementation("eager", range_search_eager, float64_reasons),)
 
 
 def range_search(

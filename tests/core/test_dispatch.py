@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from elips_torch import ImplementationError, explain, knn
 from elips_torch.core import dispatch
-from elips_torch.core.dispatch import Implementation, Request, choose, explain_choice
+from elips_torch.core.dispatch import Implementation, Request, choose, explain_choice, float64_reasons
 from elips_torch.core.metric import resolve_metric
 
 REQUEST = Request.of(torch.zeros(2, 8), torch.zeros(100, 8), resolve_metric("l2"), 5)
@@ -72,3 +73,9 @@ def test_explain_prints_and_returns(capsys):
     assert explanation.chosen == "eager"
     with pytest.raises(ValueError, match="operation is 'sort'"):
         explain(torch.zeros(8), torch.zeros(9, 8), operation="sort")
+
+
+def test_a_device_without_float64_is_a_reason():
+    assert float64_reasons(REQUEST) == []
+    (reason,) = float64_reasons(dataclasses.replace(REQUEST, device=torch.device("mps")))
+    assert "float64" in reason
