@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.metric import Metric
+from elips_torch.core.tiling import Tiles, plan_tiles
 from elips_torch.kernels.approximate import (
     approximate_scores,
     error_bound,
@@ -19,9 +20,31 @@ from elips_torch.kernels.approximate import (
 )
 from elips_torch.kernels.definition import score_all, score_pairs
 
-# Bytes that `score_tile` takes per cell, per row and per query feature, all temporaries counted.
-CELL_BYTES = 56
-FEATURE_BYTES = 24
+# Share of the workspace for tiles; the rest is for what is then computed by the definition.
+TILE_SHARE = 0.7
+# Bytes that `score_tile` takes per cell, and per feature of a row or a query, all temporaries counted.
+_CELL_BYTES = 56
+_FEATURE_BYTES = 24
+
+
+def plan_exact_tiles(
+    n_queries: int,
+    database: Tensor,  # (N, D)
+    workspace_bytes: int,
+    *,
+    cell_bytes: int = 0,
+    query_bytes: int = 0,
+) -> Tiles:
+    """Return sizes of tiles for `score_tile`, with what the caller takes beside it."""
+    features = database.shape[1] * _FEATURE_BYTES
+    return plan_tiles(
+        n_queries,
+        database.shape[0],
+        workspace_bytes=int(workspace_bytes * TILE_SHARE),
+        cell_bytes=_CELL_BYTES + cell_bytes,
+        row_bytes=features,
+        query_bytes=features + query_bytes,
+    )
 
 
 def score_tile(
@@ -30,9 +53,10 @@ def score_tile(
     vectors: Tensor,  # (N, D)
     workspace_bytes: int,
 ) -> Tensor:  # (Q, N) float32
-    """Score every pair of a tile that fits the workspace."""
+    """Score every pair of a tile that `plan_exact_tiles` has made fit the workspace."""
+    rest = int(workspace_bytes * (1 - TILE_SHARE))
     if not has_approximation(metric, torch.float64):
-        return score_all(metric, queries, vectors, workspace_bytes)
+        return score_all(metric, queries, vectors, rest)
     prepared, query_norms = prepare_queries(metric, queries, torch.float64)
     wide = vectors.double().contiguous()
     norms = row_norms(metric, wide)
@@ -45,6 +69,6 @@ def score_tile(
     unsure = (lower != upper).nonzero()
     if unsure.numel():
         query_rows, rows = unsure.unbind(1)
-        lower[query_rows, rows] = score_pairs(metric, queries, vectors, query_rows, rows, workspace_bytes)
+        lower[query_rows, rows] = score_pairs(metric, queries, vectors, query_rows, rows, rest)
     # Rounded from below, a zero may carry a sign; scores have none.
     return lower.add_(0.0)

@@ -24,11 +24,8 @@ from elips_torch.kernels.approximate import (
     row_norms,
 )
 from elips_torch.kernels.definition import score_candidates
-from elips_torch.kernels.exact_tile import CELL_BYTES, FEATURE_BYTES, score_tile
+from elips_torch.kernels.exact_tile import TILE_SHARE, plan_exact_tiles, score_tile
 from elips_torch.kernels.selection import Selection
-
-# Share of the workspace for tiles; the rest is for rescoring and for what certifying a tile takes.
-_TILE_SHARE = 0.7
 
 
 def knn_eager(
@@ -101,7 +98,7 @@ class _Screened:
         tiles = plan_tiles(
             n_queries,
             self.database.shape[0],
-            workspace_bytes=int(workspace_bytes * _TILE_SHARE),
+            workspace_bytes=int(workspace_bytes * TILE_SHARE),
             cell_bytes=(5 if self.metric.name == "braycurtis" else 3) * size + 2,
             row_bytes=dim * (size + self.database.dtype.itemsize) + 4 * size,
             query_bytes=24 * dim + 8 * self.n_candidates * (size + 8) + self.selection_bytes,
@@ -117,7 +114,7 @@ class _Screened:
         metric = self.metric
         prepared, query_norms = prepare_queries(metric, queries, self.dtype)
         values, rows, largest_norm, all_seen = self._select(prepared, selection, workspace_bytes)
-        rest = int(workspace_bytes * (1 - _TILE_SHARE))
+        rest = int(workspace_bytes * (1 - TILE_SHARE))
         scores = score_candidates(metric, queries, self.database, rows.clamp_min(0), rest)
         candidate_ranks = rows if ranks is None else ranks[rows.clamp_min(0)]
         keys = order_keys(scores, candidate_ranks.clamp_min(0), metric.higher_is_better)
@@ -190,15 +187,13 @@ class _Complete:
         self.selection_bytes = selection_bytes
 
     def _tiles(self, n_queries: int, k: int, workspace_bytes: int) -> tuple[int, int]:
-        features = self.database.shape[1] * FEATURE_BYTES
         # Beside the tile's scores: keys and rows of the tile, and of the best old, new and merged.
-        tiles = plan_tiles(
+        tiles = plan_exact_tiles(
             n_queries,
-            self.database.shape[0],
-            workspace_bytes=int(workspace_bytes * _TILE_SHARE),
-            cell_bytes=CELL_BYTES + 40,
-            row_bytes=features,
-            query_bytes=features + 96 * k + self.selection_bytes,
+            self.database,
+            workspace_bytes,
+            cell_bytes=40,
+            query_bytes=96 * k + self.selection_bytes,
         )
         return tiles.queries, tiles.rows
 
@@ -210,12 +205,11 @@ class _Complete:
     ) -> tuple[Tensor, Tensor, Tensor]:
         metric, device = self.metric, queries.device
         n_queries, n_rows = queries.shape[0], self.database.shape[0]
-        rest = int(workspace_bytes * (1 - _TILE_SHARE))
         keys = torch.empty(n_queries, 0, dtype=torch.int64, device=device)
         rows = torch.empty(n_queries, 0, dtype=torch.int64, device=device)
         scores = torch.empty(n_queries, 0, dtype=torch.float32, device=device)
         for start, stop in spans(n_rows, self._tiles(n_queries, k, workspace_bytes)[1]):
-            tile = score_tile(metric, queries, self.database[start:stop], rest)
+            tile = score_tile(metric, queries, self.database[start:stop], workspace_bytes)
             positions = torch.arange(start, stop, device=device)
             tile_ranks = positions if ranks is None else ranks[start:stop]
             tile_keys = order_keys(tile, tile_ranks, metric.higher_is_better)

@@ -5,9 +5,8 @@ from torch import Tensor
 
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import plan_tiles, spans
-from elips_torch.kernels.exact_tile import CELL_BYTES, FEATURE_BYTES, score_tile
+from elips_torch.kernels.exact_tile import plan_exact_tiles, score_tile
 
-_TILE_SHARE = 0.7
 # float64 temporaries of the costliest gradient.
 _GRADIENT_BYTES_PER_FEATURE = 72
 
@@ -20,20 +19,11 @@ def pairwise_distance_eager(
 ) -> Tensor:  # (Q, N) float32
     """Return every score; only the result itself is larger than the workspace."""
     n_queries, n_rows = queries.shape[0], database.shape[0]
-    features = queries.shape[1] * FEATURE_BYTES
-    tiles = plan_tiles(
-        n_queries,
-        n_rows,
-        workspace_bytes=int(workspace_bytes * _TILE_SHARE),
-        cell_bytes=CELL_BYTES,
-        row_bytes=features,
-        query_bytes=features,
-    )
-    rest = int(workspace_bytes * (1 - _TILE_SHARE))
+    tiles = plan_exact_tiles(n_queries, database, workspace_bytes)
     scores = torch.empty(n_queries, n_rows, dtype=torch.float32, device=queries.device)
     for first, last in spans(n_rows, tiles.rows):
         for start, stop in spans(n_queries, tiles.queries):
-            tile = score_tile(metric, queries[start:stop], database[first:last], rest)
+            tile = score_tile(metric, queries[start:stop], database[first:last], workspace_bytes)
             scores[start:stop, first:last] = tile
     return scores
 

@@ -5,11 +5,10 @@ from torch import Tensor
 
 from elips_torch.core.metric import Metric
 from elips_torch.core.ordering import order_keys
-from elips_torch.core.tiling import plan_tiles, spans
-from elips_torch.kernels.exact_tile import CELL_BYTES, FEATURE_BYTES, score_tile
+from elips_torch.core.tiling import spans
+from elips_torch.kernels.exact_tile import plan_exact_tiles, score_tile
 from elips_torch.kernels.selection import Selection
 
-_TILE_SHARE = 0.7
 # What collecting and sorting takes per hit of a tile of queries.
 _HIT_BYTES = 128
 
@@ -24,17 +23,9 @@ def range_search_eager(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
     """Return lims, scores and rows of all rows strictly within the radius, best first."""
-    n_queries, n_rows = queries.shape[0], database.shape[0]
+    n_queries = queries.shape[0]
     device = queries.device
-    features = queries.shape[1] * FEATURE_BYTES
-    tiles = plan_tiles(
-        n_queries,
-        n_rows,
-        workspace_bytes=int(workspace_bytes * _TILE_SHARE),
-        cell_bytes=CELL_BYTES,
-        row_bytes=features,
-        query_bytes=features + selection.query_bytes,
-    )
+    tiles = plan_exact_tiles(n_queries, database, workspace_bytes, query_bytes=selection.query_bytes)
     lims = torch.zeros(n_queries + 1, dtype=torch.int64, device=device)
     all_scores = [torch.empty(0, dtype=torch.float32, device=device)]
     all_rows = [torch.empty(0, dtype=torch.int64, device=device)]
@@ -77,13 +68,12 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return query, score and row of each hit; None when several queries have too many."""
     n_queries, most = queries.shape[0], workspace_bytes // _HIT_BYTES
-    rest = int(workspace_bytes * (1 - _TILE_SHARE))
     hits = [torch.empty(0, dtype=torch.int64, device=queries.device)]
     scores = [torch.empty(0, dtype=torch.float32, device=queries.device)]
     rows = [torch.empty(0, dtype=torch.int64, device=queries.device)]
     found = 0
     for start, stop in spans(database.shape[0], row_step):
-        tile = score_tile(metric, queries, database[start:stop], rest)
+        tile = score_tile(metric, queries, database[start:stop], workspace_bytes)
         within = tile > limit if metric.higher_is_better else tile < limit
         dropped = selection.dropped(n_queries, start, stop)
         if dropped is not None:
