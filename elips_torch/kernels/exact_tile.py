@@ -27,6 +27,15 @@ _CELL_BYTES = 56
 _FEATURE_BYTES = 24
 
 
+# Up to so many features of pairs the definition itself is cheaper than the steps that avoid it.
+_FEW_FEATURES = 2**17
+
+
+def is_small(queries: Tensor, database: Tensor) -> bool:
+    """Whether scoring every pair by the definition costs less than anything else."""
+    return queries.shape[0] * database.numel() <= _FEW_FEATURES
+
+
 def plan_exact_tiles(
     n_queries: int,
     database: Tensor,  # (N, D)
@@ -55,7 +64,7 @@ def score_tile(
 ) -> Tensor:  # (Q, N) float32
     """Score every pair of a tile that `plan_exact_tiles` has made fit the workspace."""
     rest = int(workspace_bytes * (1 - TILE_SHARE))
-    if not has_approximation(metric, torch.float64):
+    if is_small(queries, vectors) or not has_approximation(metric, torch.float64):
         return score_all(metric, queries, vectors, rest)
     prepared, query_norms = prepare_queries(metric, queries, torch.float64)
     wide = vectors.double().contiguous()

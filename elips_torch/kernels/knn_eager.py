@@ -24,7 +24,7 @@ from elips_torch.kernels.approximate import (
     row_norms,
 )
 from elips_torch.kernels.definition import score_candidates
-from elips_torch.kernels.exact_tile import TILE_SHARE, plan_exact_tiles, score_tile
+from elips_torch.kernels.exact_tile import TILE_SHARE, is_small, plan_exact_tiles, score_tile
 from elips_torch.kernels.selection import Selection
 
 
@@ -65,7 +65,7 @@ def _searches(
     """Return the searches to try in turn; the last one certifies every query."""
     searches: list[_Screened | _Complete] = []
     n_candidates = k + 16 + k // 8
-    if n_candidates <= database.shape[0] // 2:
+    if n_candidates <= database.shape[0] // 2 and not is_small(queries, database):
         wide = torch.float64 in (queries.dtype, database.dtype)
         if has_approximation(metric, torch.float32) and not wide and float32_product_is_exact(queries.device):
             searches.append(_Screened(database, metric, torch.float32, n_candidates, selection_bytes))

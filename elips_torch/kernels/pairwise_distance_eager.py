@@ -5,7 +5,7 @@ from torch import Tensor
 
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import plan_tiles, spans
-from elips_torch.kernels.exact_tile import plan_exact_tiles, score_tile
+from elips_torch.kernels.exact_tile import TILE_SHARE, plan_exact_tiles, score_tile
 
 # float64 temporaries of the costliest gradient.
 _GRADIENT_BYTES_PER_FEATURE = 72
@@ -61,7 +61,8 @@ def _product_gradient(
     tiles = plan_tiles(
         n_queries,
         n_rows,
-        workspace_bytes=workspace_bytes,
+        # The rest is for what the product packs.
+        workspace_bytes=int(workspace_bytes * TILE_SHARE),
         cell_bytes=16,
         row_bytes=features,
         query_bytes=2 * features,

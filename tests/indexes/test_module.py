@@ -65,7 +65,7 @@ def test_a_small_index_reserves_little():
 
 
 # Torch scripts a function of its own when jvp is first used.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_forward_mode_and_functional_transforms_are_refused():
     index = filled()
     queries = torch.rand(3, 4)

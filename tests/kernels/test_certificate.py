@@ -26,6 +26,11 @@ HARD = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _small_problems_take_every_step(monkeypatch):
+    monkeypatch.setattr("elips_torch.kernels.exact_tile._FEW_FEATURES", 0)
+
+
 def data(name, n=400, dim=32):
     generator = torch.Generator().manual_seed(0)
     q, x = torch.rand(6, dim, generator=generator) * 2 - 1, torch.rand(n, dim, generator=generator) * 2 - 1
