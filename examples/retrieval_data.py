@@ -83,6 +83,10 @@ class DigitsData(RetrievalData):
         self.corpus, self.corpus_labels = pixels[:half], labels[:half]
         self.test, self.test_labels = pixels[half:], labels[half:]
 
+    def __str__(self) -> str:
+        """Return what there is to learn from, in words."""
+        return f"{len(self.corpus)} digits to train on, {len(self.test)} held out"
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return batches of queries: the corpus itself."""
         table = TableDataset(
@@ -140,6 +144,14 @@ class EmbeddingsData(RetrievalData):
         self.train = TableDataset(queries=queries[~tested], relevant=relevant[~tested])
         self.test = TableDataset(queries=queries[tested], relevant=relevant[tested])
 
+    def __str__(self) -> str:
+        """Return what there is to learn from, in words."""
+        steps = -(-len(self.train) // self.batch_size)
+        return (
+            f"{len(self.train)} queries to train on ({steps} steps per epoch), {len(self.test)} held out, "
+            f"{len(self.corpus)} documents"
+        )
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return batches of queries that are not held out."""
         return self.train.loader(self.batch_size, shuffle=True)
@@ -181,7 +193,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tenso
         raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
     if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
         shapes = f"queries {tuple(queries.shape)} and documents {tuple(documents.shape)}"
-        raise ValueError(f"{path} has {shapes}, expected (Q, D) and (N, D)")
+        raise ValueError(f"{path} has {shapes}, expected (Q, D) and (N, D) with the same D")
     relevant = relevant[:, None] if relevant.ndim == 1 else relevant
     if relevant.is_floating_point() or relevant.ndim != 2 or len(relevant) != len(queries):
         got = f"{relevant.dtype} of shape {tuple(relevant.shape)}"

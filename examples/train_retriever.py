@@ -40,6 +40,7 @@ class RetrieverCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Measure the untrained model."""
+        print(self.datamodule)
         self.trainer.validate(self.model, self.datamodule, verbose=False)
 
     def after_fit(self) -> None:
@@ -50,16 +51,23 @@ class RetrieverCLI(LightningCLI):
         folder = Path(self.trainer.log_dir or os.getcwd())
         picture = folder / "recall.png"
         draw_recall(evaluation, picture)
-        print(f"\n{recall_table(evaluation)}\n")
+        monitored = self.trainer.checkpoint_callback.monitor.removeprefix(evaluation.prefix)
+        print(f"\n{recall_table(evaluation, monitored)}\n")
         print(f"recall per epoch  {picture}")
         print(f"checkpoint        {self.trainer.checkpoint_callback.best_model_path}")
 
 
-def recall_table(evaluation: RetrievalEvaluation) -> str:
-    """Return recall before and after training as text."""
+def recall_table(evaluation: RetrievalEvaluation, monitored: str) -> str:
+    """Return recall before and after training, and after the epoch whose weights are kept, as text."""
+    best = max(evaluation.history[1:], key=lambda entry: entry[monitored])
     header = "recall on held-out data" + "".join(f"{f'@{k}':>9}" for k in evaluation.k)
     lines = [header]
-    for name, entry in (("before", evaluation.history[0]), ("after", evaluation.history[-1])):
+    rows = {
+        "before": evaluation.history[0],
+        "after": evaluation.history[-1],
+        f"best, epoch {best['epoch'] + 1:.0f}, kept": best,
+    }
+    for name, entry in rows.items():
         lines.append(f"{name:<23}" + "".join(f"{entry[f'recall@{k}']:>9.4f}" for k in evaluation.k))
     return "\n".join(lines)
 

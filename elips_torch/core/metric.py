@@ -43,8 +43,8 @@ class Metric:
     aliases: tuple[str, ...]
     higher_is_better: bool
     form: Form
-    pair_score: PairFunction
-    pair_gradient: PairFunction
+    pair_score: PairFunction = dataclasses.field(repr=False)
+    pair_gradient: PairFunction = dataclasses.field(repr=False)
     domain: tuple[float, float] = (-math.inf, math.inf)
     p: float = 0.0
 
@@ -212,7 +212,7 @@ def resolve_metric(metric: str, p: float | None = None) -> Metric:
     """
     found = _BY_NAME.get(metric.lower()) if isinstance(metric, str) else None
     if found is None:
-        names = ", ".join(repr(known.name) for known in METRICS)
+        names = ", ".join(" or ".join(map(repr, (known.name, *known.aliases))) for known in METRICS)
         raise MetricError(f"metric is {metric!r}, expected one of {names}")
     if found.name != "lp":
         if p is not None:

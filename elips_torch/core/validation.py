@@ -1,7 +1,9 @@
 """Checks of what users pass in: each says which argument, what it got, what it expected."""
 
+import operator
 import sys
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -41,7 +43,8 @@ def check_vectors(
         allow_single: accept a 1-D vector.
     """
     if not isinstance(vectors, Tensor):
-        raise DtypeError(f"{name} is a {type(vectors).__name__}, expected a torch.Tensor")
+        hint = "; torch.from_numpy makes one" if type(vectors).__name__ == "ndarray" else ""
+        raise DtypeError(f"{name} is a {type(vectors).__name__}, expected a torch.Tensor{hint}")
     if vectors.dtype not in FLOAT_DTYPES:
         raise DtypeError(f"{name} has dtype {vectors.dtype}, expected float32, float16, bfloat16 or float64")
     if vectors.ndim != 2 and not (allow_single and vectors.ndim == 1):
@@ -87,12 +90,13 @@ def check_values(name: str, vectors: Tensor, metric: Metric) -> None:
     if max(low, -sys.float_info.max) <= smallest and largest <= min(high, sys.float_info.max):
         return
     bad = rows_outside_domain(vectors, metric)
-    expected = "finite values"
-    if low != -torch.inf:
-        expected = f"values >= {low:g}" if high == torch.inf else f"values in [{low:g}, {high:g}]"
+    where = describe_rows(bad.nonzero().flatten())
+    if low == -torch.inf:
+        raise NonFiniteError(f"{name} has NaN or infinity in {where}, expected finite {vectors.dtype} values")
+    domain = f">= {low:g}" if high == torch.inf else f"in [{low:g}, {high:g}]"
     raise NonFiniteError(
-        f"{name} has NaN, infinity or values out of range in {describe_rows(bad.nonzero().flatten())}, "
-        f"expected {expected} for metric {metric.name!r} in {vectors.dtype}"
+        f"{name} has values outside the domain of metric {metric.name!r} in {where}, "
+        f"expected finite values {domain}"
     )
 
 
@@ -113,8 +117,10 @@ def bad_queries(queries: Tensor, metric: Metric) -> Tensor | None:
 
 def check_k(k: int) -> int:
     """Check the number of neighbours and return it."""
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise DtypeError(f"k is {k!r}, expected an int")
+    if type(k) is not int:
+        if isinstance(k, bool) or not isinstance(k, SupportsIndex):
+            raise DtypeError(f"k is {k!r}, expected an int")
+        k = operator.index(k)
     if k < 1:
         raise ArgumentError(f"k is {k}, expected at least 1")
     return k
@@ -143,7 +149,7 @@ def as_ids(name: str, ids: Tensor | Sequence[int] | int, device: torch.device) -
         try:
             ids = torch.as_tensor(ids, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise DtypeError(f"{name} is a {type(ids).__name__}, expected integers") from error
+            raise DtypeError(f"{name} is a {type(ids).__name__}, expected one integer or several") from error
         if ids.numel() == 0:
             ids = ids.to(torch.int64)
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():

@@ -79,7 +79,9 @@ class FlatIndex(Index):
             workspace_bytes=workspace_bytes,
         )
         if dtype not in FLOAT_DTYPES:
-            raise DtypeError(f"dtype is {dtype}, expected float32, float16, bfloat16 or float64")
+            raise DtypeError(
+                f"dtype is {dtype!r}, expected torch.float32, torch.float16, torch.bfloat16 or torch.float64"
+            )
         self.learnable = learnable
         with durable():
             empty = torch.empty(0, dim, dtype=dtype, device=device)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from elips_torch.core.errors import ArgumentError, ImplementationError, ShapeError
+from elips_torch.core.errors import ArgumentError, DtypeError, ImplementationError, ShapeError
 from elips_torch.evaluation.recall import HitRateAtK, LabelRecallAtK, RecallAtK
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.flat import FlatIndex
@@ -31,6 +32,9 @@ class RetrievalEvaluation(Callback):
     - ``queries (B, D)`` and ``relevant (B, R)``, document ids padded by -1; and, from the same batch or
       from another, ``documents (B, D)`` and ``ids (B,)``. ``val/recall@k`` is the fraction of the
       relevant documents found, ``val/hit_rate@k`` the fraction of queries that found any.
+
+    Recall rises: follow it with ``ModelCheckpoint(monitor="val/recall@10", mode="max")``, since
+    Lightning minimises by default.
 
     Batches of all dataloaders form one evaluation. The sanity check is skipped. With several
     processes each must see its part of the data: samples that Lightning's sampler repeats to give
@@ -67,6 +71,11 @@ class RetrievalEvaluation(Callback):
         device: torch.device | str | None = None,
         prefix: str = "val/",
     ) -> None:
+        if isinstance(index, Index):
+            raise DtypeError(
+                f"index is a {type(index).__name__}, expected a callable that makes one, such as "
+                "lambda dim: FlatIndex(dim)"
+            )
         self.k = RecallAtK(k).k
         self.index = index
         self.step = step
@@ -82,6 +91,14 @@ class RetrievalEvaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a history."""
         self.history = list(state_dict["history"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module that Lightning would never validate."""
+        if not is_overridden("validation_step", pl_module):
+            raise ImplementationError(
+                f"{type(pl_module).__name__} has no validation_step, so Lightning skips validation "
+                "and nothing is evaluated: define one (it may return what retrieval_step would, or nothing)"
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an interrupted validation left."""

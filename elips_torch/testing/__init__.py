@@ -9,6 +9,11 @@ A new index is tested by naming it:
 Needs pytest (``pip install "elips-torch[test]"``).
 """
 
+try:
+    import pytest  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError('elips_torch.testing needs pytest: pip install "elips-torch[test]"') from error
+
 from elips_torch.testing.index_contract import IndexContract
 
 __all__ = ["IndexContract"]

@@ -38,7 +38,7 @@ def test_names_do_not_overlap():
 
 @pytest.mark.parametrize("name", ["", "l3", "hellinger", None, 2, METRICS[0]])
 def test_an_unknown_metric_lists_the_known(name):
-    with pytest.raises(MetricError, match="expected one of 'l2', 'ip', 'cosine'"):
+    with pytest.raises(MetricError, match="expected one of 'l2' or 'euclidean' or 'sqeuclidean', 'ip'"):
         resolve_metric(name)
 
 
