@@ -203,3 +203,18 @@ def test_files_have_the_usual_mode(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         filled().save(tmp_path / "missing" / "index")
     assert len(load_index(tmp_path / "index")) == 20
+
+
+def test_a_class_of_ones_own_is_saved_and_loaded(tmp_path):
+    class Mine(FlatIndex):
+        pass
+
+    index = Mine(4)
+    index.add(torch.rand(3, 4))
+    index.save(tmp_path / "index")
+    assert type(load_index(tmp_path / "index")) is Mine
+
+
+def test_k_may_be_any_integer():
+    index = filled()
+    assert index(torch.rand(2, 4), k=np.int64(3)).ids.shape == (2, 3)

@@ -283,3 +283,31 @@ def test_two_processes_log_the_numbers_of_one(tmp_path, tables):
     one, *ranks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert one["logged"]
     assert all(rank == one for rank in ranks)
+
+
+def test_an_index_in_place_of_a_factory_is_refused():
+    with pytest.raises(DtypeError, match="lambda dim"):
+        RetrievalEvaluation(index=FlatIndex(4))
+
+
+@pytest.mark.filterwarnings("ignore:.*validation_step.*")
+def test_a_module_that_is_never_validated_is_refused(tmp_path):
+    class Unvalidated(LightningModule):
+        def training_step(self, batch, batch_idx):
+            return None
+
+        def configure_optimizers(self):
+            return None
+
+    trainer = Trainer(
+        callbacks=[RetrievalEvaluation()],
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        max_epochs=1,
+    )
+    with pytest.raises(ImplementationError, match="has no validation_step"):
+        trainer.fit(Unvalidated(), DataLoader([torch.zeros(1)]))
