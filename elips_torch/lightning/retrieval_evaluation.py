@@ -92,9 +92,9 @@ class RetrievalEvaluation(Callback):
         """Take over a history."""
         self.history = list(state_dict["history"])
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that Lightning would never validate."""
-        if not is_overridden("validation_step", pl_module):
+        if stage == "fit" and not is_overridden("validation_step", pl_module):
             raise ImplementationError(
                 f"{type(pl_module).__name__} has no validation_step, so Lightning skips validation "
                 "and nothing is evaluated: define one (it may return what retrieval_step would, or nothing)"
