@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.torch_version import TorchVersion
 
 from elips_torch import FlatIndex
 
@@ -169,6 +170,10 @@ def test_operator_check():
     torch.library.opcheck(torch.ops.elips_torch.index_search.default, masked)
 
 
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < (2, 13),
+    reason="an operator whose output size depends on its data breaks the graph in older torch",
+)
 def test_range_search_compiles():
     model = make("l2")
 

@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.torch_version import TorchVersion
 
 from elips_torch import knn, pairwise_distance, range_search
 
@@ -68,6 +69,10 @@ def test_search_compiles_without_gradients():
         assert torch.equal(got, want)
 
 
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < (2, 13),
+    reason="an operator whose output size depends on its data breaks the graph in older torch",
+)
 def test_range_search_compiles():
     def search(q, x):
         lims, scores, ids = range_search(q, x, 0.5)

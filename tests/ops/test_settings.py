@@ -64,6 +64,8 @@ def search_all(metric, grad):
     return [each.detach() for each in found]
 
 
+# Torch 2.9 advises against the settings that are tested here.
+@pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32")
 @pytest.mark.parametrize("metric", ["l2", "cosine", "canberra"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_change_nothing(name, metric):
