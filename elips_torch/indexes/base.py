@@ -136,7 +136,8 @@ class Index(Rows):
         """Find the k nearest vectors of each query.
 
         With grad mode on, scores carry gradients to the queries (and to a learnable database), by
-        the vectors as they were searched: the index may change before the backward pass. Inside
+        the vectors as they were searched: the index may change before the backward pass. Until then
+        the candidates, ``(Q, K, D)`` in the index's dtype, are kept beside the workspace. Inside
         `torch.compile` there is no graph break, and growth of the index does not recompile (that of a
         learnable one does).
 

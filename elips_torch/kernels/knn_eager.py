@@ -5,7 +5,7 @@
 3. Certify: no row outside the candidates can beat or tie the k-th, by the error bound.
 
 A query that is not certified (duplicates at the k-th place, values that float32 cannot tell apart)
-is selected again in float64, and at last by the definition of every row.
+is selected again in float64, and at last by the exact score of every row.
 """
 
 import torch
