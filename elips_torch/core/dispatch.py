@@ -28,18 +28,33 @@ class Request:
     dim: int
     metric: Metric
     k: int | None = None
+    screen: str = "none"
 
     @classmethod
-    def of(cls, queries: Tensor, database: Tensor, metric: Metric, k: int | None = None) -> "Request":
+    def of(
+        cls,
+        queries: Tensor,
+        database: Tensor,
+        metric: Metric,
+        k: int | None = None,
+        screen: str = "none",
+    ) -> "Request":
         """Describe a search of ``(Q, D)`` queries in a ``(N, D)`` database."""
         n_rows, dim = database.shape
-        return cls(queries.device, queries.dtype, database.dtype, queries.shape[0], n_rows, dim, metric, k)
+        return cls(
+            queries.device, queries.dtype, database.dtype, queries.shape[0], n_rows, dim, metric, k, screen
+        )
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         k = f", k={self.k}" if self.k is not None else ""
         shape = f"{self.n_queries} x {self.n_rows} x {self.dim}"
-        return f"{shape} {dtype}, {self.metric.name}{k} on {device_facts(self.device)}"
+        screen = f", screen {self.screen}" if self.screen != "none" else ""
+        return f"{shape} {dtype}, {self.metric.name}{k}{screen} on {device_facts(self.device)}"
+
+
+def _no_reasons(request: Request) -> list[str]:
+    return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +66,18 @@ class Implementation:
         run: the function; all implementations of an operation share one signature.
         unsupported_reasons: given a description of the call, returns why this implementation cannot
             serve it; empty when it can.
+        unwise_reasons: returns why the automatic choice passes it over though it could serve.
     """
 
     name: str
     run: Callable[..., Any]
     unsupported_reasons: Callable[[Request], list[str]]
+    unwise_reasons: Callable[[Request], list[str]] = _no_reasons
+
+    def reasons_against(self, request: Request, requested: str) -> list[str]:
+        """Return why it does not serve a request under which ``requested`` was asked for."""
+        reasons = self.unsupported_reasons(request)
+        return reasons if reasons or requested == self.name else self.unwise_reasons(request)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +143,7 @@ def choose(
     for candidate in implementations:
         if requested not in ("auto", candidate.name):
             continue
-        reasons = candidate.unsupported_reasons(request)
+        reasons = candidate.reasons_against(request, requested)
         if not reasons:
             if skipped:
                 _log_once(f"{operation} runs as {candidate.name!r}; " + "; ".join(skipped))
@@ -138,7 +160,7 @@ def explain_choice(
 ) -> Explanation:
     """Return what `choose` would do and why; raises only for an unknown name."""
     _check_name(operation, implementations, requested)
-    reasons = {each.name: each.unsupported_reasons(request) for each in implementations}
+    reasons = {each.name: each.reasons_against(request, requested) for each in implementations}
     if requested != "auto":
         for name in reasons:
             if name != requested:

@@ -64,3 +64,26 @@ def float32_product_is_exact(device: torch.device) -> bool:
     """
     backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
     return backend.matmul.fp32_precision in ("none", "ieee")
+
+
+def int8_product_is_fast(device: torch.device) -> bool:
+    """Whether products of int8 matrices run on integer instructions here, and give right results.
+
+    Elsewhere torch computes them in a plain loop, far slower than a float32 product.
+    """
+    if device.type != "cpu" or not device_facts(device).vnni:
+        return False
+    has_library = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return has_library and _int8_product_is_right()
+
+
+@functools.cache
+def _int8_product_is_right() -> bool:
+    """Compare one product of extreme codes with its value; instructions that saturate fail."""
+    dim = 512
+    signs = torch.where(torch.arange(dim) % 3 == 0, -1, 1)
+    low = torch.full((dim,), -128)
+    rows = torch.stack([127 * signs, low, torch.full((dim,), 127), signs * torch.arange(dim) % 128])
+    rows = rows.repeat(16, 1)
+    product = torch._int_mm(rows.to(torch.int8), rows.to(torch.int8).t())
+    return torch.equal(product.double(), rows.double() @ rows.double().t())

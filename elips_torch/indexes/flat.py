@@ -1,6 +1,7 @@
 """Exact search over vectors stored as they are."""
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from elips_torch.core.errors import DtypeError
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import FLOAT_DTYPES, check_workspace
 from elips_torch.indexes.base import Index
+from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.storage import durable
+from elips_torch.kernels.screen_choice import check_screen
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.explain import explain
 from elips_torch.ops.knn import run_knn
@@ -25,6 +28,11 @@ class FlatIndex(Index):
         metric: name of the distance kind, or an alias; see `elips_torch.METRICS`.
         k: number of neighbours that `search` returns by default.
         dtype: how vectors are stored: float32, float16, bfloat16 or float64.
+        screen: the low-precision copy of the vectors that is kept beside them, so that searches read
+            less; results are the same with any. "int8" takes about 27% more memory than float32 vectors
+            alone from 384 features on, "bf16" 51%, "none" nothing. "auto" keeps "int8" where the device
+            multiplies int8 matrices fast, the metric is "l2", "ip" or "cosine", and the database is not
+            learnable. It follows every change of the vectors but writes through ``vectors.data``.
         learnable: whether the database is a parameter. Whatever changes its size then makes a new
             parameter, which the optimiser must be given, and compiled code is compiled again.
         p: exponent of metric "lp".
@@ -61,6 +69,7 @@ class FlatIndex(Index):
         *,
         k: int = 10,
         dtype: torch.dtype = torch.float32,
+        screen: str = "auto",
         learnable: bool = False,
         p: float | None = None,
         device: torch.device | str | None = None,
@@ -90,6 +99,9 @@ class FlatIndex(Index):
         else:
             self.register_buffer("vectors", empty)
         self._dtype = dtype
+        self.screen = check_screen(screen, self._metric, dtype, dim)
+        kept = "none" if learnable and screen == "auto" else screen
+        self.plane = ScreeningPlane(self._metric, dim, kept, device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,6 +120,7 @@ class FlatIndex(Index):
             "metric": self.metric,
             "k": self.k,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "screen": self.screen,
             "learnable": self.learnable,
             "p": self.p,
             "index_in_state_dict": self.index_in_state_dict,
@@ -117,9 +130,14 @@ class FlatIndex(Index):
 
     def explain(self, queries: Tensor, k: int | None = None, *, implementation: str = "auto") -> Explanation:
         """Print which implementation would serve `search` and why the others would not."""
-        count = self.k if k is None else k
         return explain(
-            queries, self.vectors, count, metric=self.metric, p=self.p, implementation=implementation
+            queries,
+            self.vectors,
+            self.k if k is None else k,
+            metric=self.metric,
+            p=self.p,
+            screen=self.plane.kind,
+            implementation=implementation,
         )
 
     def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
@@ -146,6 +164,7 @@ class FlatIndex(Index):
             implementation=implementation,
             workspace_bytes=check_workspace(self._parameter(parameters, "workspace_bytes")),
             check_finite=self.check_finite,
+            plane=self.plane.current(self.vectors),
         )
 
     def _range_search(
@@ -173,6 +192,29 @@ class FlatIndex(Index):
 
     def _candidate_dtype(self) -> torch.dtype:
         return self._dtype
+
+    # The plane follows the vectors.
+
+    def _append_rows(self, rows: dict[str, Tensor]) -> None:
+        super()._append_rows(rows)
+        self.plane.append(rows["vectors"], self.vectors)
+
+    def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
+        super()._overwrite_rows(where, rows)
+        self.plane.overwrite(where, rows["vectors"], self.vectors)
+
+    def _keep_rows(self, keep: Tensor) -> None:
+        super()._keep_rows(keep)
+        self.plane.keep(keep, self.vectors)
+
+    def _load_rows(self, rows: dict[str, Tensor], *, assign: bool) -> None:
+        super()._load_rows(rows, assign=assign)
+        self.plane.rebuild(self.vectors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.plane.follow(self.vectors)
+        return self
 
     def _rows_changed(self) -> None:
         # Compiled code asks for the dtype and must not touch the vectors, whose size changes.

@@ -1,28 +1,27 @@
-"""Rows as module state: growth, checkpoints, copies, moves between devices and dtypes."""
+"""Rows under ids as module state: checkpoints, and what finds a row by its id."""
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elips_torch.core.errors import DuplicateIdError
 from elips_torch.core.validation import FLOAT_DTYPES, check_unique
 from elips_torch.indexes.id_map import IdMap
-from elips_torch.indexes.storage import append_rows, durable, owned
+from elips_torch.indexes.row_tensors import RowTensors
+from elips_torch.indexes.storage import durable, owned
 from elips_torch.ops.index_search import register
 
 
-class RowState(nn.Module):
-    """A module whose tensors have one row per stored vector and grow.
+class RowState(RowTensors):
+    """Row tensors under ids, in checkpoints: what every index keeps.
 
-    Each row tensor is a buffer, or a parameter where it is learnable, of exactly ``ntotal`` rows.
-    Spare memory for growth lies behind it and never reaches a checkpoint, a copy or a pickle.
+    A checkpoint holds exactly ``ntotal`` rows; loading one resizes.
     """
 
-    # Names of the tensors with one row per vector; subclasses add theirs to "ids".
+    # Subclasses add theirs to "ids".
     row_tensors: ClassVar[tuple[str, ...]] = ("ids",)
 
     ids: Tensor
@@ -36,13 +35,7 @@ class RowState(nn.Module):
         self._attach()
 
     def _attach(self) -> None:
-        """Make what belongs to this object alone and is not copied along."""
-        with durable():
-            for name in self.row_tensors:
-                buffer = self._buffers.get(name)
-                if buffer is not None and buffer.is_inference():
-                    self._buffers[name] = buffer.clone()
-        self._reserves: dict[str, Tensor] = {}
+        super()._attach()
         self._id_map = IdMap(self.ids)
         self._handle = register(self)  # type: ignore[arg-type]
 
@@ -58,48 +51,6 @@ class RowState(nn.Module):
             self._id_map.rebuild(self.ids)
             self._next_id = max(self._next_id, int(self.ids.max()) + 1) if self.ntotal else self._next_id
         return self._id_map
-
-    def _assign_rows(self, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if name in self._parameters:
-                old = self._parameters[name]
-                trained = old is not None and old.requires_grad
-                # A new parameter, not new data in the old one: a graph that is still to run
-                # backward holds the old one with its shape.
-                self._parameters[name] = nn.Parameter(tensor, requires_grad=trained)
-            else:
-                self._buffers[name] = tensor
-        self._rows_changed()
-
-    def _rows_changed(self) -> None:
-        """Called after row tensors were replaced."""
-
-    def _append_rows(self, rows: dict[str, Tensor]) -> None:
-        """Append to every row tensor, all or none."""
-        grown, reserves = {}, {}
-        with durable():
-            for name, new in rows.items():
-                old = getattr(self, name).detach()
-                if name in self._parameters:
-                    grown[name] = torch.cat([old, new.to(old.dtype)])
-                else:
-                    grown[name], reserves[name] = append_rows(old, self._reserves.get(name), new)
-            self._reserves.update(reserves)
-            self._assign_rows(grown)
-
-    def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
-        """Replace rows ``where (M,)`` of some row tensors."""
-        with durable():
-            for name, new in rows.items():
-                old = getattr(self, name)
-                old.index_copy_(0, where, new.to(old.dtype))
-
-    def _keep_rows(self, keep: Tensor) -> None:
-        """Drop every row where ``keep (N,)`` is False; the others stay in order."""
-        with durable():
-            self._assign_rows({name: getattr(self, name).detach()[keep] for name in self.row_tensors})
-            self._reserves.clear()
-            self._id_map.rebuild(self.ids)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -198,45 +149,24 @@ class RowState(nn.Module):
             self._reserves.clear()
             self._id_map.rebuild(self.ids)
 
+    def _keep_rows(self, keep: Tensor) -> None:
+        super()._keep_rows(keep)
+        self._id_map.rebuild(self.ids)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         ids = self.ids
-        with durable():
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            if self.ids.dtype != torch.int64:
-                # `Module.type` casts every tensor; a label is no number to round.
-                self._buffers["ids"] = ids.to(self.ids.device)
-        self._reserves = {
-            n: r for n, r in self._reserves.items() if r.data_ptr() == getattr(self, n).data_ptr()
-        }
+        super()._apply(fn, recurse)
+        if self.ids.dtype != torch.int64:
+            # `Module.type` casts every tensor; a label is no number to round.
+            self._buffers["ids"] = ids.to(self.ids.device)
         self._id_map.move(self.ids)
-        self._rows_changed()
         return self
 
-    def share_memory(self) -> Self:
-        """Move the tensors to shared memory, without the spare memory behind them."""
-        self._reserves.clear()
-        self._assign_rows(
-            {name: owned(getattr(self, name)) for name in self.row_tensors if name in self._buffers}
-        )
-        return super().share_memory()
-
-    def __copy__(self) -> Self:
-        # Two indexes cannot share rows that either may change.
-        return copy.deepcopy(self)
-
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for name in ("_reserves", "_id_map", "_handle"):
+        state = super().__getstate__()
+        for name in ("_id_map", "_handle"):
             state.pop(name, None)
-        state["_buffers"] = {
-            name: owned(buffer) if buffer is not None and name in self.row_tensors else buffer
-            for name, buffer in self._buffers.items()
-        }
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._attach()
 
 
 def _assigns(local_metadata: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """Fast approximate scores of a tile, with a bound on their error.
 
 The product metrics use one matrix product, the Minkowski family `torch.cdist`. Searches use the
-approximation to select and the bound to prove that nothing was missed; see `knn_eager`.
+approximation to select and the bound to prove that nothing was missed; see `knn_approximated`.
 
 With unit roundoff u, n terms added in any order err by at most gamma_n = n u / (1 - n u) times the
 sum of their magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).

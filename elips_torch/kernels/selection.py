@@ -27,6 +27,11 @@ class Selection:
         # The columns and three temporaries, int64, and bool.
         return 0 if self.exclude is None else 36 * self.exclude.shape[1]
 
+    @property
+    def n_excluded(self) -> int:
+        """Number of rows left out for each query, at most."""
+        return 0 if self.exclude is None else self.exclude.shape[1]
+
     def for_queries(self, chosen: slice | Tensor) -> "Selection":
         """Return the selection of some of the queries."""
         return Selection(self.mask, None if self.exclude is None else self.exclude[chosen], chosen)
@@ -50,3 +55,44 @@ class Selection:
             hit = hit.scatter_(1, column, True)[:, :width]
             dropped = hit if dropped is None else dropped | hit
         return dropped
+
+    def narrowed(self, start: int, stop: int) -> "Selection":
+        """Return the selection of the queries from ``start`` to ``stop`` among these."""
+        if self.queries is None:
+            chosen: slice | Tensor = slice(start, stop)
+        elif isinstance(self.queries, slice):
+            first = self.queries.start or 0
+            chosen = slice(first + start, first + stop)
+        else:
+            chosen = self.queries[start:stop]
+        return Selection(self.mask, None if self.exclude is None else self.exclude[start:stop], chosen)
+
+    @property
+    def own_mask(self) -> Tensor | None:
+        """The mask where each query has its own, else None."""
+        return None if self.mask is None or self.mask.ndim == 1 else self.mask
+
+    def hidden(self, start: int, stop: int) -> Tensor | None:
+        """Return bool ``(Q, stop - start)``, True where a query's own mask hides a row."""
+        if self.own_mask is None:
+            return None
+        return ~self.own_mask[slice(None) if self.queries is None else self.queries, start:stop]
+
+    def drops(self, owners: Tensor, rows: Tensor) -> Tensor:
+        """Return bool ``(P,)``, True where query ``owners (P,)`` may not see row ``rows (P,)``."""
+        if self.own_mask is None:
+            dropped = torch.zeros_like(rows, dtype=torch.bool) if self.mask is None else ~self.mask[rows]
+        else:
+            dropped = ~self.own_mask[self._numbers(owners), rows]
+        if self.exclude is not None:
+            for column in self.exclude.unbind(1):
+                dropped |= column[owners] == rows
+        return dropped
+
+    def _numbers(self, owners: Tensor) -> Tensor:
+        """Return which queries of all these are."""
+        if self.queries is None:
+            return owners
+        if isinstance(self.queries, slice):
+            return owners + (self.queries.start or 0)
+        return self.queries[owners]

@@ -23,6 +23,7 @@ def explain(
     operation: str = "knn",
     metric: str = "l2",
     p: float | None = None,
+    screen: str = "none",
     implementation: str = "auto",
 ) -> Explanation:
     """Print which implementation would serve a call and why the others would not.
@@ -34,6 +35,7 @@ def explain(
         operation: "knn", "range_search" or "pairwise_distance".
         metric: name of the distance kind.
         p: exponent of metric "lp".
+        screen: the plane that "knn" would have: "int8", "bf16" or "none".
         implementation: what the call would ask for.
 
     Returns:
@@ -45,6 +47,7 @@ def explain(
     >>> import torch
     >>> explain(torch.rand(2, 8), torch.rand(100, 8), k=10).chosen  # doctest: +ELLIPSIS
     knn of 2 x 100 x 8 float32, l2, k=10 on cpu (...)
+      compiled     there is no screening plane to run compiled code on
       eager        chosen
     'eager'
     """
@@ -54,7 +57,7 @@ def explain(
     check_vectors("database", database)
     check_vectors("queries", queries, dim=database.shape[1], owner="the database", allow_single=True)
     rows = queries[None] if queries.ndim == 1 else queries
-    request = Request.of(rows, database, kind, k)
+    request = Request.of(rows, database, kind, k, screen)
     explanation = explain_choice(operation, OPERATIONS[operation], request, implementation)
     print(explanation)
     return explanation

@@ -1,10 +1,12 @@
 """k-nearest-neighbour search of queries in a database, both plain tensors."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elips_torch.core.compilation import compiler_reasons
 from elips_torch.core.dispatch import Implementation, Request, choose, float64_reasons
 from elips_torch.core.execution import plain_arithmetic, refuse_second_derivative, runs_directly
 from elips_torch.core.metric import Metric, metric_of, resolve_metric
@@ -19,10 +21,42 @@ from elips_torch.core.validation import (
     check_workspace,
 )
 from elips_torch.kernels.candidate_gradient import database_gradient
-from elips_torch.kernels.knn_eager import knn_eager
+from elips_torch.kernels.knn_exact import knn_exact
+from elips_torch.kernels.plane import Plane
+from elips_torch.kernels.screen_passes import COMPILED
 from elips_torch.kernels.selection import Selection
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Implementation("eager", knn_eager, float64_reasons),)
+# Work of an eager search, in milliseconds, under which nothing is compiled.
+_WORTH_COMPILING = 10.0
+
+
+def _eager_milliseconds(request: Request) -> float:
+    """Estimate an unscreened eager search from its sizes (rates measured on two AVX-512 cores)."""
+    features = request.n_rows * request.dim
+    product = max(features * 4 / 9e6, request.n_queries * features * 2 / 1.5e8)
+    return product + request.n_queries * request.n_rows / 1e6
+
+
+def _compiled_reasons(request: Request) -> list[str]:
+    reasons = [*float64_reasons(request), *compiler_reasons(request.device.type)]
+    if request.screen == "none":
+        reasons.append("there is no screening plane to run compiled code on")
+    return reasons
+
+
+def _small_reasons(request: Request) -> list[str]:
+    work = _eager_milliseconds(request)
+    if work < _WORTH_COMPILING:
+        return [f"about {work:.2g} ms of eager work do not repay compiling"]
+    return []
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation(
+        "compiled", functools.partial(knn_exact, passes=COMPILED), _compiled_reasons, _small_reasons
+    ),
+    Implementation("eager", knn_exact, float64_reasons),
+)
 
 
 def knn(
@@ -101,6 +135,7 @@ def run_knn(
     implementation: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     check_finite: bool = True,
+    plane: Plane | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Choose an implementation and run it; the entry that indexes share with `knn`.
 
@@ -115,15 +150,18 @@ def run_knn(
         implementation: "auto" or a name.
         workspace_bytes: limit on temporary memory, in bytes.
         check_finite: look for queries that hold NaN or infinity.
+        plane: codes of the database to screen with.
 
     Returns:
         Scores and row numbers, -1 where there are fewer than k.
     """
-    chosen = choose("knn", IMPLEMENTATIONS, Request.of(queries, database, metric, k), implementation)
+    screen = "none" if plane is None else plane.kind
+    request = Request.of(queries, database, metric, k, screen)
+    chosen = choose("knn", IMPLEMENTATIONS, request, implementation)
     with plain_arithmetic(queries.device):
         bad = bad_queries(queries, metric) if check_finite else None
         result: tuple[Tensor, Tensor] = chosen.run(
-            queries, database, k, metric, ranks, selection, workspace_bytes
+            queries, database, k, metric, ranks, selection, workspace_bytes, plane
         )
         scores, rows = result
         if bad is not None:

@@ -3,7 +3,9 @@ import torch
 
 from elips_torch import METRICS, knn
 from elips_torch.core.metric import resolve_metric
-from elips_torch.kernels import knn_eager
+from elips_torch.kernels import knn_approximated
+from elips_torch.kernels.knn_approximated import ApproximatedSearch
+from elips_torch.kernels.knn_complete import CompleteSearch
 from elips_torch.kernels.approximate import (
     approximate_scores,
     error_bound,
@@ -80,14 +82,14 @@ def test_with_a_bound_that_certifies_anything_the_answer_is_wrong(metric, monkey
 
     found, complete = answers(metric, "offset")
     assert torch.equal(found.ids, complete.ids[:, :8])
-    monkeypatch.setattr(knn_eager, "error_bound", certify_all)
+    monkeypatch.setattr(knn_approximated, "error_bound", certify_all)
     found, complete = answers(metric, "offset")
     assert not torch.equal(found.ids, complete.ids[:, :8])
 
 
 def precisions_used(monkeypatch, queries, database, k, **options):
     used = []
-    for search in (knn_eager._Screened, knn_eager._Complete):
+    for search in (ApproximatedSearch, CompleteSearch):
         run = search.run
 
         def spy(self, *args, run=run):

@@ -1,80 +1,34 @@
-"""Exact k-nearest-neighbour search in plain torch, on every device and for every metric.
+"""Exact k-nearest-neighbour search that selects by an approximation in float32 or float64.
 
 1. Select: approximate scores tile by tile, keep the k best and some more of each query.
 2. Rescore these candidates by the definition.
 3. Certify: no row outside the candidates can beat or tie the k-th, by the error bound.
-
-A query that is not certified (duplicates at the k-th place, values that float32 cannot tell apart)
-is selected again in float64, and at last by the exact score of every row.
 """
 
 import torch
 from torch import Tensor
 
-from elips_torch.core.hardware import float32_product_is_exact
 from elips_torch.core.metric import Metric
 from elips_torch.core.ordering import EMPTY_KEY, order_keys
 from elips_torch.core.tiling import plan_tiles, spans
 from elips_torch.kernels.approximate import (
     approximate_scores,
     error_bound,
-    has_approximation,
     prepare_queries,
     query_offset,
     row_norms,
 )
 from elips_torch.kernels.definition import score_candidates
-from elips_torch.kernels.exact_tile import TILE_SHARE, is_small, plan_exact_tiles, score_tile
+from elips_torch.kernels.exact_tile import TILE_SHARE
 from elips_torch.kernels.selection import Selection
 
 
-def knn_eager(
-    queries: Tensor,  # (Q, D)
-    database: Tensor,  # (N, D)
-    k: int,
-    metric: Metric,
-    ranks: Tensor | None,  # (N,) int64, rank of each row's id; None: rows are in the order of ids
-    selection: Selection,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
-    """Return the scores and rows of the k best rows; -1 where there are fewer."""
-    n_queries, n_rows = queries.shape[0], database.shape[0]
-    scores = torch.full((n_queries, k), metric.worst, dtype=torch.float32, device=queries.device)
-    rows = torch.full((n_queries, k), -1, dtype=torch.int64, device=queries.device)
-    if n_rows == 0 or n_queries == 0:
-        return scores, rows
-    found = min(k, n_rows)
-    pending = torch.arange(n_queries, device=queries.device)
-    for search in _searches(queries, database, k, metric, selection.query_bytes):
-        left = []
-        step = search.queries_at_once(found, workspace_bytes)
-        for start, stop in spans(pending.numel(), step):
-            part = pending[start:stop]
-            result = search.run(queries[part], found, ranks, selection.for_queries(part), workspace_bytes)
-            scores[part, :found], rows[part, :found], certified = result
-            left.append(part[~certified])
-        pending = torch.cat(left)
-        if not pending.numel():
-            break
-    return scores, rows
+def n_candidates(k: int) -> int:
+    """Return how many rows are rescored to find the k best."""
+    return k + 16 + k // 8
 
 
-def _searches(
-    queries: Tensor, database: Tensor, k: int, metric: Metric, selection_bytes: int
-) -> "list[_Screened | _Complete]":
-    """Return the searches to try in turn; the last one certifies every query."""
-    searches: list[_Screened | _Complete] = []
-    n_candidates = k + 16 + k // 8
-    if n_candidates <= database.shape[0] // 2 and not is_small(queries, database):
-        wide = torch.float64 in (queries.dtype, database.dtype)
-        if has_approximation(metric, torch.float32) and not wide and float32_product_is_exact(queries.device):
-            searches.append(_Screened(database, metric, torch.float32, n_candidates, selection_bytes))
-        if has_approximation(metric, torch.float64):
-            searches.append(_Screened(database, metric, torch.float64, n_candidates, selection_bytes))
-    return [*searches, _Complete(database, metric, selection_bytes)]
-
-
-class _Screened:
+class ApproximatedSearch:
     """Select by the approximation, rescore, certify."""
 
     def __init__(
@@ -82,13 +36,13 @@ class _Screened:
         database: Tensor,
         metric: Metric,
         dtype: torch.dtype,
-        n_candidates: int,
+        k: int,
         selection_bytes: int,  # per query
     ) -> None:
         self.database = database
         self.metric = metric
         self.dtype = dtype
-        self.n_candidates = n_candidates
+        self.n_candidates = n_candidates(k)
         self.selection_bytes = selection_bytes
 
     def _tiles(self, n_queries: int, workspace_bytes: int) -> tuple[int, int]:
@@ -106,11 +60,13 @@ class _Screened:
         return tiles.queries, tiles.rows
 
     def queries_at_once(self, k: int, workspace_bytes: int) -> int:
+        """Return how many queries fit the workspace."""
         return self._tiles(2**30, workspace_bytes)[0]
 
     def run(
         self, queries: Tensor, k: int, ranks: Tensor | None, selection: Selection, workspace_bytes: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
         metric = self.metric
         prepared, query_norms = prepare_queries(metric, queries, self.dtype)
         values, rows, largest_norm, all_seen = self._select(prepared, selection, workspace_bytes)
@@ -176,51 +132,3 @@ class _Screened:
             )
             rows = torch.cat([rows, tile_rows], 1).gather(1, best)
         return values, rows, largest_norm, (rows >= 0).sum(1) == visible
-
-
-class _Complete:
-    """Score every row exactly and keep the best by key; certifies every query."""
-
-    def __init__(self, database: Tensor, metric: Metric, selection_bytes: int) -> None:
-        self.database = database
-        self.metric = metric
-        self.selection_bytes = selection_bytes
-
-    def _tiles(self, n_queries: int, k: int, workspace_bytes: int) -> tuple[int, int]:
-        # Beside the tile's scores: keys and rows of the tile, and of the best old, new and merged.
-        tiles = plan_exact_tiles(
-            n_queries,
-            self.database,
-            workspace_bytes,
-            cell_bytes=40,
-            query_bytes=96 * k + self.selection_bytes,
-        )
-        return tiles.queries, tiles.rows
-
-    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
-        return self._tiles(2**30, k, workspace_bytes)[0]
-
-    def run(
-        self, queries: Tensor, k: int, ranks: Tensor | None, selection: Selection, workspace_bytes: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        metric, device = self.metric, queries.device
-        n_queries, n_rows = queries.shape[0], self.database.shape[0]
-        keys = torch.empty(n_queries, 0, dtype=torch.int64, device=device)
-        rows = torch.empty(n_queries, 0, dtype=torch.int64, device=device)
-        scores = torch.empty(n_queries, 0, dtype=torch.float32, device=device)
-        for start, stop in spans(n_rows, self._tiles(n_queries, k, workspace_bytes)[1]):
-            tile = score_tile(metric, queries, self.database[start:stop], workspace_bytes)
-            positions = torch.arange(start, stop, device=device)
-            tile_ranks = positions if ranks is None else ranks[start:stop]
-            tile_keys = order_keys(tile, tile_ranks, metric.higher_is_better)
-            dropped = selection.dropped(n_queries, start, stop)
-            if dropped is not None:
-                tile_keys.masked_fill_(dropped, EMPTY_KEY)
-            keys = torch.cat([keys, tile_keys], 1)
-            keys, best = keys.topk(min(k, keys.shape[1]), dim=1, largest=False)
-            rows = torch.cat([rows, positions.expand(n_queries, -1)], 1).gather(1, best)
-            scores = torch.cat([scores, tile], 1).gather(1, best)
-        empty = keys == EMPTY_KEY
-        scores = scores.masked_fill_(empty, metric.worst)
-        certified = torch.ones(n_queries, dtype=torch.bool, device=device)
-        return scores, rows.masked_fill_(empty, -1), certified

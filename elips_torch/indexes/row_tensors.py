@@ -1,0 +1,115 @@
+"""Tensors with one row per stored vector, as module state: growth, copies, moves."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from elips_torch.indexes.storage import append_rows, durable, owned
+
+
+class RowTensors(nn.Module):
+    """A module whose tensors have one row per stored vector and grow.
+
+    Each row tensor is a buffer, or a parameter where it is learnable, of exactly as many rows as
+    there are vectors. Spare memory for growth lies behind it and never reaches a checkpoint, a copy
+    or a pickle.
+    """
+
+    # Names of the tensors with one row per vector.
+    row_tensors: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reserves: dict[str, Tensor] = {}
+
+    def _attach(self) -> None:
+        """Make what belongs to this object alone and is not copied along."""
+        with durable():
+            for name in self.row_tensors:
+                buffer = self._buffers.get(name)
+                if buffer is not None and buffer.is_inference():
+                    self._buffers[name] = buffer.clone()
+        self._reserves = {}
+
+    def _assign_rows(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name in self._parameters:
+                old = self._parameters[name]
+                trained = old is not None and old.requires_grad
+                # A new parameter, not new data in the old one: a graph that is still to run
+                # backward holds the old one with its shape.
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=trained)
+            else:
+                self._buffers[name] = tensor
+        self._rows_changed()
+
+    def _rows_changed(self) -> None:
+        """Called after row tensors were replaced."""
+
+    def _append_rows(self, rows: dict[str, Tensor]) -> None:
+        """Append to every row tensor, all or none."""
+        grown, reserves = {}, {}
+        with durable():
+            for name, new in rows.items():
+                old = getattr(self, name).detach()
+                if name in self._parameters:
+                    grown[name] = torch.cat([old, new.to(old.dtype)])
+                else:
+                    grown[name], reserves[name] = append_rows(old, self._reserves.get(name), new)
+            self._reserves.update(reserves)
+            self._assign_rows(grown)
+
+    def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
+        """Replace rows ``where (M,)`` of some row tensors."""
+        with durable():
+            for name, new in rows.items():
+                old = getattr(self, name)
+                old.index_copy_(0, where, new.to(old.dtype))
+
+    def _keep_rows(self, keep: Tensor) -> None:
+        """Drop every row where ``keep (N,)`` is False; the others stay in order."""
+        with durable():
+            self._assign_rows({name: getattr(self, name).detach()[keep] for name in self.row_tensors})
+            self._reserves.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with durable():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._reserves = {
+            n: r for n, r in self._reserves.items() if r.data_ptr() == getattr(self, n).data_ptr()
+        }
+        self._rows_changed()
+        return self
+
+    def share_memory(self) -> Self:
+        """Move the tensors to shared memory, without the spare memory behind them."""
+        for module in self.modules():
+            if isinstance(module, RowTensors):
+                module._drop_reserves()
+        return super().share_memory()
+
+    def _drop_reserves(self) -> None:
+        self._reserves.clear()
+        self._assign_rows(
+            {name: owned(getattr(self, name)) for name in self.row_tensors if name in self._buffers}
+        )
+
+    def __copy__(self) -> Self:
+        # Two indexes cannot share rows that either may change.
+        return copy.deepcopy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_reserves", None)
+        state["_buffers"] = {
+            name: owned(buffer) if buffer is not None and name in self.row_tensors else buffer
+            for name, buffer in self._buffers.items()
+        }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._attach()

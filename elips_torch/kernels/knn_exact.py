@@ -1,0 +1,98 @@
+"""Exact k-nearest-neighbour search for every metric, as a chain of searches.
+
+Each search answers the queries for which it can prove the answer, and leaves the others to the next:
+
+1. the codes of a plane screen the rows (`knn_screened`), where there is a plane;
+2. a float32 product selects candidates (`knn_approximated`), then a float64 product;
+3. every row is scored (`knn_complete`), which always answers.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.hardware import float32_product_is_exact
+from elips_torch.core.metric import Metric
+from elips_torch.core.tiling import spans
+from elips_torch.kernels.approximate import has_approximation
+from elips_torch.kernels.exact_tile import is_small
+from elips_torch.kernels.knn_approximated import ApproximatedSearch, n_candidates
+from elips_torch.kernels.knn_complete import CompleteSearch
+from elips_torch.kernels.knn_screened import ScreenedSearch
+from elips_torch.kernels.plane import Plane
+from elips_torch.kernels.screen_passes import EAGER, Passes
+from elips_torch.kernels.selection import Selection
+
+
+class Search(Protocol):
+    """One link of the chain."""
+
+    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
+        """Return how many queries `run` takes at a time."""
+
+    def run(
+        self, queries: Tensor, k: int, ranks: Tensor | None, selection: Selection, workspace_bytes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
+
+
+def knn_exact(
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,  # (N,) int64, rank of each row's id; None: rows are in the order of ids
+    selection: Selection,
+    workspace_bytes: int,
+    plane: Plane | None = None,
+    passes: Passes = EAGER,
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Return the scores and rows of the k best rows; -1 where there are fewer."""
+    n_queries, n_rows = queries.shape[0], database.shape[0]
+    scores = torch.full((n_queries, k), metric.worst, dtype=torch.float32, device=queries.device)
+    rows = torch.full((n_queries, k), -1, dtype=torch.int64, device=queries.device)
+    if n_rows == 0 or n_queries == 0:
+        return scores, rows
+    found = min(k, n_rows)
+    pending: Tensor | None = None
+    for search in _searches(queries, database, k, metric, selection, workspace_bytes, plane, passes):
+        left = []
+        step = search.queries_at_once(found, workspace_bytes)
+        for start, stop in spans(n_queries if pending is None else pending.numel(), step):
+            part: slice | Tensor = slice(start, stop) if pending is None else pending[start:stop]
+            result = search.run(queries[part], found, ranks, selection.for_queries(part), workspace_bytes)
+            scores[part, :found], rows[part, :found], certified = result
+            unsure = (~certified).nonzero()[:, 0]
+            left.append(unsure + start if pending is None else pending[start:stop][unsure])
+        pending = torch.cat(left)
+        if not pending.numel():
+            break
+    return scores, rows
+
+
+def _searches(
+    queries: Tensor,
+    database: Tensor,
+    k: int,
+    metric: Metric,
+    selection: Selection,
+    workspace_bytes: int,
+    plane: Plane | None,
+    passes: Passes,
+) -> list[Search]:
+    """Return the searches to try in turn; the last one certifies every query."""
+    searches: list[Search] = []
+    small = is_small(queries, database)
+    if plane is not None and not small:
+        screened = ScreenedSearch(database, metric, plane, passes, k + selection.n_excluded, workspace_bytes)
+        if screened.is_possible:
+            searches.append(screened)
+    if n_candidates(k) <= database.shape[0] // 2 and not small:
+        wide = torch.float64 in (queries.dtype, database.dtype)
+        for dtype in (torch.float32, torch.float64):
+            if dtype == torch.float32 and (wide or not float32_product_is_exact(queries.device)):
+                continue
+            if has_approximation(metric, dtype):
+                searches.append(ApproximatedSearch(database, metric, dtype, k, selection.query_bytes))
+    return [*searches, CompleteSearch(database, metric, selection.query_bytes)]

@@ -1,0 +1,361 @@
+"""Exact k-nearest-neighbour search that screens rows by the codes of a plane.
+
+1. Bound every score from the product of codes; keep the bounds of small groups of rows, and of
+   large groups of these.
+2. The k-th largest lower bound is a threshold: rows whose upper bound lies below cannot matter.
+3. Descend from large groups to small ones to rows, keeping what reaches the threshold.
+4. Score these few rows by the definition and sort them.
+
+The maximum of a group is a delegate of its rows (Gaihre et al., Dr. Top-k, 2021, arXiv:2109.08219).
+Where too many rows survive, a query is left uncertified, for a finer search to answer.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.hardware import int8_product_is_fast
+from elips_torch.core.metric import Metric
+from elips_torch.core.ordering import EMPTY_KEY, order_keys
+from elips_torch.core.tiling import spans
+from elips_torch.kernels.pair_scores import exact_pair_scores
+from elips_torch.kernels.plane import BIAS, Plane
+from elips_torch.kernels.screen import CodedQueries, code_queries, threshold
+from elips_torch.kernels.screen_passes import FINE_ROWS, NO_ROW, Passes
+from elips_torch.kernels.selection import Selection
+
+# Queries screened at a time: the bounds of their groups stay in cache.
+_QUERIES = 256
+# Products at a time, for the same reason (measured on two AVX-512 cores).
+_CELLS = 2**20
+# Small groups in a large one: the most that leave enough large groups for a good threshold.
+_FINE_PER_COARSE = (8, 4, 2)
+_GROUPS_PER_NEIGHBOUR = 4
+# The share of rows beyond which another search is cheaper than looking at survivors.
+_MOST_SURVIVORS = 1 / 32
+# Bytes that a survivor takes on its way down, and a product with its temporaries.
+_SURVIVOR_BYTES = 400
+_CELL_BYTES = {True: 4, False: 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Survivors:
+    """Pairs of query ``(P,)`` and row ``(P,)`` that reached the threshold.
+
+    ``certified`` is bool ``(Q,)``: all rows that matter to the query are among its pairs.
+    """
+
+    owners: Tensor
+    rows: Tensor
+    certified: Tensor
+
+
+class ScreenedSearch:
+    """Screen by a plane, rescore what survives.
+
+    Args:
+        database: ``(N, D)``.
+        metric: "l2", "ip" or "cosine".
+        plane: codes of the database.
+        passes: eager or compiled.
+        n_neighbours: k and the number of rows that are excluded per query.
+        workspace_bytes: limit on temporary memory, in bytes.
+    """
+
+    def __init__(
+        self,
+        database: Tensor,
+        metric: Metric,
+        plane: Plane,
+        passes: Passes,
+        n_neighbours: int,
+        workspace_bytes: int,
+    ) -> None:
+        self.database = database
+        self.metric = metric
+        self.plane = plane
+        self.passes = passes
+        self.n_neighbours = n_neighbours
+        n_rows = database.shape[0]
+        wanted = _GROUPS_PER_NEIGHBOUR * n_neighbours
+        self.per_coarse = next((c for c in _FINE_PER_COARSE if n_rows // (c * FINE_ROWS) >= wanted), 0)
+        self.survivors = max(int(n_rows * _MOST_SURVIVORS), 4 * n_neighbours)
+        self.step = self._queries_at_once(workspace_bytes)
+
+    def _queries_at_once(self, workspace_bytes: int) -> int:
+        n_rows = self.database.shape[0]
+        if not self.per_coarse:
+            return 0
+        # Per row: the terms where a mask changes them. Per row and query: a small group's bound, three
+        # of a large group, one as a truth value, in 4 bytes each.
+        fixed = 16 * n_rows
+        per_query = int(4 * n_rows / FINE_ROWS * (1 + 3.5 / self.per_coarse))
+        per_query += _SURVIVOR_BYTES * min(self.survivors, 8 * self.n_neighbours + 256)
+        per_query += 64 * self.database.shape[1]
+        left = workspace_bytes - fixed - self._tile_bytes(workspace_bytes)
+        return int(min(_QUERIES, max(0, left) // per_query))
+
+    def _tile_bytes(self, workspace_bytes: int) -> int:
+        return min(workspace_bytes // 4, _CELLS * _CELL_BYTES[self.passes.is_compiled])
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there are enough rows, and enough memory for them."""
+        return self.step > 0
+
+    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
+        """Return how many queries `run` takes; it splits them itself."""
+        return 16 * _QUERIES
+
+    def run(
+        self, queries: Tensor, k: int, ranks: Tensor | None, selection: Selection, workspace_bytes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
+        results = []
+        buffers = _Buffers(queries.device)
+        for start, stop in _even_cuts(queries.shape[0], self.step):
+            part = selection.narrowed(start, stop)
+            survivors = self._screen(queries[start:stop], part, workspace_bytes, buffers)
+            results.append(self._rank(queries[start:stop], survivors, k, ranks, part, workspace_bytes))
+        scores, rows, certified = (torch.cat(each) for each in zip(*results, strict=True))
+        return scores, rows, certified
+
+    # Which rows survive.
+
+    def _screen(
+        self, queries: Tensor, selection: Selection, workspace_bytes: int, buffers: "_Buffers"
+    ) -> _Survivors:
+        coded = code_queries(self.metric, queries, self.plane)
+        terms = self.plane.terms
+        if selection.mask is not None and selection.own_mask is None:
+            terms = _without(terms, ~selection.mask)
+        if self.passes.is_compiled and queries.shape[0] <= 2:
+            return self._screen_rows(coded, terms, selection)
+        return self._screen_groups(coded, terms, selection, workspace_bytes, buffers)
+
+    def _screen_rows(self, coded: CodedQueries, terms: Tensor, selection: Selection) -> _Survivors:
+        """Screen a query or two at the speed of reading the codes."""
+        n_queries, n_rows = coded.codes.shape[0], self.plane.n_rows
+        group = FINE_ROWS * self.per_coarse
+        whole = n_rows // group * group
+        upper, lower = torch.empty(2, n_queries, n_rows, device=terms.device)
+        for query in range(n_queries):
+            hidden = selection.narrowed(query, query + 1).hidden(0, n_rows)
+            self.passes.row_bounds(
+                self.plane.codes,
+                terms if hidden is None else _without(terms, hidden[0]),
+                coded.codes[query].float(),
+                coded.terms[:, query],
+                coded.slack,
+                upper[query],
+                lower[query],
+            )
+        limit = self._limit(coded, lower[:, :whole].unflatten(1, (-1, group)).amax(2))
+        reached = upper >= limit[:, None]
+        certified = coded.usable & (reached.sum(1) <= self.survivors)
+        owners, rows = (reached & certified[:, None]).nonzero().unbind(1)
+        return _Survivors(owners, rows, certified)
+
+    def _screen_groups(
+        self,
+        coded: CodedQueries,
+        terms: Tensor,
+        selection: Selection,
+        workspace_bytes: int,
+        buffers: "_Buffers",
+    ) -> _Survivors:
+        n_rows = self.plane.n_rows
+        fine, (coarse, lowest) = self._group_bounds(coded, terms, selection, workspace_bytes, buffers)
+        limit = self._limit(coded, lowest.t().contiguous())
+        reached = coarse >= limit
+        certified = coded.usable & (reached.sum(0) <= self.survivors)
+        groups, owners = (reached & certified).nonzero().unbind(1)
+
+        reached = fine[groups, :, owners] >= limit[owners, None]
+        owners, groups, certified = self._descend(reached, owners, certified, groups * self.per_coarse)
+        first = groups * FINE_ROWS
+        rows = first[:, None] + torch.arange(FINE_ROWS, device=first.device)
+        exists = rows < n_rows
+        bounds = self._pair_bounds(coded, terms, rows.clamp_max_(n_rows - 1), owners, workspace_bytes)
+        reached = (bounds >= limit[owners, None]) & exists
+        return _Survivors(*self._descend(reached, owners, certified, first))
+
+    def _limit(self, coded: CodedQueries, lowest: Tensor) -> Tensor:
+        """Return the threshold ``(Q,)`` from lower bounds ``(Q, L)`` of large groups.
+
+        At most as many of the groups as a query excludes rows owe their bound to an excluded row.
+        """
+        best = lowest.topk(self.n_neighbours, dim=1, sorted=False).values
+        return threshold(coded.rounding, best.amin(1))
+
+    def _descend(
+        self, reached: Tensor, owners: Tensor, certified: Tensor, firsts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and members of what was reached, without queries that reached too much.
+
+        Args:
+            reached: bool ``(P, M)``, which members of a group count.
+            owners: ``(P,)`` query of each group.
+            certified: bool ``(Q,)``.
+            firsts: ``(P,)`` number of each group's first member.
+        """
+        counts = torch.zeros_like(certified, dtype=torch.int64).index_add_(0, owners, reached.sum(1))
+        certified = certified & (counts <= self.survivors)
+        pairs, members = (reached & certified[owners, None]).nonzero().unbind(1)
+        return owners[pairs], firsts[pairs] + members, certified
+
+    def _group_bounds(
+        self,
+        coded: CodedQueries,
+        terms: Tensor,
+        selection: Selection,
+        workspace_bytes: int,
+        buffers: "_Buffers",
+    ) -> tuple[Tensor, Tensor]:
+        """Return upper bounds ``(L, C, Q)`` of small groups, and both bounds ``(2, L, Q)`` of large ones."""
+        n_queries, n_rows = coded.codes.shape[0], self.plane.n_rows
+        group = FINE_ROWS * self.per_coarse
+        n_groups, whole = -(-n_rows // group), n_rows // group
+        fine = buffers.get("fine", n_groups, self.per_coarse, n_queries)
+        coarse = buffers.get("coarse", 2, n_groups, n_queries)
+        cells = self._tile_bytes(workspace_bytes) // _CELL_BYTES[self.passes.is_compiled]
+        blocks = _even_cuts(whole, max(2, cells // (group * n_queries)))
+        if whole < n_groups:
+            # The last group is short. Another comes with it: code for a single one would be another.
+            blocks.append((n_groups - 2, n_groups))
+        query_codes = coded.codes.t()
+        for first, last in blocks:
+            start, stop = first * group, min(last * group, n_rows)
+            missing = last * group - stop
+            shape = (last - first, self.per_coarse, FINE_ROWS)
+            codes, row_terms = self.plane.codes[start:stop], terms[start:stop]
+            hidden = selection.hidden(start, stop)
+            if missing:
+                codes, row_terms = _padded(codes, missing), _padded(row_terms, missing, NO_ROW)
+            products = _product(codes, query_codes, buffers).view(*shape, n_queries)
+            arguments = (
+                row_terms.view(*shape, 1, 4),
+                coded.terms,
+                coded.slack,
+                fine[first:last],
+                coarse[:, first:last],
+            )
+            if hidden is None:
+                self.passes.group_bounds(products, *arguments)
+            else:
+                hidden = _padded(hidden.t(), missing).view(*shape, n_queries)
+                self.passes.masked_group_bounds(products, hidden, *arguments)
+        return fine, coarse
+
+    def _pair_bounds(
+        self, coded: CodedQueries, terms: Tensor, rows: Tensor, owners: Tensor, workspace_bytes: int
+    ) -> Tensor:
+        """Return upper bounds ``(P, M)`` of rows ``(P, M)`` for queries ``(P,)``."""
+        query_codes = coded.codes.float()
+        # Uncompiled, the codes of all pairs are gathered and widened.
+        pair_bytes = 1 if self.passes.is_compiled else 16 * rows.shape[1] * query_codes.shape[1]
+        step = max(1, min(workspace_bytes // 4, 2**24) // pair_bytes)
+        parts = [
+            self.passes.pair_bounds(
+                self.plane.codes,
+                terms,
+                query_codes,
+                coded.terms,
+                coded.slack,
+                owners[start:stop],
+                rows[start:stop],
+            )
+            for start, stop in spans(rows.shape[0], step)
+        ]
+        return torch.cat(parts) if parts else torch.empty(rows.shape, device=rows.device)
+
+    # How survivors are ranked.
+
+    def _rank(
+        self,
+        queries: Tensor,
+        survivors: _Survivors,
+        k: int,
+        ranks: Tensor | None,
+        selection: Selection,
+        workspace_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        metric, device = self.metric, queries.device
+        n_queries = queries.shape[0]
+        owners, rows = survivors.owners, survivors.rows
+        if selection.mask is not None or selection.exclude is not None:
+            kept = ~selection.drops(owners, rows)
+            owners, rows = owners[kept], rows[kept]
+        pair_scores = exact_pair_scores(
+            metric, queries, self.database, owners, rows, self.passes, workspace_bytes // 4
+        )
+        keys = order_keys(pair_scores, rows if ranks is None else ranks[rows], metric.higher_is_better)
+        # One row per query, as wide as the longest list.
+        counts = torch.bincount(owners, minlength=n_queries)
+        owners, order = owners.sort(stable=True)
+        column = torch.arange(owners.numel(), device=device) - (counts.cumsum(0) - counts)[owners]
+        width = max(k, int(counts.max()))
+        table = torch.full((n_queries, width), EMPTY_KEY, device=device)
+        table[owners, column] = keys[order]
+        places = torch.zeros_like(table)
+        places[owners, column] = order
+        best_keys, best = table.topk(k, dim=1, largest=False)
+        empty = best_keys == EMPTY_KEY
+        if not rows.numel():
+            shape = (n_queries, k)
+            scores = torch.full(shape, metric.worst, device=device)
+            return scores, torch.full(shape, -1, device=device), survivors.certified
+        places = places.gather(1, best)
+        scores = pair_scores[places].masked_fill_(empty, metric.worst)
+        return scores, rows[places].masked_fill_(empty, -1), survivors.certified
+
+
+class _Buffers:
+    """Memory that one part of the queries hands to the next: touching new pages costs as much as the work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: dict[str, Tensor] = {}
+
+    def get(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return uninitialised memory of a shape; what it held under this name is lost."""
+        size = math.prod(shape)
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < size or memory.dtype != dtype:
+            memory = self._memory[name] = torch.empty(size, dtype=dtype, device=self._device)
+        return memory[:size].view(shape)
+
+
+def _product(codes: Tensor, query_codes: Tensor, buffers: _Buffers) -> Tensor:
+    """Return the product ``(R, Q)`` of codes ``(R, D)`` and ``(D, Q)``, as exact as `screen` counts on."""
+    shape = (codes.shape[0], query_codes.shape[1])
+    if codes.dtype == torch.int8 and int8_product_is_fast(codes.device):
+        return torch._int_mm(codes, query_codes, out=buffers.get("products", *shape, dtype=torch.int32))
+    # Codes are exact also in TF32 and, for int8, in bfloat16, which a float32 product may be run in.
+    return torch.mm(codes.float(), query_codes.float(), out=buffers.get("products", *shape))
+
+
+def _padded(rows: Tensor, missing: int, bias: float = 0.0) -> Tensor:
+    """Return the rows ``(R, M)`` and ``missing`` more of zeros, but for their last entry."""
+    if not missing:
+        return rows.contiguous()
+    more = rows.new_zeros(missing, rows.shape[1])
+    more[:, -1] = bias
+    return torch.cat([rows, more])
+
+
+def _without(terms: Tensor, hidden: Tensor) -> Tensor:
+    """Return the terms ``(N, 4)`` with rows ``hidden (N,)`` as rows that do not exist."""
+    terms = terms.clone()
+    terms[:, BIAS].masked_fill_(hidden, NO_ROW)
+    return terms
+
+
+def _even_cuts(total: int, most: int) -> list[tuple[int, int]]:
+    """Cut ``range(total)`` into parts of at most ``most`` that differ in length by one at most."""
+    parts = -(-total // most)
+    cuts = [total * part // parts for part in range(parts + 1)] if parts else []
+    return list(itertools.pairwise(cuts))

@@ -1,0 +1,125 @@
+"""The certificate of a screen: queries as codes, and bounds of every approximate score.
+
+All metrics are screened as a similarity, the larger the better, that differs from the score by a
+number per query (and a factor of -2 for "l2"):
+
+    similarity(q, x) = q . (x - m)                          "ip"; "cosine" with q and x normalised
+    similarity(q, x) = (q - m) . (x - m) - |x - m|**2 / 2   "l2"
+
+With the query coded like the rows, q' = t d close to q, the approximation ``t s (d . c) + bias``
+differs from it by no more than
+
+    |q'| residual(x) + |q - q'| norm(x) + rounding.
+
+A row can be dropped when its upper bound is below the lower bounds of k other rows, by more than
+what float32, in which scores are compared, could hide.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.metric import Metric
+from elips_torch.kernels.plane import CODE_DTYPES, LARGEST_NORM, SMALLEST_SCALE, UNIT, Plane, norm_slack
+from elips_torch.kernels.screen_passes import FLOOR, NO_ROW
+
+# Up to this many features a sum of products of two int8 codes is below 2**24: float32 is exact.
+EXACT_FLOAT_DIM = 2**24 // 128**2
+# Up to this many a similarity of integers is, too, whose bias ends in a half.
+_EXACT_SIMILARITY_DIM = EXACT_FLOAT_DIM // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedQueries:
+    """Queries as a plane's codes, and the factors of the bounds.
+
+    Attributes:
+        codes: ``(Q, D)``, dtype of the plane's codes.
+        terms: ``(3, Q)`` float32, what the bounds need of each query: its scale, and the factors of a
+            row's residual and of its norm.
+        slack: float32 number, the factor of a row's squared norm.
+        rounding: ``(Q,)`` float64, what scores lose by rounding to float32, as a similarity, beside
+            that in proportion to the similarity.
+        offsets: ``(Q,)`` float64, the score of similarity zero.
+        usable: bool ``(Q,)``; False where nothing is bounded.
+        is_exact: similarities of the codes are those of the vectors.
+    """
+
+    codes: Tensor
+    terms: Tensor
+    slack: Tensor
+    rounding: Tensor
+    offsets: Tensor
+    usable: Tensor
+    is_exact: bool
+
+
+def code_queries(metric: Metric, queries: Tensor, plane: Plane) -> CodedQueries:
+    """Code queries ``(Q, D)`` of any float dtype for a plane."""
+    dim = queries.shape[1]
+    wide = queries.double()
+    mean = plane.mean.double()
+    if metric.name == "cosine":
+        norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        wide = torch.where(norms > 0, wide / norms, 0.0)
+    if metric.name == "l2":
+        wide = wide - mean
+        offsets = wide.square().sum(1)
+        rounding = offsets
+    else:
+        offsets = wide @ mean
+        rounding = torch.linalg.vector_norm(wide, dim=1) * torch.linalg.vector_norm(mean)
+    largest = wide.abs().amax(1)
+    # NaN compares False.
+    usable = largest < LARGEST_NORM / dim
+    wide = torch.where(usable[:, None], wide, 0.0)
+    if plane.kind == "int8":
+        is_integer = plane.is_integer and dim <= _EXACT_SIMILARITY_DIM
+        is_exact = is_integer and bool((largest <= 127).all()) and bool((wide == wide.round()).all())
+        scales = torch.ones_like(largest) if is_exact else (largest / 127.0)
+        scales = scales.clamp_min(SMALLEST_SCALE).float()
+        scales = torch.where(usable, scales, 1.0)
+        codes = (wide / scales.double()[:, None]).round_().clamp_(-127.0, 127.0)
+        coded = codes * scales.double()[:, None]
+        codes = codes.to(torch.int8)
+    else:
+        is_exact = False
+        scales = torch.ones_like(largest, dtype=torch.float32)
+        codes = wide.to(CODE_DTYPES[plane.kind])
+        coded = codes.double()
+    if is_exact:
+        terms = torch.stack([scales, torch.zeros_like(scales), torch.zeros_like(scales)])
+        return CodedQueries(codes, terms, terms.new_zeros(()), rounding, offsets, usable, True)
+    length = torch.linalg.vector_norm(coded, dim=1)
+    residual = torch.linalg.vector_norm(wide - coded, dim=1)
+    # The sum itself is exact for int8 codes unless it outgrows float32; a product of bfloat16
+    # codes is accumulated in float32, which tensor cores may truncate.
+    rounded = 16.0
+    if plane.kind == "bf16":
+        rounded += 4 * dim
+    elif dim > EXACT_FLOAT_DIM:
+        rounded += dim
+    # The last factor covers rounding these factors and the bounds made of them.
+    widen = (1 + 2.0**-40) * (1 + 8 * UNIT)
+    residual_factors = (1 + rounded * UNIT) * length * widen
+    norm_factors = (residual + rounded * UNIT * length) * widen
+    terms = torch.stack([scales, residual_factors.float(), norm_factors.float()])
+    # The bias of "l2" is a float32 sum.
+    slack = 2 * norm_slack(dim) + 8 * UNIT if metric.name == "l2" else 0.0
+    return CodedQueries(codes, terms, terms.new_full((), slack), rounding, offsets, usable, False)
+
+
+def threshold(rounding: Tensor, lowest: Tensor) -> Tensor:
+    """Return the similarity ``(Q,)`` float32 below which no row matters.
+
+    Args:
+        rounding: ``(Q,)``, that of the coded queries.
+        lowest: ``(Q,)`` float32; k rows are known to have at least this similarity. `NO_ROW` or
+            less where there are no k rows; then every row matters.
+    """
+    wide = lowest.double()
+    # Scores are compared as float32: what differs by less may tie, and the lower id wins.
+    wide = wide - 8 * UNIT * (wide.abs() + rounding) - 2 * FLOOR
+    wide = torch.where(lowest > NO_ROW / 2, wide, -torch.inf).float()
+    return wide.nextafter(torch.full_like(wide, -torch.inf))
