@@ -196,6 +196,7 @@ def _describe_build(build: FaissBuild) -> dict[str, Any]:
         "version": build.version,
         "level": build.level,
         "compile_options": build.compile_options,
+        "blas": build.blas,
         "threads": get_threads(build),
         "faster": faster_build(build),
     }

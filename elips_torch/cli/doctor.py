@@ -69,6 +69,7 @@ def _faiss() -> dict[str, Any] | None:
         "version": build.version,
         "level": build.level,
         "compile_options": build.compile_options,
+        "blas": build.blas,
         "gpu": build.has_gpu,
         "faster": faster_build(build),
     }
@@ -135,7 +136,12 @@ def _faiss_lines(faiss: dict[str, Any] | None) -> list[str]:
         return [_line("faiss", "not installed")]
     gpu = ", GPU code" if faiss["gpu"] else ""
     options = faiss["compile_options"] or "no options"
-    lines = [_line("faiss", f"{faiss['version']}, level {faiss['level']}{gpu}, compiled with {options}")]
+    lines = [
+        _line(
+            "faiss",
+            f"{faiss['version']}, level {faiss['level']}{gpu}, {faiss['blas']}, compiled with {options}",
+        )
+    ]
     if faiss["faster"]:
         lines.append(_line("", faiss["faster"]))
     return lines

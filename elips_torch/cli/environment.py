@@ -53,9 +53,10 @@ def hardware() -> dict[str, object]:
 
 
 def slowing_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return a line for each environment variable that slows faiss and numpy."""
+    """Return a line for each environment variable that can slow faiss and numpy."""
     return [
-        f"{name}={environment[name]} is set, which slows the OpenBLAS of faiss and numpy; unset {name}"
+        f"{name}={environment[name]} replaces what OpenBLAS chooses for this CPU, which can slow faiss "
+        f"and numpy; unset {name} for a fair comparison"
         for name in _SLOWING
         if name in environment
     ]

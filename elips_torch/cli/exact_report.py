@@ -18,9 +18,8 @@ def describe_run(report: dict[str, Any]) -> str:
     }
     rows = [f"{name:<10}{text}" for name, text in lines.items()]
     for name, build in report["faiss"].items():
-        rows.append(
-            f"{name:<13} level {build['level']}, compiled with {build['compile_options'] or 'no options'}"
-        )
+        options = build["compile_options"] or "no options"
+        rows.append(f"{name:<13} level {build['level']}, {build['blas']}, compiled with {options}")
         if build["faster"]:
             rows.append(f"{'':<13} {build['faster']}")
     if "roofline" in report:

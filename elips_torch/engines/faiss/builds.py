@@ -33,6 +33,7 @@ class FaissBuild:
         version: as it states itself.
         level: instruction set of the code that runs: "AVX512", "AVX2", ..., "generic" for none.
         compile_options: as it states them.
+        blas: the matrix products it brought: "OpenBLAS for Haswell, threaded"; "unknown" for others.
         folder: where the package lies.
     """
 
@@ -41,6 +42,7 @@ class FaissBuild:
     version: str
     level: str
     compile_options: str
+    blas: str
     folder: Path
 
     @property
@@ -49,7 +51,7 @@ class FaissBuild:
         return hasattr(self.module, "StandardGpuResources")
 
     def __str__(self) -> str:
-        return f"faiss {self.version} ({self.level}; compiled with {self.compile_options})"
+        return f"faiss {self.version} ({self.level}; {self.blas}; compiled with {self.compile_options})"
 
 
 def is_installed() -> bool:
@@ -130,13 +132,15 @@ def _faiss_modules() -> dict[str, ModuleType]:
 
 def _describe(module: Any, modules: dict[str, ModuleType]) -> FaissBuild:
     modules = modules or _faiss_modules()
+    folder = Path(module.__file__).parent
     return FaissBuild(
         module=module,
         modules=modules,
         version=str(module.__version__),
         level=_level(module, _faiss_modules()),
         compile_options=str(module.get_compile_options()).strip(),
-        folder=Path(module.__file__).parent,
+        blas=", ".join(_describe_openblas(library) for library in _bundled_openblas(folder)) or "unknown",
+        folder=folder,
     )
 
 
@@ -167,22 +171,22 @@ def set_threads(build: FaissBuild, threads: int) -> None:
     """Set the number of threads of a build, in its own loops and in the BLAS that came with it."""
     build.module.omp_set_num_threads(threads)
     # An OpenBLAS with threads of its own does not follow OpenMP's setting.
-    for library in _bundled_openblas(build):
+    for library in _bundled_openblas(build.folder):
         library.openblas_set_num_threads(threads)
 
 
 def get_threads(build: FaissBuild) -> int:
     """Return the largest number of threads that the loops or the BLAS of a build may use."""
-    counts = [int(library.openblas_get_num_threads()) for library in _bundled_openblas(build)]
+    counts = [int(library.openblas_get_num_threads()) for library in _bundled_openblas(build.folder)]
     return max(int(build.module.omp_get_max_threads()), *counts, 1)
 
 
-def _bundled_openblas(build: FaissBuild) -> list[ctypes.CDLL]:
+def _bundled_openblas(folder: Path) -> list[ctypes.CDLL]:
     """Return the OpenBLAS libraries that the wheel brought, as far as they are loaded."""
     if not hasattr(os, "RTLD_NOLOAD"):
         return []
     libraries = []
-    for path in sorted(build.folder.parent.glob("faiss*.libs/*openblas*")):
+    for path in sorted(folder.parent.glob("faiss*.libs/*openblas*")):
         try:
             library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
         except OSError:
@@ -191,3 +195,10 @@ def _bundled_openblas(build: FaissBuild) -> list[ctypes.CDLL]:
         if hasattr(library, "openblas_set_num_threads"):
             libraries.append(library)
     return libraries
+
+
+def _describe_openblas(library: ctypes.CDLL) -> str:
+    """Return which processor the products are written for, which an old OpenBLAS guesses low."""
+    library.openblas_get_corename.restype = ctypes.c_char_p
+    core = library.openblas_get_corename().decode()
+    return f"OpenBLAS for {core}, {'threaded' if library.openblas_get_parallel() else 'single-threaded'}"
