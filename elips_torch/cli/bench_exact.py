@@ -119,8 +119,10 @@ def _measure_all(
                 explanation = ours.explain(nq, k)
                 cell["implementation"] = explanation.chosen
                 cell["reasons"] = explanation.reasons
-            _add_shares(cell, roofline, dataset)
+            if roofline is not None:
+                add_shares(cell, roofline, len(dataset.database), dataset.dim)
             report["cells"].append(cell)
+            print(f"nq={nq} k={k} measured", file=sys.stderr, flush=True)
     print(format_cells(report))
     return report
 
@@ -160,11 +162,10 @@ def make_cell(n_queries: int, k: int, timings: dict[str, Timing], truth: Tensor)
     }
 
 
-def _add_shares(cell: dict[str, Any], roofline: Roofline | None, dataset: Dataset) -> None:
-    if roofline is not None:
-        seconds = cell["contenders"]["ours"]["median_seconds"]
-        bandwidth, rate = roofline.shares(cell["nq"], len(dataset.database), dataset.dim, seconds)
-        cell["bandwidth_share"], cell["matrix_share"] = bandwidth, rate
+def add_shares(cell: dict[str, Any], roofline: Roofline, n_rows: int, dim: int) -> None:
+    """Add to a cell what share of a device's bandwidth and matrix rate ours reached."""
+    seconds = cell["contenders"]["ours"]["median_seconds"]
+    cell["bandwidth_share"], cell["matrix_share"] = roofline.shares(cell["nq"], n_rows, dim, seconds)
 
 
 def _contenders(

@@ -6,7 +6,9 @@ from safetensors.torch import save_file
 
 from elips_torch.cli import bench_exact
 from elips_torch.cli.bench_exact import equal_terms, make_cell
+from elips_torch.cli.exact_report import format_cells
 from elips_torch.cli.main import main
+from elips_torch.cli.roofline import Roofline
 from elips_torch.cli.timing import Timing
 from elips_torch.engines.faiss.brute_force import current_settings
 from elips_torch.engines.faiss.builds import get_threads, load_installed
@@ -102,6 +104,18 @@ def test_tensors_of_other_names(tmp_path, capsys):
     path = embeddings(tmp_path / "mine.safetensors", q=torch.randn(4, 8), x=torch.randn(30, 8))
     assert bench(path, "--queries-key", "q", "--database-key", "x", "--nq", 4, "--k", 2) == 0
     assert "30 x 8, 4 queries" in capsys.readouterr().out
+
+
+def test_a_second_build_of_faiss_gets_a_column_of_its_own(capsys):
+    build = load_installed()
+    folder = build.folder.parent
+    assert bench("--synthetic", 200, 8, "--nq", 1, 5, "--k", 3, "--faiss", folder) == 0
+    captured = capsys.readouterr()
+    header, rows = table_of(captured.out)
+    assert f"faiss {build.version} ms" in header
+    assert f"faiss {build.version} (2) ms" in header
+    assert [row.split().count("1.0000") for row in rows] == [4, 4]
+    assert captured.err.count("measured") == 2
 
 
 def test_a_picture_is_drawn(tmp_path):
@@ -227,6 +241,23 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, expected):
     assert code == 2
     assert expected in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+def test_shares_of_the_device_are_shown_where_they_were_measured():
+    # Made up: what a GPU would have reached.
+    report = {"dataset": {"name": "d", "n": 1000, "dim": 10}}
+    truth = torch.tensor([[0, 1]])
+    cell = make_cell(1, 2, {"torch": timing(truth), "ours": timing(truth)}, truth)
+    bench_exact.add_shares(
+        cell, Roofline(bytes_per_second=40_000.0, flops_per_second=1e5, dtype=torch.float32), 1000, 10
+    )
+    header, (row,) = table_of(format_cells(report | {"cells": [cell]}))
+    assert header.split()[-2:] == ["bandwidth", "products"]
+    # 40 kB and 20 kflop in the median of two seconds.
+    assert row.split()[-2:] == ["50%", "10%"]
+    assert "bandwidth" not in format_cells(
+        report | {"cells": [make_cell(1, 2, {"ours": timing(truth)}, truth)]}
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")

@@ -6,7 +6,9 @@ import torch
 from elips_torch.cli import contenders
 from elips_torch.cli.contenders import FaissBruteForce, FaissGpu, Ours, TorchTopk, make_index, peer_vectors
 from elips_torch.cli.datasets import clustered
+from elips_torch.core.dispatch import Explanation
 from elips_torch.core.metric import resolve_metric
+from elips_torch.core.results import SearchResult
 from elips_torch.engines.faiss.brute_force import SETTINGS, current_settings
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.evaluation.ground_truth import exact_neighbours
@@ -74,6 +76,38 @@ def test_what_serves_is_asked_without_printing(capsys):
     assert capsys.readouterr().out == ""
     assert explanation.chosen in explanation.reasons
     assert ours.variants(2, 5) == ["auto"]
+
+
+@pytest.mark.parametrize(
+    ("device", "reasons", "asked"),
+    [
+        ("cuda", {"triton": [], "eager": []}, "triton"),
+        ("cuda", {"triton": ["needs Triton"], "eager": []}, "auto"),
+        ("cuda", {"eager": []}, "auto"),
+        ("cpu", {"triton": [], "eager": []}, "auto"),
+    ],
+)
+def test_a_gpu_is_measured_with_its_own_kernels(device, reasons, asked):
+    # A stand-in for an index on a GPU: it says what could serve and notes what it was asked for.
+    calls = []
+
+    class Index:
+        def __init__(self):
+            self.device = torch.device(device)
+
+        def explain(self, queries, k, *, implementation):
+            return Explanation("knn", "triton", reasons, "a search")
+
+        def search(self, queries, k, *, implementation):
+            calls.append(implementation)
+            return SearchResult(torch.zeros(len(queries), k), torch.zeros(len(queries), k, dtype=torch.int64))
+
+    ours = Ours(scaled("ip"), resolve_metric("ip"), "none")
+    ours.index = Index()
+    (variant,) = ours.variants(2, 3)
+    ours.use(variant)
+    ours.search(2, 3)
+    assert (variant, ours.setting, calls) == (asked, asked, [asked])
 
 
 def test_the_index_takes_the_screen(monkeypatch):

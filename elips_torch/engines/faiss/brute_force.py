@@ -14,6 +14,7 @@ from elips_torch.engines.faiss.builds import FaissBuild, standing_as_faiss
 
 # Products run through BLAS from this many queries on: always, and never.
 _ALWAYS, _NEVER = 1, 2**31 - 1
+_MOST_ON_GPU = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def knn_faiss_gpu(
         build: a faiss with GPU code.
         queries: ``(Q, D)`` float32, float16 or bfloat16, contiguous, on a GPU.
         database: ``(N, D)``, likewise.
-        k: number of neighbours, at most N; faiss has a limit of its own, 2,048.
+        k: number of neighbours, at most N and at most 2,048.
         metric: "l2" (squared) or "ip".
 
     Returns:
@@ -121,6 +122,8 @@ def knn_faiss_gpu(
     _check(queries, database, k, torch.float32, torch.float16, torch.bfloat16)
     if queries.device.type == "cpu":
         raise DeviceError("queries are on the CPU, knn_faiss_gpu serves GPUs")
+    if k > _MOST_ON_GPU:
+        raise ArgumentError(f"k is {k}, faiss serves at most {_MOST_ON_GPU} on a GPU")
     with standing_as_faiss(build):
         # Makes `knn_gpu` take tensors and the current stream.
         importlib.import_module("faiss.contrib.torch_utils")

@@ -145,11 +145,25 @@ def test_a_build_without_gpu_code_and_tensors_on_the_cpu_are_refused():
         knn_faiss_gpu(stand_in(), queries, database, 3)
     with pytest.raises(DeviceError, match="queries are on the CPU"):
         knn_faiss_gpu(stand_in(StandardGpuResources=object), queries, database, 3)
+    many = torch.zeros(3000, 12, device="meta")
+    with pytest.raises(ArgumentError, match="k is 2049, faiss serves at most 2048"):
+        knn_faiss_gpu(stand_in(StandardGpuResources=object), many, many, 2049)
 
 
 def test_tensors_elsewhere_are_refused_on_the_cpu(build):
     with pytest.raises(DeviceError, match="queries are on meta"):
         knn_faiss(build, *(each.to("meta") for each in data()), 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+def test_the_real_build_is_called_as_far_as_the_driver(build):
+    if not build.has_gpu:
+        pytest.skip("needs a faiss with GPU code")
+    with pytest.raises((RuntimeError, AssertionError), match=r"(?i)nvidia|cuda"):
+        knn_faiss_gpu(build, *(each.to("meta") for each in data()), 3)
+    # Taking tensors on a GPU does not change how the build searches on a CPU.
+    queries, database = data()
+    assert torch.equal(knn_faiss(build, queries, database, 3)[1], reference_knn(queries, database, 3).ids)
 
 
 @pytest.mark.cuda
