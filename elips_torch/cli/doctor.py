@@ -1,0 +1,151 @@
+"""The command ``doctor``: what is installed, what the machine offers, what serves, and whether it works."""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch
+
+from elips_torch.cli.environment import hardware, slowing_variables, versions
+from elips_torch.cli.smoke_test import smoke_test
+from elips_torch.core.hardware import device_facts
+from elips_torch.engines.faiss.builds import faster_build, is_installed, load_installed
+from elips_torch.ops.explain import explain
+
+# Operation, number of queries, number of database vectors, k; all with dim 384.
+_SEARCHES: dict[str, tuple[str, int, int, int | None]] = {
+    "knn, small": ("knn", 1, 1_000, 10),
+    "knn, medium": ("knn", 32, 100_000, 10),
+    "knn, large": ("knn", 4_096, 1_000_000, 100),
+    "range_search": ("range_search", 32, 100_000, None),
+    "pairwise_distance": ("pairwise_distance", 32, 10_000, None),
+}
+_DIM = 384
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the findings; return 0 when the smoke test passes, else 1."""
+    report = examine()
+    print(json.dumps(report, indent=2) if options.json else format_report(report))
+    return 0 if report["passed"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """Return everything that ``doctor`` says, for JSON."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    outcomes = {
+        str(device): [dataclasses.asdict(each) for each in smoke_test(device)] for device in devices[:2]
+    }
+    return {
+        "versions": versions(),
+        "faiss": _faiss(),
+        "compiler": compiler(),
+        "hardware": hardware(),
+        "devices": {str(device): str(device_facts(device)) for device in devices},
+        "operations": {str(device): _operations(device) for device in devices},
+        "warnings": slowing_variables(),
+        "smoke_test": outcomes,
+        "passed": all(outcome["passed"] for steps in outcomes.values() for outcome in steps),
+    }
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler that `torch.compile` would call on a CPU; None where there is none."""
+    usual = {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
+    return shutil.which(os.environ.get("CXX", usual))
+
+
+def _faiss() -> dict[str, Any] | None:
+    if not is_installed():
+        return None
+    build = load_installed()
+    return {
+        "version": build.version,
+        "level": build.level,
+        "compile_options": build.compile_options,
+        "blas": build.blas,
+        "gpu": build.has_gpu,
+        "faster": faster_build(build),
+    }
+
+
+def _operations(device: torch.device) -> dict[str, Any]:
+    """Return for each kind of call what serves it and why the others do not."""
+    served = {}
+    for name, (operation, n_queries, n_rows, k) in _SEARCHES.items():
+        # Only shapes count, so the rows need no memory.
+        row = torch.empty(1, _DIM, device=device)
+        with redirect_stdout(StringIO()):
+            found = explain(row.expand(n_queries, -1), row.expand(n_rows, -1), k, operation=operation)
+        served[name] = {"request": found.request, "chosen": found.chosen, "reasons": found.reasons}
+    return served
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Return the findings as text."""
+    lines = ["installed"]
+    for name, version in report["versions"].items():
+        lines.append(_line(name, version or "not installed"))
+    lines += _faiss_lines(report["faiss"])
+    lines.append(
+        _line("C++ compiler", report["compiler"] or "none found: torch.compile cannot serve the CPU")
+    )
+    lines += ["", "hardware"]
+    facts = report["hardware"]
+    lines.append(
+        _line("CPU", f"{facts['machine']}, {facts['cores']} cores, {facts['torch_threads']} threads in torch")
+    )
+    lines.append(
+        _line("instructions", f"{facts['capability']}, {'with' if facts['vnni'] else 'without'} VNNI")
+    )
+    if not facts["gpus"]:
+        lines.append(_line("GPU", "none that torch can use"))
+    for number, gpu in enumerate(facts["gpus"]):
+        memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
+        lines.append(_line(f"GPU {number}", f"{gpu['name']}, {gpu['capability']}, {memory}"))
+    for device, operations in report["operations"].items():
+        lines += ["", f"what serves on {device}"]
+        for name, found in operations.items():
+            lines.append(_line(name, f"{found['chosen'] or 'nothing'}  ({found['request']})"))
+            for other, reasons in found["reasons"].items():
+                if reasons:
+                    lines.append(_line("", f"not {other}: {'; '.join(reasons)}"))
+    lines += ["", "environment"]
+    lines += [f"  warning: {warning}" for warning in report["warnings"]] or [
+        "  no variable that slows searches"
+    ]
+    for device, outcomes in report["smoke_test"].items():
+        lines += ["", f"smoke test on {device}"]
+        for outcome in outcomes:
+            verdict = "PASS" if outcome["passed"] else "FAIL"
+            lines.append(
+                f"  {verdict}  {outcome['step']} ({outcome['seconds']:.2f} s) {outcome['detail']}".rstrip()
+            )
+    lines += ["", "elips_torch works here" if report["passed"] else "elips_torch does NOT work here"]
+    return "\n".join(lines)
+
+
+def _faiss_lines(faiss: dict[str, Any] | None) -> list[str]:
+    if faiss is None:
+        return [_line("faiss", "not installed")]
+    gpu = ", GPU code" if faiss["gpu"] else ""
+    options = faiss["compile_options"] or "no options"
+    lines = [
+        _line(
+            "faiss",
+            f"{faiss['version']}, level {faiss['level']}{gpu}, {faiss['blas']}, compiled with {options}",
+        )
+    ]
+    if faiss["faster"]:
+        lines.append(_line("", faiss["faster"]))
+    return lines
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<18}{text}"

@@ -1,0 +1,1 @@
+"""Other search libraries, each imported in its own folder only."""

@@ -1,0 +1,124 @@
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+from elips_torch.cli import doctor, smoke_test
+from elips_torch.cli.environment import slowing_variables, versions
+from elips_torch.cli.main import main
+from elips_torch.engines.faiss import builds
+
+CPU = torch.device("cpu")
+
+
+def test_it_says_what_is_here_and_passes(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for part in ("installed", "hardware", "what serves on cpu", "environment", "smoke test on cpu"):
+        assert part in text.splitlines()
+    assert f"torch             {torch.__version__}" in text
+    assert torch.backends.cpu.get_cpu_capability() in text
+    for operation in ("knn, small", "knn, medium", "knn, large", "range_search", "pairwise_distance"):
+        assert operation in text
+    assert text.count("PASS") >= len(smoke_test.STEPS)
+    assert "FAIL" not in text
+    assert text.splitlines()[-1] == "elips_torch works here"
+
+
+def test_json_holds_the_same(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is True
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["hardware"]["cores"] == os.cpu_count()
+    assert [outcome["step"] for outcome in report["smoke_test"]["cpu"]] == list(smoke_test.STEPS)
+    assert report["faiss"]["version"]
+    for found in report["operations"]["cpu"].values():
+        assert found["chosen"] in found["reasons"]
+    assert report["operations"]["cpu"]["knn, large"]["request"].startswith("4096 x 1000000 x 384")
+    # The text is made from nothing but the report.
+    assert "elips_torch works here" in doctor.format_report(report)
+
+
+def test_the_smoke_test_is_quick():
+    outcomes = smoke_test.smoke_test(CPU)
+    assert all(outcome.passed for outcome in outcomes)
+    assert sum(outcome.seconds for outcome in outcomes) < 10
+
+
+def broken_search(index, queries, k=None, **options):
+    scores, ids = torch.zeros(len(queries), k), torch.zeros(len(queries), k, dtype=torch.int64)
+    return scores, ids
+
+
+def test_wrong_results_fail(capsys, monkeypatch):
+    monkeypatch.setattr(smoke_test.FlatIndex, "search", broken_search)
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "FAIL  add and search" in text
+    assert "ids differ from the reference" in text
+    assert text.splitlines()[-1] == "elips_torch does NOT work here"
+
+
+def test_an_error_fails_its_step_alone(monkeypatch):
+    def fail(index, path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(smoke_test.FlatIndex, "save", fail)
+    outcomes = {outcome.step: outcome for outcome in smoke_test.smoke_test(CPU)}
+    assert [step for step, outcome in outcomes.items() if not outcome.passed] == ["save and load"]
+    assert outcomes["save and load"].detail == "OSError: no space left"
+
+
+def test_scores_without_gradient_fail(monkeypatch):
+    original = smoke_test.FlatIndex.forward
+
+    def forward(index, queries, k=None):
+        scores, ids = original(index, queries, k)
+        return scores.detach().requires_grad_(), ids
+
+    monkeypatch.setattr(smoke_test.FlatIndex, "forward", forward)
+    outcomes = {outcome.step: outcome for outcome in smoke_test.smoke_test(CPU)}
+    assert outcomes["gradient"].detail == "the scores carry no gradient"
+
+
+def test_rows_that_stay_fail(monkeypatch):
+    monkeypatch.setattr(smoke_test.FlatIndex, "remove", lambda index, ids: 0)
+    outcomes = {outcome.step: outcome for outcome in smoke_test.smoke_test(CPU)}
+    assert "400 vectors are left" in outcomes["remove"].detail
+
+
+def test_a_machine_without_faiss_and_compiler(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert builds.is_installed() is False
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "faiss             not installed" in text
+    assert "none found: torch.compile cannot serve the CPU" in text
+
+
+def test_variables_that_slow_things_are_named(capsys, monkeypatch):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert main(["doctor"]) == 0
+    assert "warning: OPENBLAS_CORETYPE=Haswell replaces" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variables", [{}, {"PATH": "/bin", "OPENBLAS_NUM_THREADS": "2"}])
+def test_other_variables_are_left_alone(variables):
+    assert slowing_variables(variables) == []
+
+
+def test_what_is_missing_has_no_version(monkeypatch):
+    assert versions()["elips_torch"] is not None
+    monkeypatch.setattr("elips_torch.cli.environment._PACKAGES", {"nothing": "no-such-distribution"})
+    assert versions()["nothing"] is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_smoke_test_passes_on_a_gpu():
+    assert [outcome for outcome in smoke_test.smoke_test(torch.device("cuda")) if not outcome.passed] == []
