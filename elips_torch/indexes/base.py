@@ -116,6 +116,10 @@ class Index(Rows):
         dtype = str(self.dtype).removeprefix("torch.")
         return f"dim={self.dim}, metric={self.metric!r}{p}, ntotal={self.ntotal}, k={self.k}, dtype={dtype}"
 
+    def __repr__(self) -> str:
+        # What an index is made of is its own business.
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     # Verbs that ask.
 
     def forward(self, queries: Tensor, k: int | None = None, **options: Any) -> SearchResult:

@@ -113,6 +113,11 @@ class FlatIndex(Index):
         """Whether results are exact by the definition of the metric: always."""
         return True
 
+    def extra_repr(self) -> str:
+        """Return what `repr` shows."""
+        screen = f", screen={self.plane.kind!r}" if self.plane.kind != "none" else ""
+        return super().extra_repr() + screen
+
     def config(self) -> dict[str, Any]:
         """Return the constructor keywords that make an empty index like this one, for JSON."""
         return {

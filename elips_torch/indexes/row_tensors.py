@@ -28,8 +28,7 @@ class RowTensors(nn.Module):
     def _attach(self) -> None:
         """Make what belongs to this object alone and is not copied along."""
         with durable():
-            for name in self.row_tensors:
-                buffer = self._buffers.get(name)
+            for name, buffer in self._buffers.items():
                 if buffer is not None and buffer.is_inference():
                     self._buffers[name] = buffer.clone()
         self._reserves = {}

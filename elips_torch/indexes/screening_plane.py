@@ -44,9 +44,9 @@ class ScreeningPlane(RowTensors):
         self._rows_at_mean = 0
         self._seen: tuple[object, ...] = ()
         with durable():
-            self.register_buffer("codes", torch.empty(0, dim, dtype=torch.int8, device=device), False)
-            self.register_buffer("terms", torch.empty(0, 4, device=device), False)
-            self.register_buffer("mean", torch.zeros(dim, device=device), False)
+            tensors = self._empty(device)
+        for name, tensor in zip(("codes", "terms", "mean"), tensors, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
 
     def extra_repr(self) -> str:
         """Return what `repr` shows."""
@@ -108,8 +108,8 @@ class ScreeningPlane(RowTensors):
         """Follow a move of the index to another device or dtype."""
         kind = choose_screen(self.screen, self.metric, vectors.dtype, self.dim, vectors.device)
         fits = self.terms.dtype == torch.float32 and self.terms.device == vectors.device
-        same = self._seen[-2:] == (vectors.dtype, vectors.shape)
-        if fits and same and not vectors.is_meta and kind == self.kind != "none":
+        same = self._seen[-2:] == (vectors.dtype, vectors.shape) and not vectors.is_meta
+        if fits and kind == self.kind and (same or kind == "none"):
             self._seen = _state(vectors)
         else:
             self.rebuild(vectors)
@@ -131,17 +131,19 @@ class ScreeningPlane(RowTensors):
         if bool(moved > _WORTH_MOVING * spread):
             self.rebuild(vectors)
 
+    def _empty(self, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            torch.empty(0, self.dim, dtype=CODE_DTYPES["int8"], device=device),
+            torch.empty(0, 4, device=device),
+            torch.empty(0, device=device),
+        )
+
     def _take(self, plane: Plane | None, vectors: Tensor) -> None:
-        device = vectors.device
+        self.kind = "none" if plane is None else plane.kind
         if plane is None:
-            plane = Plane(
-                torch.empty(0, self.dim, dtype=CODE_DTYPES["int8"], device=device),
-                torch.empty(0, 4, device=device),
-                torch.zeros(self.dim, device=device),
-            )
-            self.kind = "none"
-        else:
-            self.kind = plane.kind
+            with durable():
+                codes, terms, mean = self._empty(vectors.device)
+            plane = Plane(codes, terms, mean)
         self.is_integer = plane.is_integer
         self._buffers["mean"] = plane.mean
         self._assign_rows({"codes": plane.codes, "terms": plane.terms})

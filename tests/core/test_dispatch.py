@@ -49,7 +49,7 @@ def test_when_nothing_fits_the_error_lists_all_reasons():
 def test_an_unknown_name_raises_and_lists_the_known():
     with pytest.raises(ImplementationError, match=r"'cuda', op has 'auto', 'fast', 'slow'"):
         choose("op", [FAST, SLOW], REQUEST, "cuda")
-    with pytest.raises(RuntimeError, match="knn has 'auto', 'eager'"):
+    with pytest.raises(RuntimeError, match=r"knn has 'auto', .*'eager'"):
         knn(torch.zeros(1, 2), torch.zeros(3, 2), 1, implementation="cuda")
 
 

@@ -104,14 +104,21 @@ def test_values_that_the_storage_cannot_hold_are_refused():
 
 
 def test_explain_says_what_runs(capsys):
-    index = FlatIndex(3)
+    index = FlatIndex(3, screen="none")
     index.add(torch.rand(50, 3))
     assert index.explain(torch.rand(2, 3), k=5).chosen == "eager"
     assert "knn of 2 x 50 x 3 float32, l2, k=5 on cpu" in capsys.readouterr().out
+    index = FlatIndex(3, screen="int8")
+    index.add(torch.rand(50, 3))
+    index.explain(torch.rand(2, 3), k=5)
+    assert "knn of 2 x 50 x 3 float32, l2, k=5, screen int8 on cpu" in capsys.readouterr().out
 
 
 def test_repr_shows_what_matters():
     index = FlatIndex(3, "lp", p=3, dtype=torch.bfloat16)
     index.add(torch.rand(5, 3))
     assert repr(index) == "FlatIndex(dim=3, metric='lp', p=3, ntotal=5, k=10, dtype=bfloat16)"
+    screened = FlatIndex(3, screen="bf16")
+    screened.add(torch.rand(5, 3))
+    assert repr(screened).endswith("dtype=float32, screen='bf16')")
     assert index.memory_bytes() == 5 * 3 * 2 + 5 * 8

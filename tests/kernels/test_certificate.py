@@ -4,8 +4,6 @@ import torch
 from elips_torch import METRICS, knn
 from elips_torch.core.metric import resolve_metric
 from elips_torch.kernels import knn_approximated
-from elips_torch.kernels.knn_approximated import ApproximatedSearch
-from elips_torch.kernels.knn_complete import CompleteSearch
 from elips_torch.kernels.approximate import (
     approximate_scores,
     error_bound,
@@ -14,6 +12,8 @@ from elips_torch.kernels.approximate import (
     query_offset,
     row_norms,
 )
+from elips_torch.kernels.knn_approximated import ApproximatedSearch
+from elips_torch.kernels.knn_complete import CompleteSearch
 
 SCREENED = [m.name for m in METRICS if m.form != "elementwise"]
 # Each hides differences that decide below the rounding of float32.
