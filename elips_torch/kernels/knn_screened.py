@@ -13,6 +13,7 @@ Where too many rows survive, a query is left uncertified, for a finer search to 
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,15 +23,16 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.ordering import EMPTY_KEY, order_keys
 from elips_torch.core.tiling import spans
 from elips_torch.kernels.pair_scores import exact_pair_scores
-from elips_torch.kernels.plane import BIAS, Plane
-from elips_torch.kernels.screen import CodedQueries, code_queries, threshold
+from elips_torch.kernels.plane import BIAS, NORM, Plane
+from elips_torch.kernels.screen import CodedQueries, code_queries, group_terms, threshold
 from elips_torch.kernels.screen_passes import FINE_ROWS, NO_ROW, Passes
 from elips_torch.kernels.selection import Selection
 
 # Queries screened at a time: the bounds of their groups stay in cache.
 _QUERIES = 256
-# Products at a time, for the same reason (measured on two AVX-512 cores).
-_CELLS = 2**20
+# Products and rows at a time, for the same reason (measured on two AVX-512 cores).
+_CELLS = 2**19
+_ROWS = 2**13
 # Small groups in a large one: the most that leave enough large groups for a good threshold.
 _FINE_PER_COARSE = (8, 4, 2)
 _GROUPS_PER_NEIGHBOUR = 4
@@ -39,6 +41,8 @@ _MOST_SURVIVORS = 1 / 32
 # Bytes that a survivor takes on its way down, and a product with its temporaries.
 _SURVIVOR_BYTES = 400
 _CELL_BYTES = {True: 4, False: 40}
+# Scale, bias and width of a row that does not exist.
+_NO_TERMS = (0.0, NO_ROW, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +144,9 @@ class ScreenedSearch:
         """Screen a query or two at the speed of reading the codes."""
         n_queries, n_rows = coded.codes.shape[0], self.plane.n_rows
         group = FINE_ROWS * self.per_coarse
-        whole = n_rows // group * group
-        upper, lower = torch.empty(2, n_queries, n_rows, device=terms.device)
+        n_groups = -(-n_rows // group)
+        bounds = torch.empty(2, n_queries, n_groups * group, device=terms.device)
+        bounds[:, :, n_rows:] = NO_ROW
         for query in range(n_queries):
             hidden = selection.narrowed(query, query + 1).hidden(0, n_rows)
             self.passes.row_bounds(
@@ -150,14 +155,17 @@ class ScreenedSearch:
                 coded.codes[query].float(),
                 coded.terms[:, query],
                 coded.slack,
-                upper[query],
-                lower[query],
+                bounds[0, query, :n_rows],
+                bounds[1, query, :n_rows],
             )
-        limit = self._limit(coded, lower[:, :whole].unflatten(1, (-1, group)).amax(2))
-        reached = upper >= limit[:, None]
+        bounds = bounds.unflatten(2, (n_groups, group))
+        coarse, lowest = bounds.amax(3)
+        limit = self._limit(coded, lowest)
+        reached = coarse >= limit[:, None]
         certified = coded.usable & (reached.sum(1) <= self.survivors)
-        owners, rows = (reached & certified[:, None]).nonzero().unbind(1)
-        return _Survivors(owners, rows, certified)
+        owners, groups = (reached & certified[:, None]).nonzero().unbind(1)
+        reached = bounds[0, owners, groups] >= limit[owners, None]
+        return _Survivors(*self._descend(reached, owners, certified, groups * group))
 
     def _screen_groups(
         self,
@@ -222,24 +230,24 @@ class ScreenedSearch:
         fine = buffers.get("fine", n_groups, self.per_coarse, n_queries)
         coarse = buffers.get("coarse", 2, n_groups, n_queries)
         cells = self._tile_bytes(workspace_bytes) // _CELL_BYTES[self.passes.is_compiled]
-        blocks = _even_cuts(whole, max(2, cells // (group * n_queries)))
+        blocks = _even_cuts(whole, max(2, min(_ROWS, cells // n_queries) // group))
         if whole < n_groups:
             # The last group is short. Another comes with it: code for a single one would be another.
             blocks.append((n_groups - 2, n_groups))
         query_codes = coded.codes.t()
+        all_terms, query_terms = group_terms(coded, terms)
         for first, last in blocks:
             start, stop = first * group, min(last * group, n_rows)
             missing = last * group - stop
             shape = (last - first, self.per_coarse, FINE_ROWS)
-            codes, row_terms = self.plane.codes[start:stop], terms[start:stop]
+            codes, row_terms = self.plane.codes[start:stop], all_terms[start:stop]
             hidden = selection.hidden(start, stop)
             if missing:
-                codes, row_terms = _padded(codes, missing), _padded(row_terms, missing, NO_ROW)
+                codes, row_terms = _padded(codes, missing), _padded(row_terms, missing, _NO_TERMS)
             products = _product(codes, query_codes, buffers).view(*shape, n_queries)
             arguments = (
-                row_terms.view(*shape, 1, 4),
-                coded.terms,
-                coded.slack,
+                row_terms.view(*shape, 1, 3),
+                query_terms,
                 fine[first:last],
                 coarse[:, first:last],
             )
@@ -289,8 +297,9 @@ class ScreenedSearch:
         if selection.mask is not None or selection.exclude is not None:
             kept = ~selection.drops(owners, rows)
             owners, rows = owners[kept], rows[kept]
+        lengths = self.plane.terms[rows, NORM] + torch.linalg.vector_norm(self.plane.mean) * (1 + 2.0**-10)
         pair_scores = exact_pair_scores(
-            metric, queries, self.database, owners, rows, self.passes, workspace_bytes // 4
+            metric, queries, self.database, owners, rows, lengths, self.passes, workspace_bytes // 4
         )
         keys = order_keys(pair_scores, rows if ranks is None else ranks[rows], metric.higher_is_better)
         # One row per query, as wide as the longest list.
@@ -338,12 +347,11 @@ def _product(codes: Tensor, query_codes: Tensor, buffers: _Buffers) -> Tensor:
     return torch.mm(codes.float(), query_codes.float(), out=buffers.get("products", *shape))
 
 
-def _padded(rows: Tensor, missing: int, bias: float = 0.0) -> Tensor:
-    """Return the rows ``(R, M)`` and ``missing`` more of zeros, but for their last entry."""
+def _padded(rows: Tensor, missing: int, fill: Sequence[float] = ()) -> Tensor:
+    """Return the rows ``(R, M)`` and ``missing`` more, of zeros or of what is given."""
     if not missing:
         return rows.contiguous()
-    more = rows.new_zeros(missing, rows.shape[1])
-    more[:, -1] = bias
+    more = rows.new_tensor(fill).expand(missing, -1) if fill else rows.new_zeros(missing, rows.shape[1])
     return torch.cat([rows, more])
 
 

@@ -22,21 +22,25 @@ def exact_pair_scores(
     database: Tensor,  # (N, D)
     query_rows: Tensor,  # (P,) int64
     rows: Tensor,  # (P,) int64
+    row_lengths: Tensor,  # (P,) float32, at least the norm of each row
     passes: Passes,
     workspace_bytes: int,
 ) -> Tensor:  # (P,) float32
-    """Score chosen pairs under "l2", "ip" or "cosine"."""
+    """Score chosen pairs under "l2", "ip" or "cosine"; `row_lengths` serves "ip"."""
     if not passes.is_compiled or rows.numel() * queries.shape[1] < _WORTH_COMPILED_CODE:
         return score_pairs(metric, queries, database, query_rows, rows, workspace_bytes)
     if metric.name == "l2":
         scores = passes.l2_pairs(queries, database, query_rows, rows)
         size = scores
     else:
-        scores = passes.ip_pairs(queries, database, query_rows, rows)
-        own = torch.linalg.vector_norm(queries.double(), dim=1)
-        size = passes.squared_norms(database, rows).sqrt_() * own[query_rows]
-        if metric.name == "cosine":
-            scores = torch.where(size == 0, 0.0, scores / size)
+        lengths = torch.linalg.vector_norm(queries.double(), dim=1)[query_rows]
+        if metric.name == "ip":
+            scores = passes.ip_pairs(queries, database, query_rows, rows)
+            size = row_lengths * lengths
+        else:
+            scores, squares = passes.cosine_pairs(queries, database, query_rows, rows)
+            lengths = squares.sqrt_() * lengths
+            scores = torch.where(lengths == 0, 0.0, scores / lengths)
             size = torch.ones_like(scores)
     # Both sums err by at most (D + 2) u of their size, a quotient by twice as much.
     error = size * (4 * (queries.shape[1] + 8) * 2.0**-53)

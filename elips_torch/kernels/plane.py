@@ -127,7 +127,7 @@ def encode(
         norm = torch.linalg.vector_norm(centred, dim=1)
         terms[part, NORM] = norm * (1 + slack) + lost
         if metric.name == "l2":
-            terms[part, BIAS] = (centred * centred).sum(1).mul_(-0.5)
+            terms[part, BIAS] = centred.double().square_().sum(1).mul_(-0.5).float()
         scale = torch.ones_like(norm)
         if is_integer:
             codes[part], terms[part, SCALE] = centred, scale

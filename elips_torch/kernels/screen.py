@@ -21,9 +21,21 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.metric import Metric
-from elips_torch.kernels.plane import CODE_DTYPES, LARGEST_NORM, SMALLEST_SCALE, UNIT, Plane, norm_slack
+from elips_torch.kernels.plane import (
+    BIAS,
+    CODE_DTYPES,
+    LARGEST_NORM,
+    NORM,
+    RESIDUAL,
+    SCALE,
+    SMALLEST_SCALE,
+    UNIT,
+    Plane,
+)
 from elips_torch.kernels.screen_passes import FLOOR, NO_ROW
 
+# A query's factor of residuals counts as at least this part of the largest, see `group_terms`.
+_SPREAD = 16.0
 # Up to this many features a sum of products of two int8 codes is below 2**24: float32 is exact.
 EXACT_FLOAT_DIM = 2**24 // 128**2
 # Up to this many a similarity of integers is, too, whose bias ends in a half.
@@ -105,9 +117,34 @@ def code_queries(metric: Metric, queries: Tensor, plane: Plane) -> CodedQueries:
     residual_factors = (1 + rounded * UNIT) * length * widen
     norm_factors = (residual + rounded * UNIT * length) * widen
     terms = torch.stack([scales, residual_factors.float(), norm_factors.float()])
-    # The bias of "l2" is a float32 sum.
-    slack = 2 * norm_slack(dim) + 8 * UNIT if metric.name == "l2" else 0.0
+    # Rounding the bias of "l2", and adding it.
+    slack = 8 * UNIT if metric.name == "l2" else 0.0
     return CodedQueries(codes, terms, terms.new_full((), slack), rounding, offsets, usable, False)
+
+
+def group_terms(coded: CodedQueries, terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return looser bounds of fewer terms, for the step that computes most of them.
+
+    An error ``residual * a + norm * b + norm**2 * slack`` is at most ``width * f`` with a factor f of the
+    query that is at least its a, and a width of the row for the least favourable of the queries.
+
+    Args:
+        coded: the queries.
+        terms: ``(N, 4)`` of a plane.
+
+    Returns:
+        ``(N, 3)``: scale, bias and width of each row; and ``(2, Q)``: scale and f of each query.
+    """
+    scales, residual_factors, norm_factors = coded.terms
+    least = (residual_factors.max() / _SPREAD).clamp_min(SMALLEST_SCALE)
+    factors = torch.maximum(residual_factors, least)
+    norms = terms[:, NORM]
+    # Wider by what these few operations may round.
+    width = terms[:, RESIDUAL] + norms * (
+        (norm_factors / factors).max() + norms * (coded.slack / factors.min())
+    )
+    width *= 1 + 8 * UNIT
+    return torch.stack([terms[:, SCALE], terms[:, BIAS], width], dim=1), torch.stack([scales, factors])
 
 
 def threshold(rounding: Tensor, lowest: Tensor) -> Tensor:

@@ -31,14 +31,15 @@ def _bounds(products: Tensor, row_terms: Tensor, query_terms: tuple[Tensor, ...]
 
 
 def _group_bounds(
-    products: Tensor,  # (L, C, 8, Q) int32 or float32: C small groups make a large one
-    row_terms: Tensor,  # (L, C, 8, 1, 4)
-    query_terms: Tensor,  # (3, Q)
-    slack: Tensor,  # ()
+    products: Tensor,  # (L, C, R, Q) int32 or float32: C small groups of R rows make a large one
+    row_terms: Tensor,  # (L, C, R, 1, 3) from `screen.group_terms`
+    query_terms: Tensor,  # (2, Q) from there
     fine: Tensor,  # (L, C, Q) out: the largest upper bound of a small group
     coarse: Tensor,  # (2, L, Q) out: the largest upper and the largest lower bound of a large group
 ) -> None:
-    similarities, errors = _bounds(products, row_terms, query_terms.unbind(0), slack)
+    scale, bias, width = row_terms.unbind(-1)
+    similarities = (products * scale) * query_terms[0] + bias
+    errors = width * query_terms[1] + FLOOR
     # Two maxima over the same axis are one loop; over different axes they would read everything twice.
     upper = (similarities + errors).amax(2)
     lower = (similarities - errors).amax(2)
@@ -49,14 +50,15 @@ def _group_bounds(
 
 def _masked_group_bounds(
     products: Tensor,
-    hidden: Tensor,  # (L, C, 8, Q) bool, True where a query does not see a row
+    hidden: Tensor,  # (L, C, R, Q) bool, True where a query does not see a row
     row_terms: Tensor,
     query_terms: Tensor,
-    slack: Tensor,
     fine: Tensor,
     coarse: Tensor,
 ) -> None:
-    similarities, errors = _bounds(products, row_terms, query_terms.unbind(0), slack)
+    scale, bias, width = row_terms.unbind(-1)
+    similarities = (products * scale) * query_terms[0] + bias
+    errors = width * query_terms[1] + FLOOR
     upper = torch.where(hidden, NO_ROW, similarities + errors).amax(2)
     lower = torch.where(hidden, NO_ROW, similarities - errors).amax(2)
     fine.copy_(upper)
@@ -103,8 +105,11 @@ def _l2_pairs(queries: Tensor, database: Tensor, query_rows: Tensor, rows: Tenso
     return (queries[query_rows].double() - database[rows].double()).square().sum(-1)
 
 
-def _squared_norms(database: Tensor, rows: Tensor) -> Tensor:
-    return database[rows].double().square().sum(-1)
+def _cosine_pairs(
+    queries: Tensor, database: Tensor, query_rows: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    vectors = database[rows].double()
+    return (queries[query_rows].double() * vectors).sum(-1), vectors.square().sum(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Passes:
         pair_bounds: upper bounds of chosen rows; see `_pair_bounds`.
         ip_pairs: float64 inner products of chosen pairs ``(P,)``.
         l2_pairs: float64 squared distances of chosen pairs ``(P,)``.
-        squared_norms: float64 squared norms of chosen rows ``(P,)``.
+        cosine_pairs: float64 inner products of chosen pairs and squared norms of their rows ``(P,)``.
         is_compiled: nothing in between is kept in memory.
     """
 
@@ -128,7 +133,7 @@ class Passes:
     pair_bounds: Callable[..., Tensor]
     ip_pairs: Callable[..., Tensor]
     l2_pairs: Callable[..., Tensor]
-    squared_norms: Callable[..., Tensor]
+    cosine_pairs: Callable[..., tuple[Tensor, Tensor]]
     is_compiled: bool
 
 
@@ -139,7 +144,7 @@ EAGER = Passes(
     _pair_bounds,
     _ip_pairs,
     _l2_pairs,
-    _squared_norms,
+    _cosine_pairs,
     is_compiled=False,
 )
 COMPILED = Passes(
@@ -149,6 +154,6 @@ COMPILED = Passes(
     Compiled(_pair_bounds),
     Compiled(_ip_pairs),
     Compiled(_l2_pairs),
-    Compiled(_squared_norms),
+    Compiled(_cosine_pairs),
     is_compiled=True,
 )
