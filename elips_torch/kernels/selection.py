@@ -67,6 +67,13 @@ class Selection:
             chosen = self.queries[start:stop]
         return Selection(self.mask, None if self.exclude is None else self.exclude[start:stop], chosen)
 
+    def for_rows(self, start: int, stop: int) -> "Selection":
+        """Return the selection of the rows from ``start`` to ``stop``, numbered from 0."""
+        mask = None if self.mask is None else self.mask[..., start:stop]
+        # Numbers outside the rows, -1 among them, match none.
+        exclude = None if self.exclude is None else self.exclude - start
+        return Selection(mask, exclude, self.queries)
+
     @property
     def own_mask(self) -> Tensor | None:
         """The mask where each query has its own, else None."""

@@ -6,6 +6,7 @@ from elips_torch.core.dispatch import Explanation, Implementation, Request, expl
 from elips_torch.core.errors import ArgumentError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.validation import check_vectors
+from elips_torch.kernels.screen_choice import check_screen
 from elips_torch.ops import knn, pairwise_distance, range_search
 
 OPERATIONS: dict[str, tuple[Implementation, ...]] = {
@@ -23,7 +24,7 @@ def explain(
     operation: str = "knn",
     metric: str = "l2",
     p: float | None = None,
-    screen: str = "none",
+    screen: str = "auto",
     implementation: str = "auto",
 ) -> Explanation:
     """Print which implementation would serve a call and why the others would not.
@@ -35,7 +36,8 @@ def explain(
         operation: "knn", "range_search" or "pairwise_distance".
         metric: name of the distance kind.
         p: exponent of metric "lp".
-        screen: the plane that "knn" would have: "int8", "bf16" or "none".
+        screen: the plane that "knn" would have: "int8", "bf16", "none", or "auto" for what it would
+            choose for plain tensors.
         implementation: what the call would ask for.
 
     Returns:
@@ -57,7 +59,9 @@ def explain(
     check_vectors("database", database)
     check_vectors("queries", queries, dim=database.shape[1], owner="the database", allow_single=True)
     rows = queries[None] if queries.ndim == 1 else queries
-    request = Request.of(rows, database, kind, k, screen)
+    check_screen(screen, kind, database.dtype, database.shape[1])
+    kept = knn.screen_for_call(screen, rows, database, kind) if operation == "knn" else "none"
+    request = Request.of(rows, database, kind, k, kept)
     explanation = explain_choice(operation, OPERATIONS[operation], request, implementation)
     print(explanation)
     return explanation

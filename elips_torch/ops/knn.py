@@ -21,11 +21,15 @@ from elips_torch.core.validation import (
     check_workspace,
 )
 from elips_torch.kernels.candidate_gradient import database_gradient
+from elips_torch.kernels.knn_blocks import knn_blocks
 from elips_torch.kernels.knn_exact import knn_exact
 from elips_torch.kernels.plane import Plane
+from elips_torch.kernels.screen_choice import check_screen, choose_screen
 from elips_torch.kernels.screen_passes import COMPILED
 from elips_torch.kernels.selection import Selection
 
+# From so many queries on, making a plane for one call repays.
+_REPAY_PLANE = 192
 # Work of an eager search, in milliseconds, under which nothing is compiled.
 _WORTH_COMPILING = 10.0
 
@@ -68,6 +72,7 @@ def knn(
     p: float | None = None,
     mask: Tensor | None = None,  # (N,) or (Q, N)
     exclude: Tensor | None = None,  # (Q, M)
+    screen: str = "auto",
     implementation: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> SearchResult:
@@ -86,6 +91,9 @@ def knn(
         p: exponent of metric "lp".
         mask: bool ``(N,)`` or ``(Q, N)``; True keeps the row.
         exclude: int64 ``(Q, M)`` row numbers to leave out; -1 is ignored.
+        screen: a low-precision copy of the database to look at first: "int8", "bf16", "none", or
+            "auto", which makes one where there are queries enough to repay it. It is made block by block
+            within the workspace; `FlatIndex` keeps its own. Results are the same with any.
         implementation: "auto", or a name that `explain` lists, which then serves or raises.
         workspace_bytes: limit on temporary memory, in bytes, at least 1 MiB. Default 256 MiB.
 
@@ -119,8 +127,11 @@ def knn(
         queries = queries[None]
     check_mask(mask, queries.shape[0], database.shape[0], database.device)
     check_exclude(exclude, queries.shape[0], database.device)
+    check_screen(screen, kind, database.dtype, database.shape[1])
     run = _knn if runs_directly(queries, database) else knn_op
-    scores, ids = run(queries, database, mask, exclude, k, kind.name, kind.p, implementation, workspace_bytes)
+    scores, ids = run(
+        queries, database, mask, exclude, k, kind.name, kind.p, screen, implementation, workspace_bytes
+    )
     return SearchResult(scores[0], ids[0]) if single else SearchResult(scores, ids)
 
 
@@ -136,6 +147,7 @@ def run_knn(
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     check_finite: bool = True,
     plane: Plane | None = None,
+    screen: str = "none",
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Choose an implementation and run it; the entry that indexes share with `knn`.
 
@@ -151,19 +163,22 @@ def run_knn(
         workspace_bytes: limit on temporary memory, in bytes.
         check_finite: look for queries that hold NaN or infinity.
         plane: codes of the database to screen with.
+        screen: without a plane, the one to make for this call: "int8", "bf16" or "none".
 
     Returns:
         Scores and row numbers, -1 where there are fewer than k.
     """
-    screen = "none" if plane is None else plane.kind
+    if plane is not None:
+        screen = plane.kind
     request = Request.of(queries, database, metric, k, screen)
     chosen = choose("knn", IMPLEMENTATIONS, request, implementation)
     with plain_arithmetic(queries.device):
         bad = bad_queries(queries, metric) if check_finite else None
-        result: tuple[Tensor, Tensor] = chosen.run(
-            queries, database, k, metric, ranks, selection, workspace_bytes, plane
-        )
-        scores, rows = result
+        arguments = (queries, database, k, metric, ranks, selection, workspace_bytes)
+        if plane is None and screen != "none":
+            scores, rows = knn_blocks(chosen.run, screen, *arguments)
+        else:
+            scores, rows = chosen.run(*arguments, plane)
         if bad is not None:
             scores.masked_fill_(bad[:, None], torch.nan)
             rows.masked_fill_(bad[:, None], -1)
@@ -178,6 +193,7 @@ def _knn(
     k: int,
     metric: str,
     p: float,
+    screen: str,
     implementation: str,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
@@ -189,7 +205,15 @@ def _knn(
         selection=Selection(mask, exclude),
         implementation=implementation,
         workspace_bytes=workspace_bytes,
+        screen=screen_for_call(screen, queries, database, metric_of(metric, p)),
     )
+
+
+def screen_for_call(screen: str, queries: Tensor, database: Tensor, metric: Metric) -> str:
+    """Return the plane to make for one call: making one costs as much as some queries save."""
+    if screen == "auto" and queries.shape[0] < _REPAY_PLANE:
+        return "none"
+    return choose_screen(screen, metric, database.dtype, database.shape[1], database.device)
 
 
 knn_op = torch.library.custom_op(
@@ -236,7 +260,7 @@ def _knn_backward_fake(grad: Tensor, queries: Tensor, database: Tensor, *rest: A
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    queries, database, _mask, _exclude, _k, ctx.metric, ctx.p, _implementation, ctx.workspace_bytes = inputs
+    queries, database, _mask, _exclude, _k, ctx.metric, ctx.p, _, _, ctx.workspace_bytes = inputs
     ctx.save_for_backward(queries, database, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -247,7 +271,7 @@ def _backward(ctx: Any, grad_scores: Tensor, grad_ids: Any) -> tuple[Any, ...]:
     grads = knn_backward_op(
         grad_scores, queries, database, ids, ctx.metric, ctx.p, ctx.workspace_bytes, *wanted
     )
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 8
 
 
 knn_op.register_autograd(_backward, setup_context=_setup_context)
