@@ -20,13 +20,23 @@ _SMALL_FEATURES = {torch.int8: 128, torch.bfloat16: 128, torch.float16: 128, tor
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What one program computes at a time, and with how many warps and pipeline stages."""
+    """What one program computes at a time, and with how many warps and pipeline stages.
+
+    What belongs to rows is loaded in the products' own layout only where a block has fewer rows than
+    threads; a wide block is two of such side by side.
+    """
 
     queries: int
     rows: int
     features: int
     warps: int
     stages: int
+    wide: bool = False
+
+    @property
+    def program_rows(self) -> int:
+        """Rows of the database that one program takes."""
+        return 2 * self.rows if self.wide else self.rows
 
 
 # Features are given in bytes per row of a block: 128 bytes is the widest swizzle of shared memory.
@@ -39,13 +49,13 @@ _MEDIUM = {
 _LARGE = {
     "sm_80": Blocks(128, 128, 128, 8, 3),
     "sm_90": Blocks(128, 128, 128, 8, 3),
-    "sm_100": Blocks(128, 128, 128, 4, 3),
+    "sm_100": Blocks(128, 128, 128, 8, 3),
     "gfx942": Blocks(128, 128, 128, 8, 2),
 }
 _LARGE_WIDE = {
     **_LARGE,
-    "sm_90": Blocks(128, 256, 128, 8, 3),
-    "sm_100": Blocks(128, 256, 128, 8, 3),
+    "sm_90": Blocks(128, 128, 128, 8, 3, wide=True),
+    "sm_100": Blocks(128, 128, 128, 8, 3, wide=True),
 }
 # Without tensor cores a score costs one multiply-add per feature, out of registers.
 _LARGE_FLOAT32 = Blocks(64, 64, 64, 8, 2)
@@ -63,10 +73,11 @@ def _features(dim: int, preferred: int, least: int) -> int:
     return preferred
 
 
-def small_blocks(dtype: torch.dtype, dim: int, group: int) -> Blocks:
+def small_blocks(dtype: torch.dtype, n_queries: int, dim: int, group: int) -> Blocks:
     """Return the blocks of the kernel for one or two queries."""
-    features = _features(dim, _SMALL_FEATURES[dtype], 32)
-    return Blocks(1, max(group, 64), features, 4, 1)
+    # Sums of two queries take twice the registers.
+    features = _features(dim, _SMALL_FEATURES[dtype] // n_queries, 32)
+    return Blocks(n_queries, max(group, 64), features, 4 if group <= 64 else 8, 1)
 
 
 def medium_blocks(family: str, dtype: torch.dtype, n_queries: int, dim: int, group: int) -> Blocks:
@@ -88,3 +99,9 @@ def large_blocks(family: str, dtype: torch.dtype, dim: int, group: int) -> Block
     base = (_LARGE_WIDE if dim >= _WIDE_FEATURES else _LARGE)[family]
     features = _features(dim, base.features // dtype.itemsize, 32)
     return dataclasses.replace(base, rows=max(group, base.rows), features=features)
+
+
+def streams(blocks: Blocks, n_queries: int, dim: int) -> bool:
+    """Whether few queries with few features stay in place while the database streams by."""
+    # What belongs to more queries would fill the registers.
+    return dim <= blocks.features and n_queries <= min(blocks.queries, 64)

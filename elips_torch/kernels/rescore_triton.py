@@ -13,14 +13,12 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from elips_torch.core.metric import Metric
-from elips_torch.kernels.triton_language import INTERPRETED, launch_scope
+from elips_torch.kernels.triton_language import INTERPRETED, launch_options, launch_scope
 
 LARGEST_GROUP = 128
 # Queries, rows and features of one step: as many float64 terms as registers hold.
-_QUERIES_AT_ONCE = 4
-_ROWS_AT_ONCE = 32
-_FEATURES_AT_ONCE = 32
-_WARPS = 4
+BLOCKS = {"BLOCK_PAIRS": 4, "BLOCK_ROWS": 32, "BLOCK_FEATURES": 32}
+WARPS = 4
 
 
 @triton.jit
@@ -190,9 +188,9 @@ def rescore_triton(
         return scores
     n_groups = triton.cdiv(n_rows, group)
     # Groups that are chosen about once would leave most of a block of pairs idle.
-    at_once = _QUERIES_AT_ONCE if n_pairs >= 2 * n_groups else 1
+    at_once = BLOCKS["BLOCK_PAIRS"] if n_pairs >= 2 * n_groups else 1
     work = work_items(pair_groups, n_groups, at_once)
-    block_rows = min(group, _ROWS_AT_ONCE)
+    block_rows = min(group, BLOCKS["BLOCK_ROWS"])
     with launch_scope(database):
         rescore_kernel[(work.shape[0], group // block_rows)](
             *(queries, database, pair_queries.contiguous(), pair_groups.contiguous(), work, scores),
@@ -200,9 +198,7 @@ def rescore_triton(
             METRIC=metric.name,
             P=metric.p,
             GROUP=group,
-            BLOCK_PAIRS=at_once,
-            BLOCK_ROWS=block_rows,
-            BLOCK_FEATURES=_FEATURES_AT_ONCE,
-            num_warps=_WARPS,
+            **BLOCKS | {"BLOCK_PAIRS": at_once, "BLOCK_ROWS": block_rows},
+            **launch_options(WARPS),
         )
     return scores

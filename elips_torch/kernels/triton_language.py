@@ -78,6 +78,11 @@ def launch_scope(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def launch_options(warps: int, stages: int = 1) -> dict[str, int | bool]:
+    """Return the options of a launch. Multiply-adds are fused, whatever Triton's version defaults to."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
 def power_of_two(number: int, least: int = 1) -> int:
     """Return the smallest power of two that is at least ``number`` and ``least``."""
     return max(least, 1 << max(0, number - 1).bit_length())

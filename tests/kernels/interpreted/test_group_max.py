@@ -87,6 +87,33 @@ def test_every_size_of_group(n_queries, group):
     check(problem((n_queries, 300, 20), torch.int8), group)
 
 
+@pytest.mark.parametrize("biases", ["weighted", "plain", "none"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32], ids=str)
+@pytest.mark.parametrize("n_queries", [1, 2, 5, 130])
+def test_terms_may_be_given_per_group(n_queries, dtype, masked, biases):
+    n_rows, group = 300, 16
+    arguments = list(problem((n_queries, n_rows, 20), dtype))
+    n_groups = -(-n_rows // group)
+    mask = torch.rand(n_rows, generator=torch.Generator().manual_seed(1)) > 0.5 if masked else None
+    if masked:
+        mask[16:48] = False
+        mask[288:] = False
+    if biases == "none":
+        arguments[3] = None
+    if biases != "weighted":
+        arguments[6] = None
+    for place in (2, 4, 5):
+        arguments[place] = arguments[place][:n_groups].clone()
+    found = group_max_triton(*arguments, group=group, mask=mask)
+    for place in (2, 4, 5):
+        arguments[place] = arguments[place].repeat_interleave(group)[:n_rows]
+    if biases == "plain":
+        arguments[6] = torch.ones(n_queries)
+    expected, error = reference(arguments, group, mask)
+    assert bool(((found.double() - expected).abs() <= error + (expected.abs() > 1e38) * 1e31).all())
+
+
 @pytest.mark.parametrize("n_queries", [1, 2, 5, 130])
 def test_integer_products_have_the_bits_of_torch(n_queries):
     queries, codes, *_ = problem((n_queries, 130, 80), torch.int8)
@@ -144,5 +171,7 @@ def test_what_the_kernels_do_not_take_is_refused():
         group_max_triton(queries, codes, *rest, group=12)
     with pytest.raises(ValueError, match=r"torch\.float64"):
         group_max_triton(queries.double(), codes.double(), *rest, group=8)
+    with pytest.raises(ValueError, match="one per group, of all"):
+        group_max_triton(queries, codes, rest[0][:5], *rest[1:], group=8)
     with pytest.raises(ValueError, match="contiguous"):
         group_max_triton(queries, codes.T.contiguous().T, *rest, group=8)

@@ -1,0 +1,136 @@
+"""The kernels and configurations that are compiled ahead of time, as their launchers would use them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from elips_torch.kernels import group_max_kernels as scan
+from elips_torch.kernels import rescore_triton as rescore
+from elips_torch.kernels.compile_facts import Case
+from elips_torch.kernels.group_max_configurations import (
+    Blocks,
+    large_blocks,
+    medium_blocks,
+    small_blocks,
+    streams,
+)
+from elips_torch.kernels.group_max_triton import SUPERTILE_QUERIES
+
+_POINTERS = {torch.int8: "*i8", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_NAMES = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_TENSOR = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma"}
+_GROUP = 32
+_TERMS = (
+    *("scales_ptr", "biases_ptr", "residuals_ptr", "norms_ptr"),
+    *("q_bias_ptr", "q_residual_ptr", "q_norm_ptr"),
+)
+
+
+def _scan_types(dtype: torch.dtype, terms: str, mask: bool) -> dict[str, str | None]:
+    """Return the types that all three kernels of the scan share, and those that some have."""
+    types: dict[str, str | None] = dict.fromkeys(_TERMS, "*fp32")
+    if terms == "per group, without biases":
+        types |= {"biases_ptr": None, "q_bias_ptr": None}
+    elif terms == "per group, plain biases":
+        types["q_bias_ptr"] = None
+    types |= {"queries_ptr": _POINTERS[dtype], "codes_ptr": _POINTERS[dtype], "maxima_ptr": "*fp32"}
+    types["mask_ptr"] = "*u8" if mask else None
+    sizes = ("n_queries", "n_rows", "dim", "n_groups", "n_blocks")
+    return types | dict.fromkeys(
+        (*sizes, "query_stride", "code_stride", "mask_stride", "maxima_stride"), "i32"
+    )
+
+
+def _scan_case(
+    size: str,
+    target: str,
+    dtype: torch.dtype,
+    n_queries: int,
+    dim: int,
+    *,
+    terms: str = "per row",
+    mask: str = "",
+) -> Case:
+    blocks: Blocks
+    constants: dict[str, Any] = {
+        "GROUP": _GROUP,
+        "PAIR_MASK": mask == "pairs",
+        "PER_GROUP": terms != "per row",
+    }
+    if size == "small":
+        kernel, blocks = scan.group_max_small_kernel, small_blocks(dtype, n_queries, dim, _GROUP)
+        constants["TWO"] = n_queries == 2
+    elif size == "medium":
+        kernel, blocks = scan.group_max_medium_kernel, medium_blocks(target, dtype, n_queries, dim, _GROUP)
+        constants["BLOCK_QUERIES"] = blocks.queries
+        if streams(blocks, n_queries, dim):
+            kernel, constants["STAGES"] = scan.group_max_stream_kernel, blocks.stages
+    else:
+        kernel, blocks = scan.group_max_large_kernel, large_blocks(target, dtype, dim, _GROUP)
+        constants |= {
+            "BLOCK_QUERIES": blocks.queries,
+            "SUPERTILE": SUPERTILE_QUERIES,
+            "EVEN_ROWS": True,
+            "WIDE": blocks.wide,
+        }
+    constants |= {
+        "BLOCK_ROWS": blocks.rows,
+        "BLOCK_FEATURES": blocks.features,
+        "EVEN": dim % blocks.features == 0,
+    }
+    types = _scan_types(dtype, terms, mask != "")
+    uses_tensor_cores = size != "small" and (dtype != torch.float32 or target == "gfx942")
+    words = [f"group_max_{size}", _NAMES[dtype], f"Q {n_queries}", f"D {dim}"]
+    words += ([] if terms == "per row" else [f"terms {terms}"]) + ([f"mask of {mask}"] if mask else [])
+    return Case(
+        name=", ".join(words),
+        kernel=kernel,
+        types={name: types[name] for name in kernel.arg_names if name in types},
+        constants=constants,
+        warps=blocks.warps,
+        stages=blocks.stages,
+        unaligned=("n_queries", "n_rows", "n_groups", "n_blocks") + (("dim",) if dim % 16 else ()),
+        scores=blocks.queries * blocks.program_rows if size == "large" and uses_tensor_cores else 0,
+        tensor=_TENSOR if uses_tensor_cores else None,
+    )
+
+
+def _scan_cases(target: str) -> Iterator[Case]:
+    yield _scan_case("small", target, torch.int8, 1, 128)
+    yield _scan_case("small", target, torch.bfloat16, 2, 768)
+    yield _scan_case("medium", target, torch.int8, 16, 128)
+    yield _scan_case("medium", target, torch.bfloat16, 128, 768)
+    yield _scan_case("large", target, torch.int8, 4096, 128)
+    yield _scan_case("large", target, torch.int8, 4096, 128, terms="per group, without biases")
+    yield _scan_case("large", target, torch.int8, 4096, 768, terms="per group, plain biases")
+    yield _scan_case("large", target, torch.bfloat16, 4096, 128)
+    yield _scan_case("large", target, torch.bfloat16, 4096, 128, terms="per group, plain biases")
+    yield _scan_case("large", target, torch.bfloat16, 4096, 768)
+    yield _scan_case("large", target, torch.bfloat16, 4096, 768, mask="rows")
+    yield _scan_case("large", target, torch.float16, 4096, 112)
+    yield _scan_case("large", target, torch.float32, 4096, 128)
+
+
+def _rescore_cases() -> Iterator[Case]:
+    types: dict[str, str | None] = {
+        "queries_ptr": "*fp32",
+        "database_ptr": "*fp32",
+        "scores_ptr": "*fp64",
+        **dict.fromkeys(("pair_queries_ptr", "pair_groups_ptr", "work_ptr"), "*i64"),
+        **dict.fromkeys(("n_pairs", "n_rows", "dim", "query_stride", "row_stride"), "i32"),
+    }
+    for metric, p in (("l2", 0.0), ("cosine", 0.0), ("jensenshannon", 0.0), ("lp", 2.5)):
+        yield Case(
+            name=f"rescore, {metric}",
+            kernel=rescore.rescore_kernel,
+            types=types,
+            constants={"METRIC": metric, "P": p, "GROUP": _GROUP, **rescore.BLOCKS},
+            warps=rescore.WARPS,
+            unaligned=("n_pairs", "n_rows"),
+        )
+
+
+def cases(target: str) -> list[Case]:
+    """Return everything that is compiled for a target."""
+    return [*_scan_cases(target), *_rescore_cases()]
