@@ -9,6 +9,7 @@ from elips_torch.kernels import group_max_kernels as scan
 from elips_torch.kernels import rescore_triton as rescore
 from elips_torch.kernels.compile_facts import Case
 from elips_torch.kernels.group_max_configurations import (
+    MEDIUM_QUERIES,
     Blocks,
     large_blocks,
     medium_blocks,
@@ -21,10 +22,19 @@ _POINTERS = {torch.int8: "*i8", torch.bfloat16: "*bf16", torch.float16: "*fp16",
 _NAMES = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _TENSOR = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma"}
 _GROUP = 32
+_BUDGETS = {"per row": 10.0, "per group, plain biases": 6.0, "per group, without biases": 3.5}
+_SIZES = ("n_queries", "n_rows", "dim", "n_groups", "n_blocks")
 _TERMS = (
     *("scales_ptr", "biases_ptr", "residuals_ptr", "norms_ptr"),
     *("q_bias_ptr", "q_residual_ptr", "q_norm_ptr"),
 )
+
+
+def _budget(target: str, terms: str, mask: str) -> float:
+    """Return how many instructions per score may follow the product."""
+    budget = _BUDGETS[terms] + (4.0 if mask else 0.0)
+    # The products of sm_80 leave a group's scores in more threads.
+    return budget + (5.0 if target == "sm_80" else 0.0)
 
 
 def _scan_types(dtype: torch.dtype, terms: str, mask: bool) -> dict[str, str | None]:
@@ -51,6 +61,7 @@ def _scan_case(
     *,
     terms: str = "per row",
     mask: str = "",
+    ones: bool = False,
 ) -> Case:
     blocks: Blocks
     constants: dict[str, Any] = {
@@ -80,9 +91,16 @@ def _scan_case(
         "EVEN": dim % blocks.features == 0,
     }
     types = _scan_types(dtype, terms, mask != "")
+    if ones:
+        constants |= dict.fromkeys((*_SIZES, "query_stride", "code_stride"), 1)
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     uses_tensor_cores = size != "small" and (dtype != torch.float32 or target == "gfx942")
     words = [f"group_max_{size}", _NAMES[dtype], f"Q {n_queries}", f"D {dim}"]
-    words += ([] if terms == "per row" else [f"terms {terms}"]) + ([f"mask of {mask}"] if mask else [])
+    words += (
+        ([] if terms == "per row" else [f"terms {terms}"])
+        + ([f"mask of {mask}"] if mask else [])
+        + (["sizes of 1"] if ones else [])
+    )
     return Case(
         name=", ".join(words),
         kernel=kernel,
@@ -91,8 +109,11 @@ def _scan_case(
         warps=blocks.warps,
         stages=blocks.stages,
         unaligned=("n_queries", "n_rows", "n_groups", "n_blocks") + (("dim",) if dim % 16 else ()),
-        scores=blocks.queries * blocks.program_rows if size == "large" and uses_tensor_cores else 0,
-        tensor=_TENSOR if uses_tensor_cores else None,
+        # Float32 products are no tensor instructions on most of these.
+        scores=blocks.queries * blocks.program_rows if size == "large" and dtype != torch.float32 else 0,
+        budget=_budget(target, terms, mask),
+        wide_loads=not ones,
+        tensor=_TENSOR[target] if uses_tensor_cores else "",
     )
 
 
@@ -100,7 +121,7 @@ def _scan_cases(target: str) -> Iterator[Case]:
     yield _scan_case("small", target, torch.int8, 1, 128)
     yield _scan_case("small", target, torch.bfloat16, 2, 768)
     yield _scan_case("medium", target, torch.int8, 16, 128)
-    yield _scan_case("medium", target, torch.bfloat16, 128, 768)
+    yield _scan_case("medium", target, torch.bfloat16, MEDIUM_QUERIES[target], 768)
     yield _scan_case("large", target, torch.int8, 4096, 128)
     yield _scan_case("large", target, torch.int8, 4096, 128, terms="per group, without biases")
     yield _scan_case("large", target, torch.int8, 4096, 768, terms="per group, plain biases")
@@ -110,6 +131,10 @@ def _scan_cases(target: str) -> Iterator[Case]:
     yield _scan_case("large", target, torch.bfloat16, 4096, 768, mask="rows")
     yield _scan_case("large", target, torch.float16, 4096, 112)
     yield _scan_case("large", target, torch.float32, 4096, 128)
+    if target == "sm_90":
+        # Triton compiles arguments that are 1 as constants.
+        for size, n_queries in (("small", 1), ("medium", 16), ("medium", 100), ("large", 4096)):
+            yield _scan_case(size, target, torch.int8, n_queries, 1, mask="pairs", ones=True)
 
 
 def _rescore_cases() -> Iterator[Case]:

@@ -3,8 +3,6 @@
 Kernels are compiled ahead of time, and facts are read from the machine code.
 """
 
-# mypy: allow-any-generics
-
 import dataclasses
 import re
 import subprocess
@@ -22,10 +20,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Shared memory that one block may use, bytes.
-SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-REGISTERS_PER_PROCESSOR = 65536
-
 _TENSOR_PTX = r"wgmma\.mma_async[\w.]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.]*"
 _TENSOR_SASS = r"\b(?:HGMMA|IGMMA|HMMA|IMMA|DMMA|UTC\w*MMA)\b"
 _SASS_LINE = r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)"
@@ -45,7 +39,8 @@ class Case:
         stages: pipeline stages.
         unaligned: arguments that are not known to be multiples of 16.
         scores: scores that one program reduces; 0 where the epilogue is not counted.
-        tensor: instruction per target that must be there; None for kernels without tensor cores.
+        budget: instructions per score that the epilogue may take.
+        tensor: how the tensor instructions must begin; "" for kernels without tensor cores.
         wide_loads: whether rows are read 16 bytes at a time.
     """
 
@@ -57,7 +52,8 @@ class Case:
     stages: int = 2
     unaligned: tuple[str, ...] = ()
     scores: int = 0
-    tensor: Mapping[str, str] | None = None
+    budget: float = 0.0
+    tensor: str = ""
     wide_loads: bool = True
 
 
@@ -90,7 +86,7 @@ def compile_case(case: Case, target: str) -> Any:
     """Compile a case for a target; Triton keeps the result in its cache on disk."""
     names = case.kernel.arg_names
     constants = {name: None for name, kind in case.types.items() if kind is None} | dict(case.constants)
-    signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
+    signature = {name: "constexpr" if name in constants else str(case.types[name]) for name in names}
     aligned = [
         place
         for place, name in enumerate(names)

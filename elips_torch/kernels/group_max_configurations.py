@@ -12,7 +12,9 @@ import torch
 FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Up to this many queries the database is read at memory speed, whatever is done with it.
 SMALL_QUERIES = 2
-MEDIUM_QUERIES = 128
+# Up to this many queries, database rows are the first axis of the product. The threads of sm_100
+# hold whole rows of it, and so reduce few of them at a time.
+MEDIUM_QUERIES = {"sm_80": 128, "sm_90": 128, "sm_100": 64, "gfx942": 128}
 # From this many features on, wider blocks hide more of the work on each score.
 _WIDE_FEATURES = 256
 _SMALL_FEATURES = {torch.int8: 128, torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
@@ -88,7 +90,7 @@ def medium_blocks(family: str, dtype: torch.dtype, n_queries: int, dim: int, gro
     if dtype == torch.float32:
         # Full float32 products run on the ordinary units.
         return Blocks(min(queries, 64), max(group, 64), 32, 8, 2)
-    warps = 8 if queries == 128 and family != "sm_100" else base.warps
+    warps = 8 if queries >= 64 else base.warps
     return Blocks(queries, max(group, base.rows), features, warps, base.stages)
 
 

@@ -91,14 +91,14 @@ def group_max_triton(
     per_group = _per_group((scales, residuals, norms), n_rows, n_groups)
     scan = _Scan(queries, codes, scales, biases, residuals, norms, q_bias, q_residual, q_norm, mask, maxima)
     options = {"GROUP": group, "PAIR_MASK": mask is not None and mask.ndim == 2, "PER_GROUP": per_group}
+    family = device_family(codes.device)
     with launch_scope(codes):
         if n_queries <= SMALL_QUERIES:
             scan.small(small_blocks(codes.dtype, n_queries, dim, group), options)
-        elif n_queries <= MEDIUM_QUERIES:
-            family = device_family(codes.device)
+        elif n_queries <= MEDIUM_QUERIES[family]:
             scan.medium(medium_blocks(family, codes.dtype, n_queries, dim, group), options)
         else:
-            blocks = large_blocks(device_family(codes.device), codes.dtype, dim, group)
+            blocks = large_blocks(family, codes.dtype, dim, group)
             # Whole blocks first: where none ends early, what belongs to rows is read in wide loads.
             whole = n_rows - n_rows % blocks.program_rows
             for start, stop in ((0, whole), (whole, n_rows)):

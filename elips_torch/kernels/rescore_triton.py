@@ -4,7 +4,7 @@ List-major: pairs are sorted by group, and one program scores one group for seve
 so a group that many queries chose is read once for all of them.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton
@@ -83,6 +83,7 @@ def rescore_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
 ):
+    """Score the rows of one group for the queries of one stretch of pairs."""
     first = tl.load(work_ptr + tl.program_id(0))
     if first < n_pairs:
         group = tl.load(pair_groups_ptr + first)
