@@ -1,12 +1,15 @@
 """The kernels and configurations that are compiled ahead of time, as their launchers would use them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from elips_torch.core.ordering import EMPTY_KEY
 from elips_torch.kernels import group_max_kernels as scan
+from elips_torch.kernels import merge_triton as merge
 from elips_torch.kernels import rescore_triton as rescore
+from elips_torch.kernels import select_triton as select
 from elips_torch.kernels.compile_facts import Case
 from elips_torch.kernels.group_max_configurations import (
     MEDIUM_QUERIES,
@@ -156,6 +159,56 @@ def _rescore_cases() -> Iterator[Case]:
         )
 
 
+def _selection_cases() -> Iterator[Case]:
+    digits = {"PASSES": select.PASSES, "BINS": select.BINS, "DIGIT_BITS": select.DIGIT_BITS}
+    types = {
+        "values_ptr": "*fp32",
+        "result_ptr": "*fp32",
+        **dict.fromkeys(("before_ptr", "after_ptr", "counts_ptr", "state_ptr"), "*i32"),
+        **dict.fromkeys(("n_columns", "part_size", "n_parts", "row_stride", "k"), "i32"),
+    }
+    for number in (0, 2):
+        yield _plain_case(
+            f"kth_largest, pass {number}",
+            select.digit_counts_kernel,
+            types,
+            {"PASS": number, "BLOCK": select.BLOCK, **digits},
+            select.WARPS,
+            ("n_columns", "n_parts", "row_stride", "k"),
+        )
+    yield _plain_case("kth_largest, last digit", select.last_digit_kernel, types, digits, 1, ("n_parts",))
+
+
+def _merge_cases() -> Iterator[Case]:
+    types = {
+        **dict.fromkeys(("keys_ptr", "best_ptr"), "*i64"),
+        **dict.fromkeys(("n_columns", "part_size", "key_stride", "best_stride", "k"), "i32"),
+    }
+    for k in (10, 256, 1024):
+        kept, block, warps = merge.blocks_for(k)
+        yield _plain_case(
+            f"merge_keys, k {k}",
+            merge.merge_keys_kernel,
+            types,
+            {"K": kept, "BLOCK": block, "EMPTY": EMPTY_KEY},
+            warps,
+            ("n_columns", "key_stride", "best_stride", "k"),
+        )
+
+
+def _plain_case(
+    name: str,
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    warps: int,
+    unaligned: tuple[str, ...],
+) -> Case:
+    # Rows of any length begin at any address, so nothing wider than an element is loaded.
+    known = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+    return Case(name, kernel, known, constants, warps, 1, unaligned, wide_loads=False)
+
+
 def cases(target: str) -> list[Case]:
     """Return everything that is compiled for a target."""
-    return [*_scan_cases(target), *_rescore_cases()]
+    return [*_scan_cases(target), *_selection_cases(), *_rescore_cases(), *_merge_cases()]

@@ -65,7 +65,7 @@ class Facts:
         registers: 32-bit vector registers per thread.
         threads: threads per program.
         shared_bytes: shared memory per program.
-        spills: registers kept in memory instead.
+        spills: instructions (NVIDIA) or registers (AMD) that keep a register's value in memory.
         tensor: the kinds of tensor instructions.
         tf32: whether any product is computed in TF32.
         epilogue: instructions per score behind the last tensor instruction; 0 where not counted.
@@ -148,7 +148,8 @@ def _amd_facts(compiled: Any) -> dict[str, Any]:
 
     return {
         "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        # Scalar registers spill into lanes of vector registers, not into memory.
+        "spills": number("vgpr_spill_count"),
         "tensor": _kinds(r"v_mfma\w+", code),
         "behind_tensor": _behind([line for line in lines if "s_nop" not in line], r"v_mfma"),
         "wide_loads": bool(re.search(r"(?:global|buffer)_load_dwordx4", code)),
