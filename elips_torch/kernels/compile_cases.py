@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from elips_torch.core.ordering import EMPTY_KEY
+from elips_torch.kernels import distance_group_min_triton as distance
 from elips_torch.kernels import group_max_kernels as scan
 from elips_torch.kernels import merge_triton as merge
 from elips_torch.kernels import rescore_triton as rescore
@@ -159,6 +160,37 @@ def _rescore_cases() -> Iterator[Case]:
         )
 
 
+def _distance_cases() -> Iterator[Case]:
+    types: dict[str, str | None] = {
+        "mask_ptr": None,
+        **dict.fromkeys(("queries_ptr", "database_ptr", "minima_ptr"), "*fp32"),
+        **dict.fromkeys(("n_queries", "n_rows", "dim", "n_groups"), "i32"),
+        **dict.fromkeys(("query_stride", "row_stride", "mask_stride"), "i32"),
+    }
+    blocks = {
+        "BLOCK_QUERIES": distance.BLOCK_QUERIES,
+        "BLOCK_ROWS": max(_GROUP, distance.LEAST_ROWS),
+        "BLOCK_FEATURES": distance.BLOCK_FEATURES,
+    }
+    for metric, p in (("l1", 1.0), ("braycurtis", 0.0), ("jensenshannon", 0.0), ("lp", 2.5)):
+        yield Case(
+            name=f"distance_group_min, {metric}",
+            kernel=distance.distance_group_min_kernel,
+            types=types,
+            constants={
+                "METRIC": metric,
+                "P": p,
+                "GROUP": _GROUP,
+                "EVEN": True,
+                "PAIR_MASK": False,
+                **blocks,
+            },
+            warps=distance.WARPS,
+            stages=1,
+            unaligned=("n_queries", "n_rows", "n_groups"),
+        )
+
+
 def _selection_cases() -> Iterator[Case]:
     digits = {"PASSES": select.PASSES, "BINS": select.BINS, "DIGIT_BITS": select.DIGIT_BITS}
     types = {
@@ -211,4 +243,4 @@ def _plain_case(
 
 def cases(target: str) -> list[Case]:
     """Return everything that is compiled for a target."""
-    return [*_scan_cases(target), *_selection_cases(), *_rescore_cases(), *_merge_cases()]
+    return [*_scan_cases(target), *_distance_cases(), *_selection_cases(), *_rescore_cases(), *_merge_cases()]

@@ -14,6 +14,8 @@ from elips_torch.core.hardware import device_facts
 # What a row that may not be found counts as. Finite: sums and comparisons with it stay ordinary.
 LOWEST_BOUND = -3.0e38
 LOWEST = tl.constexpr(LOWEST_BOUND)
+HIGHEST_DISTANCE = 3.0e38
+HIGHEST = tl.constexpr(HIGHEST_DISTANCE)
 # True where kernels run in Triton's interpreter, on the CPU.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from elips_torch.core.ordering import EMPTY_KEY, order_keys
+from elips_torch.kernels import merge_triton
 from elips_torch.kernels.merge_triton import merge_keys_triton
 
 
@@ -15,20 +16,31 @@ def random_keys(shape, seed=0):
     return torch.randint(-(2**63), 2**63 - 1, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("k", [1, 2, 10, 256, 1000])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 63), (2, 256), (1, 1000), (1, 2500)], ids=str)
+@pytest.fixture
+def _small_blocks(monkeypatch):
+    """The interpreter takes seconds to sort a thousand keys."""
+    monkeypatch.setattr(merge_triton, "LEAST_BLOCK", 16)
+    monkeypatch.setattr(merge_triton, "_BLOCKS_PER_PART", 2)
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("k", [1, 2, 10, 33, 64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 63), (2, 64), (2, 100)], ids=str)
 def test_the_smallest_keys_are_found_in_order(shape, k):
     check(random_keys(shape), k)
 
 
-def test_the_longest_list():
-    check(random_keys((1, 4100)), 2048)
-
-
+@pytest.mark.usefixtures("_small_blocks")
 def test_long_rows_are_merged_in_parts():
-    check(random_keys((2, 10000)), 7)
+    check(random_keys((2, 500)), 3)
 
 
+@pytest.mark.parametrize(("n_columns", "k"), [(600, 10), (1100, 1000)])
+def test_blocks_of_their_ordinary_size(n_columns, k):
+    check(random_keys((1, n_columns)), k)
+
+
+@pytest.mark.usefixtures("_small_blocks")
 def test_empty_places_come_last_and_no_columns_give_nothing_else():
     keys = random_keys((3, 90))
     keys[0] = EMPTY_KEY
@@ -37,18 +49,19 @@ def test_empty_places_come_last_and_no_columns_give_nothing_else():
     assert (merge_keys_triton(keys[:, :0], 5) == EMPTY_KEY).all()
 
 
+@pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize("higher_is_better", [False, True])
 def test_scores_that_tie_are_in_the_order_of_ranks(higher_is_better):
-    scores = (torch.randn(4, 500, generator=torch.Generator().manual_seed(1)) * 2).round()
-    ranks = torch.randperm(500, generator=torch.Generator().manual_seed(2))
+    scores = (torch.randn(3, 150, generator=torch.Generator().manual_seed(1)) * 2).round()
+    ranks = torch.randperm(150, generator=torch.Generator().manual_seed(2))
     keys = order_keys(scores, ranks, higher_is_better)
-    check(keys, 33)
-    found = merge_keys_triton(keys, 33) & 0xFFFFFFFF
+    check(keys, 20)
+    found = merge_keys_triton(keys, 20) & 0xFFFFFFFF
     expected = [
-        sorted(range(500), key=lambda c, row=row: (-row[c] if higher_is_better else row[c], int(ranks[c])))
+        sorted(range(150), key=lambda c, row=row: (-row[c] if higher_is_better else row[c], int(ranks[c])))
         for row in scores.tolist()
     ]
-    assert found.tolist() == [[int(ranks[c]) for c in row[:33]] for row in expected]
+    assert found.tolist() == [[int(ranks[c]) for c in row[:20]] for row in expected]
 
 
 def test_what_the_kernel_does_not_take_is_refused():
