@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from elips_torch.core.metric import resolve_metric
 from elips_torch.core.ordering import EMPTY_KEY
 from elips_torch.kernels import distance_group_min_triton as distance
 from elips_torch.kernels import group_max_kernels as scan
@@ -79,7 +80,7 @@ def _scan_case(
     elif size == "medium":
         kernel, blocks = scan.group_max_medium_kernel, medium_blocks(target, dtype, n_queries, dim, _GROUP)
         constants["BLOCK_QUERIES"] = blocks.queries
-        if streams(blocks, n_queries, dim):
+        if streams(target, blocks, n_queries, dim):
             kernel, constants["STAGES"] = scan.group_max_stream_kernel, blocks.stages
     else:
         kernel, blocks = scan.group_max_large_kernel, large_blocks(target, dtype, dim, _GROUP)
@@ -99,7 +100,7 @@ def _scan_case(
         constants |= dict.fromkeys((*_SIZES, "query_stride", "code_stride"), 1)
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     uses_tensor_cores = size != "small" and (dtype != torch.float32 or target == "gfx942")
-    words = [f"group_max_{size}", _NAMES[dtype], f"Q {n_queries}", f"D {dim}"]
+    words = [kernel.__name__.removesuffix("_kernel"), _NAMES[dtype], f"Q {n_queries}", f"D {dim}"]
     words += (
         ([] if terms == "per row" else [f"terms {terms}"])
         + ([f"mask of {mask}"] if mask else [])
@@ -125,6 +126,8 @@ def _scan_cases(target: str) -> Iterator[Case]:
     yield _scan_case("small", target, torch.int8, 1, 128)
     yield _scan_case("small", target, torch.bfloat16, 2, 768)
     yield _scan_case("medium", target, torch.int8, 16, 128)
+    yield _scan_case("medium", target, torch.bfloat16, 32, 64)
+    yield _scan_case("medium", target, torch.float32, 64, 96)
     yield _scan_case("medium", target, torch.bfloat16, MEDIUM_QUERIES[target], 768)
     yield _scan_case("large", target, torch.int8, 4096, 128)
     yield _scan_case("large", target, torch.int8, 4096, 128, terms="per group, without biases")
@@ -168,21 +171,22 @@ def _distance_cases() -> Iterator[Case]:
         **dict.fromkeys(("query_stride", "row_stride", "mask_stride"), "i32"),
     }
     blocks = {
-        "BLOCK_QUERIES": distance.BLOCK_QUERIES,
         "BLOCK_ROWS": max(_GROUP, distance.LEAST_ROWS),
         "BLOCK_FEATURES": distance.BLOCK_FEATURES,
     }
-    for metric, p in (("l1", 1.0), ("braycurtis", 0.0), ("jensenshannon", 0.0), ("lp", 2.5)):
+    for name in ("l1", "braycurtis", "jensenshannon", "lp"):
+        metric = resolve_metric(name, 2.5 if name == "lp" else None)
         yield Case(
-            name=f"distance_group_min, {metric}",
+            name=f"distance_group_min, {name}",
             kernel=distance.distance_group_min_kernel,
             types=types,
             constants={
-                "METRIC": metric,
-                "P": p,
+                "METRIC": name,
+                "P": metric.p,
                 "GROUP": _GROUP,
                 "EVEN": True,
                 "PAIR_MASK": False,
+                "BLOCK_QUERIES": distance.queries_at_once(metric),
                 **blocks,
             },
             warps=distance.WARPS,
@@ -216,7 +220,7 @@ def _merge_cases() -> Iterator[Case]:
         **dict.fromkeys(("keys_ptr", "best_ptr"), "*i64"),
         **dict.fromkeys(("n_columns", "part_size", "key_stride", "best_stride", "k"), "i32"),
     }
-    for k in (10, 256, 1024):
+    for k in (10, 1024):
         kept, block, warps = merge.blocks_for(k)
         yield _plain_case(
             f"merge_keys, k {k}",

@@ -19,11 +19,15 @@ METRICS = ("l1", "linf", "lp", "canberra", "braycurtis", "jensenshannon", "gower
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_GROUP = 128
 # One step takes queries x rows x features in registers.
-BLOCK_QUERIES = 8
 LEAST_ROWS = 64
 BLOCK_FEATURES = 16
 WARPS = 4
 _MOST_ROWS = 2**31 - 512
+
+
+def queries_at_once(metric: Metric) -> int:
+    """Return how many queries a program takes; the registers of logarithms limit it."""
+    return 4 if metric.name == "jensenshannon" else 8
 
 
 @triton.jit
@@ -134,15 +138,16 @@ def distance_group_min_triton(
     if mask is not None:
         mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
     pair_mask = mask is not None and mask.ndim == 2
+    block_queries = queries_at_once(metric)
     block_rows = max(group, LEAST_ROWS)
-    programs = triton.cdiv(n_queries, BLOCK_QUERIES) * triton.cdiv(n_rows, block_rows)
+    programs = triton.cdiv(n_queries, block_queries) * triton.cdiv(n_rows, block_rows)
     with launch_scope(database):
         distance_group_min_kernel[(programs,)](
             *(queries, database, mask, minima, n_queries, n_rows, dim, n_groups),
             *(queries.stride(0), database.stride(0), mask.stride(0) if mask is not None and pair_mask else 0),
             METRIC=metric.name,
             P=metric.p,
-            BLOCK_QUERIES=BLOCK_QUERIES,
+            BLOCK_QUERIES=block_queries,
             BLOCK_ROWS=block_rows,
             BLOCK_FEATURES=BLOCK_FEATURES,
             GROUP=group,

@@ -15,6 +15,8 @@ SMALL_QUERIES = 2
 # Up to this many queries, database rows are the first axis of the product. The threads of sm_100
 # hold whole rows of it, and so reduce few of them at a time.
 MEDIUM_QUERIES = {"sm_80": 128, "sm_90": 128, "sm_100": 64, "gfx942": 128}
+# Up to this many queries, what belongs to them stays in registers while the database streams by.
+_STREAM_QUERIES = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 16}
 # From this many features on, wider blocks hide more of the work on each score.
 _WIDE_FEATURES = 256
 _SMALL_FEATURES = {torch.int8: 128, torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
@@ -89,7 +91,7 @@ def medium_blocks(family: str, dtype: torch.dtype, n_queries: int, dim: int, gro
     features = _features(dim, base.features // dtype.itemsize, 32)
     if dtype == torch.float32:
         # Full float32 products run on the ordinary units.
-        return Blocks(min(queries, 64), max(group, 64), 32, 8, 2)
+        return Blocks(min(queries, 64), max(group, 64), 32, 4, 2)
     warps = 8 if queries >= 64 else base.warps
     return Blocks(queries, max(group, base.rows), features, warps, base.stages)
 
@@ -103,7 +105,6 @@ def large_blocks(family: str, dtype: torch.dtype, dim: int, group: int) -> Block
     return dataclasses.replace(base, rows=max(group, base.rows), features=features)
 
 
-def streams(blocks: Blocks, n_queries: int, dim: int) -> bool:
+def streams(family: str, blocks: Blocks, n_queries: int, dim: int) -> bool:
     """Whether few queries with few features stay in place while the database streams by."""
-    # What belongs to more queries would fill the registers.
-    return dim <= blocks.features and n_queries <= min(blocks.queries, 64)
+    return dim <= blocks.features and n_queries <= min(blocks.queries, _STREAM_QUERIES[family])

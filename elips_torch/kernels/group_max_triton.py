@@ -198,7 +198,7 @@ class _Scan:
             "BLOCK_FEATURES": blocks.features,
             "EVEN": dim % blocks.features == 0,
         }
-        if streams(blocks, n_queries, dim):
+        if streams(device_family(self.codes.device), blocks, n_queries, dim):
             programs = min(n_blocks, resident_programs(self.codes.device, 2))
             group_max_stream_kernel[(programs,)](
                 *(*self.tensors, n_queries, n_rows, dim, n_groups, n_blocks, *self.strides),
