@@ -114,7 +114,7 @@ def facts_of(case: Case, target: str) -> Facts:
     return Facts(
         threads=threads,
         shared_bytes=compiled.metadata.shared,
-        tf32="tf32" in compiled.asm["ttgir"],
+        tf32=any(re.search("tf32|_xf32", compiled.asm.get(form, "")) for form in ("ttir", "ptx", "amdgcn")),
         epilogue=round(behind_tensor * threads / case.scores, 2) if case.scores else 0.0,
         **facts,
     )
