@@ -3,13 +3,13 @@ import importlib.util
 import pytest
 
 if importlib.util.find_spec("triton") is None:
-    INTERPRETED, WHY = False, "Triton is not installed"
+    INTERPRETED = False
 else:
     import triton
 
     INTERPRETED = bool(triton.knobs.runtime.interpret)
-    WHY = "runs in Triton's interpreter, in a process of its own: see test_triton_interpreter.py"
 if not INTERPRETED:
+    # They run in processes of their own, started by test_triton_interpreter.py.
     collect_ignore_glob = ["test_*.py"]
 
 
