@@ -23,6 +23,8 @@ options = {"metric": case.get("metric", "l2"), "workspace_bytes": case["workspac
 generator = torch.Generator().manual_seed(0)
 queries = torch.rand(n_queries, dim, generator=generator)
 database = torch.rand(n, dim, generator=generator)
+if "screen" in case:
+    options["screen"] = case["screen"]
 if case.get("mask"):
     options["mask"] = torch.ones(n_queries, n, dtype=torch.bool)
 if case.get("exclude"):
@@ -62,7 +64,9 @@ print(json.dumps([status("VmHWM") - before, sum(each.nbytes for each in results)
 """
 
 CASES = {
-    "screened": {"operation": "knn", "n": 200_000, "n_queries": 600, "k": 10},
+    "approximated": {"operation": "knn", "n": 200_000, "n_queries": 600, "k": 10, "screen": "none"},
+    "screened": {"operation": "knn", "n": 200_000, "n_queries": 600, "k": 10, "screen": "int8"},
+    "screened, in blocks": {"operation": "knn", "n": 600_000, "n_queries": 300, "k": 100, "screen": "int8"},
     "many neighbours": {"operation": "knn", "n": 20_000, "n_queries": 100, "k": 3000},
     "mask and exclude": {
         "operation": "knn",
