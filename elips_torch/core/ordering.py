@@ -27,3 +27,15 @@ def order_keys(scores: Tensor, ranks: Tensor, higher_is_better: bool) -> Tensor:
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     ascending = torch.where(signed.isnan(), 0x7FFFFFFF, ascending)
     return (ascending.to(torch.int64) << 32) | ranks
+
+
+def scores_of_keys(keys: Tensor, higher_is_better: bool) -> Tensor:
+    """Return the float32 scores that `order_keys` made keys of, any shape."""
+    ascending = (keys >> 32).to(torch.int32)
+    signed = (ascending ^ ((ascending >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return (-signed if higher_is_better else signed) + 0.0
+
+
+def ranks_of_keys(keys: Tensor) -> Tensor:
+    """Return the int64 ranks that `order_keys` made keys of, any shape."""
+    return keys & 0xFFFFFFFF

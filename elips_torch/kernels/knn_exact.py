@@ -7,6 +7,8 @@ Each search answers the queries for which it can prove the answer, and leaves th
 3. every row is scored (`knn_complete`), which always answers.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -19,9 +21,9 @@ from elips_torch.kernels.approximate import has_approximation
 from elips_torch.kernels.exact_tile import is_small
 from elips_torch.kernels.knn_approximated import ApproximatedSearch, n_candidates
 from elips_torch.kernels.knn_complete import CompleteSearch
-from elips_torch.kernels.knn_screened import ScreenedSearch
+from elips_torch.kernels.knn_screened import screened_search
 from elips_torch.kernels.plane import Plane
-from elips_torch.kernels.screen_passes import EAGER, Passes
+from elips_torch.kernels.screen_passes import COMPILED, EAGER
 from elips_torch.kernels.selection import Selection
 
 
@@ -37,6 +39,13 @@ class Search(Protocol):
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
 
 
+# Makes a search from the database, the metric, the plane if there is one, k plus the number of rows
+# excluded per query, and the workspace; None where it cannot serve.
+FirstSearch = Callable[[Tensor, Metric, Plane | None, int, int], Search | None]
+eager_first: FirstSearch = functools.partial(screened_search, EAGER)
+compiled_first: FirstSearch = functools.partial(screened_search, COMPILED)
+
+
 def knn_exact(
     queries: Tensor,  # (Q, D)
     database: Tensor,  # (N, D)
@@ -46,9 +55,12 @@ def knn_exact(
     selection: Selection,
     workspace_bytes: int,
     plane: Plane | None = None,
-    passes: Passes = EAGER,
+    first_search: FirstSearch = eager_first,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
-    """Return the scores and rows of the k best rows; -1 where there are fewer."""
+    """Return the scores and rows of the k best rows; -1 where there are fewer.
+
+    ``first_search`` makes the first link of the chain; implementations differ by it.
+    """
     n_queries, n_rows = queries.shape[0], database.shape[0]
     scores = torch.full((n_queries, k), metric.worst, dtype=torch.float32, device=queries.device)
     rows = torch.full((n_queries, k), -1, dtype=torch.int64, device=queries.device)
@@ -56,7 +68,7 @@ def knn_exact(
         return scores, rows
     found = min(k, n_rows)
     pending: Tensor | None = None
-    for search in _searches(queries, database, k, metric, selection, workspace_bytes, plane, passes):
+    for search in _searches(queries, database, k, metric, selection, workspace_bytes, plane, first_search):
         left = []
         step = search.queries_at_once(found, workspace_bytes)
         for start, stop in spans(n_queries if pending is None else pending.numel(), step):
@@ -79,15 +91,15 @@ def _searches(
     selection: Selection,
     workspace_bytes: int,
     plane: Plane | None,
-    passes: Passes,
+    first_search: FirstSearch,
 ) -> list[Search]:
     """Return the searches to try in turn; the last one certifies every query."""
     searches: list[Search] = []
     small = is_small(queries, database)
-    if plane is not None and not small:
-        screened = ScreenedSearch(database, metric, plane, passes, k + selection.n_excluded, workspace_bytes)
-        if screened.is_possible:
-            searches.append(screened)
+    if not small:
+        first = first_search(database, metric, plane, k + selection.n_excluded, workspace_bytes)
+        if first is not None:
+            searches.append(first)
     if n_candidates(k) <= database.shape[0] // 2 and not small:
         wide = torch.float64 in (queries.dtype, database.dtype)
         for dtype in (torch.float32, torch.float64):

@@ -24,7 +24,7 @@ from elips_torch.core.ordering import EMPTY_KEY, order_keys
 from elips_torch.core.tiling import spans
 from elips_torch.kernels.pair_scores import exact_pair_scores
 from elips_torch.kernels.plane import BIAS, NORM, Plane
-from elips_torch.kernels.screen import CodedQueries, code_queries, group_terms, threshold
+from elips_torch.kernels.screen import CodedQueries, code_queries, exact_scores, group_terms, threshold
 from elips_torch.kernels.screen_passes import FINE_ROWS, NO_ROW, Passes
 from elips_torch.kernels.selection import Selection
 
@@ -49,12 +49,29 @@ _NO_TERMS = (0.0, NO_ROW, 0.0)
 class _Survivors:
     """Pairs of query ``(P,)`` and row ``(P,)`` that reached the threshold.
 
-    ``certified`` is bool ``(Q,)``: all rows that matter to the query are among its pairs.
+    ``certified`` is bool ``(Q,)``: all rows that matter to the query are among its pairs. ``scores``
+    ``(P,)`` float32 are there where the codes are the vectors, and give them without another look.
     """
 
     owners: Tensor
     rows: Tensor
     certified: Tensor
+    scores: Tensor | None = None
+
+
+def screened_search(
+    passes: Passes,
+    database: Tensor,
+    metric: Metric,
+    plane: Plane | None,
+    n_neighbours: int,
+    workspace_bytes: int,
+) -> "ScreenedSearch | None":
+    """Return a search that screens by a plane, or None where there is none or it cannot serve."""
+    if plane is None:
+        return None
+    search = ScreenedSearch(database, metric, plane, passes, n_neighbours, workspace_bytes)
+    return search if search.is_possible else None
 
 
 class ScreenedSearch:
@@ -164,8 +181,8 @@ class ScreenedSearch:
         reached = coarse >= limit[:, None]
         certified = coded.usable & (reached.sum(1) <= self.survivors)
         owners, groups = (reached & certified[:, None]).nonzero().unbind(1)
-        reached = bounds[0, owners, groups] >= limit[owners, None]
-        return _Survivors(*self._descend(reached, owners, certified, groups * group))
+        upper = bounds[0, owners, groups]
+        return self._survivors(coded, upper, upper >= limit[owners, None], owners, certified, groups * group)
 
     def _screen_groups(
         self,
@@ -183,13 +200,14 @@ class ScreenedSearch:
         groups, owners = (reached & certified).nonzero().unbind(1)
 
         reached = fine[groups, :, owners] >= limit[owners, None]
-        owners, groups, certified = self._descend(reached, owners, certified, groups * self.per_coarse)
+        certified, pairs, members = self._descend(reached, owners, certified)
+        owners, groups = owners[pairs], groups[pairs] * self.per_coarse + members
         first = groups * FINE_ROWS
         rows = first[:, None] + torch.arange(FINE_ROWS, device=first.device)
         exists = rows < n_rows
         bounds = self._pair_bounds(coded, terms, rows.clamp_max_(n_rows - 1), owners, workspace_bytes)
         reached = (bounds >= limit[owners, None]) & exists
-        return _Survivors(*self._descend(reached, owners, certified, first))
+        return self._survivors(coded, bounds, reached, owners, certified, first)
 
     def _limit(self, coded: CodedQueries, lowest: Tensor) -> Tensor:
         """Return the threshold ``(Q,)`` from lower bounds ``(Q, L)`` of large groups.
@@ -199,21 +217,37 @@ class ScreenedSearch:
         best = lowest.topk(self.n_neighbours, dim=1, sorted=False).values
         return threshold(coded.rounding, best.amin(1))
 
-    def _descend(
-        self, reached: Tensor, owners: Tensor, certified: Tensor, firsts: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries and members of what was reached, without queries that reached too much.
+    def _descend(self, reached: Tensor, owners: Tensor, certified: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Leave out queries of which too much was reached.
 
         Args:
             reached: bool ``(P, M)``, which members of a group count.
             owners: ``(P,)`` query of each group.
             certified: bool ``(Q,)``.
-            firsts: ``(P,)`` number of each group's first member.
+
+        Returns:
+            ``certified`` without these queries; group ``(S,)`` and member ``(S,)`` of what is left.
         """
         counts = torch.zeros_like(certified, dtype=torch.int64).index_add_(0, owners, reached.sum(1))
         certified = certified & (counts <= self.survivors)
         pairs, members = (reached & certified[owners, None]).nonzero().unbind(1)
-        return owners[pairs], firsts[pairs] + members, certified
+        return certified, pairs, members
+
+    def _survivors(
+        self,
+        coded: CodedQueries,
+        upper: Tensor,  # (P, M) bounds
+        reached: Tensor,  # (P, M) bool
+        owners: Tensor,  # (P,)
+        certified: Tensor,  # (Q,) bool
+        firsts: Tensor,  # (P,) first row of each group
+    ) -> _Survivors:
+        certified, pairs, members = self._descend(reached, owners, certified)
+        owners, rows = owners[pairs], firsts[pairs] + members
+        scores = None
+        if coded.is_exact:
+            scores = exact_scores(self.metric, coded, upper[pairs, members], owners)
+        return _Survivors(owners, rows, certified, scores)
 
     def _group_bounds(
         self,
@@ -293,14 +327,17 @@ class ScreenedSearch:
     ) -> tuple[Tensor, Tensor, Tensor]:
         metric, device = self.metric, queries.device
         n_queries = queries.shape[0]
-        owners, rows = survivors.owners, survivors.rows
+        owners, rows, pair_scores = survivors.owners, survivors.rows, survivors.scores
         if selection.mask is not None or selection.exclude is not None:
             kept = ~selection.drops(owners, rows)
             owners, rows = owners[kept], rows[kept]
-        lengths = self.plane.terms[rows, NORM] + torch.linalg.vector_norm(self.plane.mean) * (1 + 2.0**-10)
-        pair_scores = exact_pair_scores(
-            metric, queries, self.database, owners, rows, lengths, self.passes, workspace_bytes // 4
-        )
+            pair_scores = None if pair_scores is None else pair_scores[kept]
+        if pair_scores is None:
+            longest = torch.linalg.vector_norm(self.plane.mean) * (1 + 2.0**-10)
+            lengths = self.plane.terms[rows, NORM] + longest
+            pair_scores = exact_pair_scores(
+                metric, queries, self.database, owners, rows, lengths, self.passes, workspace_bytes // 4
+            )
         keys = order_keys(pair_scores, rows if ranks is None else ranks[rows], metric.higher_is_better)
         # One row per query, as wide as the longest list.
         counts = torch.bincount(owners, minlength=n_queries)

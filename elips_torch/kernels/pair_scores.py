@@ -44,7 +44,22 @@ def exact_pair_scores(
             size = torch.ones_like(scores)
     # Both sums err by at most (D + 2) u of their size, a quotient by twice as much.
     error = size * (4 * (queries.shape[1] + 8) * 2.0**-53)
+    return rounded_pair_scores(metric, queries, database, query_rows, rows, scores, error, workspace_bytes)
+
+
+def rounded_pair_scores(
+    metric: Metric,
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    query_rows: Tensor,  # (P,) int64
+    rows: Tensor,  # (P,) int64
+    scores: Tensor,  # (P,) float64
+    error: Tensor,  # (P,) float64, at most so far from the definition's
+    workspace_bytes: int,
+) -> Tensor:  # (P,) float32
+    """Round scores as the definition's would be rounded."""
     lower = (scores - error).float()
+    # NaN differs from itself: where nothing is known the definition decides as well.
     unsure = (lower != (scores + error).float()).nonzero()[:, 0]
     if unsure.numel():
         lower[unsure] = score_pairs(

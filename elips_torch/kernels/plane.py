@@ -17,6 +17,7 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import spans
 
 CODE_DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16}
+KINDS = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # Unit roundoff of float32.
 UNIT = 2.0**-24
 # Norms below this square, and multiply with those of a query, without overflow.
@@ -32,7 +33,7 @@ class Plane:
     """Codes of ``N`` rows and what bounds their error.
 
     Attributes:
-        codes: ``(N, D)`` int8 or bfloat16.
+        codes: ``(N, D)`` int8 or bfloat16; or the vectors themselves, see `plain_plane`.
         terms: ``(N, 4)`` float32, what the bounds need of each row: its scale, above zero; at least
             the residual ``|x - mean - scale * code|``; at least the norm ``|x - mean|``; and a bias,
             close to ``-|x - mean|**2 / 2`` for "l2", zero for the others.
@@ -52,8 +53,8 @@ class Plane:
 
     @property
     def kind(self) -> str:
-        """What the codes are: "int8" or "bf16"."""
-        return "int8" if self.codes.dtype == torch.int8 else "bf16"
+        """What the codes are: "int8", "bf16", "fp16" or "fp32"."""
+        return KINDS[self.codes.dtype]
 
 
 # Columns of a plane's terms.
@@ -152,6 +153,30 @@ def make_plane(metric: Metric, vectors: Tensor, kind: str) -> Plane | None:
         mean = torch.full((vectors.shape[1],), offset, device=vectors.device)
         return encode(metric, vectors, mean, kind, is_integer=True)
     return encode(metric, vectors, mean_of(metric, vectors), kind)
+
+
+def plain_plane(metric: Metric, vectors: Tensor) -> Plane | None:
+    """Return a plane whose codes are the vectors ``(N, D)``: only the queries' codes lose something."""
+    terms = torch.zeros(vectors.shape[0], 4, device=vectors.device)
+    slack = norm_slack(vectors.shape[1])
+    for start, stop in _chunks(vectors):
+        part = slice(start, stop)
+        wide = vectors[part].float()
+        norm = torch.linalg.vector_norm(wide, dim=1)
+        if metric.name == "cosine":
+            # Where a norm may have underflowed, nothing is known.
+            known = (norm > SMALLEST_SCALE) | (wide == 0).all(1)
+            terms[part, SCALE] = torch.where(norm > 0, 1 / norm, 1.0)
+            terms[part, RESIDUAL] = 2 * slack
+            terms[part, NORM] = torch.where(known & (norm < LARGEST_NORM), 1 + 2 * slack, torch.inf)
+        else:
+            terms[part, SCALE] = 1.0
+            terms[part, NORM] = norm * (1 + slack)
+        if metric.name == "l2":
+            terms[part, BIAS] = wide.double().square_().sum(1).mul_(-0.5).float()
+    if vectors.shape[0] and not bool(terms[:, NORM].max() < LARGEST_NORM):
+        return None
+    return Plane(vectors, terms, vectors.new_zeros(vectors.shape[1], dtype=torch.float32))
 
 
 def _chunks(vectors: Tensor) -> "list[tuple[int, int]]":

@@ -23,7 +23,6 @@ from torch import Tensor
 from elips_torch.core.metric import Metric
 from elips_torch.kernels.plane import (
     BIAS,
-    CODE_DTYPES,
     LARGEST_NORM,
     NORM,
     RESIDUAL,
@@ -98,19 +97,21 @@ def code_queries(metric: Metric, queries: Tensor, plane: Plane) -> CodedQueries:
     else:
         is_exact = False
         scales = torch.ones_like(largest, dtype=torch.float32)
-        codes = wide.to(CODE_DTYPES[plane.kind])
+        codes = wide.to(plane.codes.dtype)
         coded = codes.double()
+        usable &= coded.isfinite().all(1)
+        codes, coded = (torch.where(usable[:, None], each, 0.0) for each in (codes, coded))
     if is_exact:
         terms = torch.stack([scales, torch.zeros_like(scales), torch.zeros_like(scales)])
         return CodedQueries(codes, terms, terms.new_zeros(()), rounding, offsets, usable, True)
     length = torch.linalg.vector_norm(coded, dim=1)
     residual = torch.linalg.vector_norm(wide - coded, dim=1)
-    # The sum itself is exact for int8 codes unless it outgrows float32; a product of bfloat16
-    # codes is accumulated in float32, which tensor cores may truncate.
+    # A sum of int8 products is exact unless it outgrows float32; other products are accumulated in
+    # float32, which tensor cores may truncate.
     rounded = 16.0
-    if plane.kind == "bf16":
+    if plane.kind in ("bf16", "fp16"):
         rounded += 4 * dim
-    elif dim > EXACT_FLOAT_DIM:
+    elif plane.kind == "fp32" or dim > EXACT_FLOAT_DIM:
         rounded += dim
     # The last factor covers rounding these factors and the bounds made of them.
     widen = (1 + 2.0**-40) * (1 + 8 * UNIT)
@@ -160,3 +161,19 @@ def threshold(rounding: Tensor, lowest: Tensor) -> Tensor:
     wide = wide - 8 * UNIT * (wide.abs() + rounding) - 2 * FLOOR
     wide = torch.where(lowest > NO_ROW / 2, wide, -torch.inf).float()
     return wide.nextafter(torch.full_like(wide, -torch.inf))
+
+
+def exact_scores(metric: Metric, coded: CodedQueries, upper: Tensor, owners: Tensor) -> Tensor:
+    """Return float32 scores ``(P,)`` of pairs whose codes are the vectors.
+
+    Args:
+        metric: "l2" or "ip".
+        coded: queries with ``is_exact``.
+        upper: ``(P,)`` bounds, which are the similarities but for `FLOOR`.
+        owners: ``(P,)`` queries.
+    """
+    # Similarities are whole multiples of a half.
+    similarities = (2 * upper.double()).round_() / 2
+    offsets = coded.offsets[owners]
+    scores = offsets - 2 * similarities if metric.name == "l2" else offsets + similarities
+    return scores.float() + 0.0

@@ -22,10 +22,9 @@ from elips_torch.core.validation import (
 )
 from elips_torch.kernels.candidate_gradient import database_gradient
 from elips_torch.kernels.knn_blocks import knn_blocks
-from elips_torch.kernels.knn_exact import knn_exact
+from elips_torch.kernels.knn_exact import compiled_first, knn_exact
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
-from elips_torch.kernels.screen_passes import COMPILED
 from elips_torch.kernels.selection import Selection
 
 # From so many queries on, making a plane for one call repays.
@@ -57,7 +56,10 @@ def _small_reasons(request: Request) -> list[str]:
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(
-        "compiled", functools.partial(knn_exact, passes=COMPILED), _compiled_reasons, _small_reasons
+        "compiled",
+        functools.partial(knn_exact, first_search=compiled_first),
+        _compiled_reasons,
+        _small_reasons,
     ),
     Implementation("eager", knn_exact, float64_reasons),
 )
