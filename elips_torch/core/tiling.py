@@ -1,6 +1,7 @@
 """Splitting a (Q, N) problem into tiles that fit a workspace."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
@@ -56,3 +57,14 @@ def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
     """
     for start in range(0, total, step):
         yield start, min(start + step, total)
+
+
+def even_cuts(total: int, most: int) -> list[tuple[int, int]]:
+    """Cut ``range(total)`` into parts of at most ``most`` that differ in length by one at most.
+
+    >>> even_cuts(7, 3)
+    [(0, 2), (2, 4), (4, 7)]
+    """
+    parts = -(-total // most)
+    cuts = [total * part // parts for part in range(parts + 1)] if parts else []
+    return list(itertools.pairwise(cuts))

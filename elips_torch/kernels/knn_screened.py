@@ -11,7 +11,6 @@ Where too many rows survive, a query is left uncertified, for a finer search to 
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from elips_torch.core.hardware import int8_product_is_fast
 from elips_torch.core.metric import Metric
-from elips_torch.core.ordering import EMPTY_KEY, order_keys
-from elips_torch.core.tiling import spans
+from elips_torch.core.tiling import even_cuts, spans
 from elips_torch.kernels.pair_scores import exact_pair_scores
 from elips_torch.kernels.plane import BIAS, NORM, Plane
+from elips_torch.kernels.ranking import rank_pairs
 from elips_torch.kernels.screen import CodedQueries, code_queries, exact_scores, group_terms, threshold
 from elips_torch.kernels.screen_passes import FINE_ROWS, NO_ROW, Passes
 from elips_torch.kernels.selection import Selection
@@ -137,7 +136,7 @@ class ScreenedSearch:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
         results = []
         buffers = _Buffers(queries.device)
-        for start, stop in _even_cuts(queries.shape[0], self.step):
+        for start, stop in even_cuts(queries.shape[0], self.step):
             part = selection.narrowed(start, stop)
             survivors = self._screen(queries[start:stop], part, workspace_bytes, buffers)
             results.append(self._rank(queries[start:stop], survivors, k, ranks, part, workspace_bytes))
@@ -264,7 +263,7 @@ class ScreenedSearch:
         fine = buffers.get("fine", n_groups, self.per_coarse, n_queries)
         coarse = buffers.get("coarse", 2, n_groups, n_queries)
         cells = self._tile_bytes(workspace_bytes) // _CELL_BYTES[self.passes.is_compiled]
-        blocks = _even_cuts(whole, max(2, min(_ROWS, cells // n_queries) // group))
+        blocks = even_cuts(whole, max(2, min(_ROWS, cells // n_queries) // group))
         if whole < n_groups:
             # The last group is short. Another comes with it: code for a single one would be another.
             blocks.append((n_groups - 2, n_groups))
@@ -325,8 +324,7 @@ class ScreenedSearch:
         selection: Selection,
         workspace_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        metric, device = self.metric, queries.device
-        n_queries = queries.shape[0]
+        metric, n_queries = self.metric, queries.shape[0]
         owners, rows, pair_scores = survivors.owners, survivors.rows, survivors.scores
         if selection.mask is not None or selection.exclude is not None:
             kept = ~selection.drops(owners, rows)
@@ -338,25 +336,8 @@ class ScreenedSearch:
             pair_scores = exact_pair_scores(
                 metric, queries, self.database, owners, rows, lengths, self.passes, workspace_bytes // 4
             )
-        keys = order_keys(pair_scores, rows if ranks is None else ranks[rows], metric.higher_is_better)
-        # One row per query, as wide as the longest list.
-        counts = torch.bincount(owners, minlength=n_queries)
-        owners, order = owners.sort(stable=True)
-        column = torch.arange(owners.numel(), device=device) - (counts.cumsum(0) - counts)[owners]
-        width = max(k, int(counts.max()))
-        table = torch.full((n_queries, width), EMPTY_KEY, device=device)
-        table[owners, column] = keys[order]
-        places = torch.zeros_like(table)
-        places[owners, column] = order
-        best_keys, best = table.topk(k, dim=1, largest=False)
-        empty = best_keys == EMPTY_KEY
-        if not rows.numel():
-            shape = (n_queries, k)
-            scores = torch.full(shape, metric.worst, device=device)
-            return scores, torch.full(shape, -1, device=device), survivors.certified
-        places = places.gather(1, best)
-        scores = pair_scores[places].masked_fill_(empty, metric.worst)
-        return scores, rows[places].masked_fill_(empty, -1), survivors.certified
+        found = rank_pairs(metric, owners, rows, pair_scores, n_queries, k, ranks)
+        return *found, survivors.certified
 
 
 class _Buffers:
@@ -397,10 +378,3 @@ def _without(terms: Tensor, hidden: Tensor) -> Tensor:
     terms = terms.clone()
     terms[:, BIAS].masked_fill_(hidden, NO_ROW)
     return terms
-
-
-def _even_cuts(total: int, most: int) -> list[tuple[int, int]]:
-    """Cut ``range(total)`` into parts of at most ``most`` that differ in length by one at most."""
-    parts = -(-total // most)
-    cuts = [total * part // parts for part in range(parts + 1)] if parts else []
-    return list(itertools.pairwise(cuts))

@@ -85,6 +85,12 @@ class Selection:
             return None
         return ~self.own_mask[slice(None) if self.queries is None else self.queries, start:stop]
 
+    def visible(self) -> Tensor | None:
+        """Return the mask ``(N,)`` or ``(Q, N)`` of these queries, None where there is none."""
+        if self.own_mask is None or self.queries is None:
+            return self.mask
+        return self.own_mask[self.queries]
+
     def drops(self, owners: Tensor, rows: Tensor) -> Tensor:
         """Return bool ``(P,)``, True where query ``owners (P,)`` may not see row ``rows (P,)``."""
         if self.own_mask is None:

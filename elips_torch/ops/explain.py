@@ -49,6 +49,7 @@ def explain(
     >>> import torch
     >>> explain(torch.rand(2, 8), torch.rand(100, 8), k=10).chosen  # doctest: +ELLIPSIS
     knn of 2 x 100 x 8 float32, l2, k=10 on cpu (...)
+      triton       Triton kernels run on CUDA and ROCm, the tensors are on cpu...
       compiled     there is no screening plane to run compiled code on
       eager        chosen
     'eager'

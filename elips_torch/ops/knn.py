@@ -1,6 +1,7 @@
 """k-nearest-neighbour search of queries in a database, both plain tensors."""
 
 import functools
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,6 +41,23 @@ def _eager_milliseconds(request: Request) -> float:
     return product + request.n_queries * request.n_rows / 1e6
 
 
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from elips_torch.kernels.knn_triton import triton_search
+
+    return knn_exact(*arguments, first_search=triton_search)
+
+
+def _triton_reasons(request: Request) -> list[str]:
+    reasons = []
+    if request.device.type != "cuda":
+        reasons.append(f"Triton kernels run on CUDA and ROCm, the tensors are on {request.device}")
+    if find_spec("triton") is None:
+        reasons.append("Triton is not installed")
+    if torch.float64 in (request.query_dtype, request.dtype):
+        reasons.append("the kernels take float32, bfloat16 and float16 vectors")
+    return reasons
+
+
 def _compiled_reasons(request: Request) -> list[str]:
     reasons = [*float64_reasons(request), *compiler_reasons(request.device.type)]
     if request.screen == "none":
@@ -55,6 +73,7 @@ def _small_reasons(request: Request) -> list[str]:
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("triton", _triton, _triton_reasons),
     Implementation(
         "compiled",
         functools.partial(knn_exact, first_search=compiled_first),
