@@ -6,16 +6,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from elips_torch.core.dispatch import Explanation
+from elips_torch.core.dispatch import Explanation, Request
 from elips_torch.core.errors import DtypeError
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
-from elips_torch.core.validation import FLOAT_DTYPES, check_workspace
+from elips_torch.core.validation import FLOAT_DTYPES, check_k, check_vectors, check_workspace
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.storage import durable
 from elips_torch.kernels.screen_choice import check_screen
 from elips_torch.kernels.selection import Selection
-from elips_torch.ops.explain import explain
+from elips_torch.ops.explain import explain_request
 from elips_torch.ops.knn import run_knn
 from elips_torch.ops.range_search import run_range_search
 
@@ -135,15 +135,11 @@ class FlatIndex(Index):
 
     def explain(self, queries: Tensor, k: int | None = None, *, implementation: str = "auto") -> Explanation:
         """Print which implementation would serve `search` and why the others would not."""
-        return explain(
-            queries,
-            self.vectors,
-            self.k if k is None else k,
-            metric=self.metric,
-            p=self.p,
-            screen=self.plane.kind,
-            implementation=implementation,
-        )
+        check_vectors("queries", queries, dim=self.dim, allow_single=True)
+        rows = queries[None] if queries.ndim == 1 else queries
+        count = self.k if k is None else check_k(k)
+        request = Request.of(rows, self.vectors, self._metric, count, self.plane.kind)
+        return explain_request("knn", request, implementation)
 
     def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
         return {"vectors": vectors}

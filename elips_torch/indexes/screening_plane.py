@@ -1,5 +1,6 @@
 """The plane of an index: kept right while its vectors change."""
 
+import dataclasses
 from typing import ClassVar
 
 import torch
@@ -8,7 +9,16 @@ from torch import Tensor
 from elips_torch.core.metric import Metric
 from elips_torch.indexes.row_tensors import RowTensors
 from elips_torch.indexes.storage import durable
-from elips_torch.kernels.plane import CODE_DTYPES, NORM, Plane, encode, integer_offset, make_plane, mean_of
+from elips_torch.kernels.plane import (
+    CODE_DTYPES,
+    NORM,
+    Plane,
+    encode,
+    integer_offset,
+    make_plane,
+    mean_of,
+    plain_plane,
+)
 from elips_torch.kernels.screen_choice import choose_screen
 
 # The mean moves when that shortens the squared norms by this share.
@@ -41,6 +51,8 @@ class ScreeningPlane(RowTensors):
         self.screen = screen
         self.kind = "none"
         self.is_integer = False
+        # A kind that could not be made of the vectors as they are.
+        self._failed = ""
         self._rows_at_mean = 0
         self._seen: tuple[object, ...] = ()
         with durable():
@@ -54,22 +66,24 @@ class ScreeningPlane(RowTensors):
 
     def current(self, vectors: Tensor) -> Plane | None:
         """Return the plane of the vectors as they are now, or None where none is kept."""
-        if self._seen != _state(vectors):
+        if self._seen != _state(vectors) or self._kind_for(vectors) not in (self.kind, self._failed):
             # Optimisers, averaging of models and DDP write into vectors behind the index's back.
             self.rebuild(vectors)
         if self.kind == "none":
             return None
-        return Plane(self.codes, self.terms, self.mean, self.is_integer)
+        codes = vectors.detach() if self.kind == "fp32" else self.codes
+        return Plane(codes, self.terms, self.mean, self.is_integer)
 
     def rebuild(self, vectors: Tensor) -> None:
         """Make the plane anew from all vectors ``(N, D)``."""
         vectors = vectors.detach()
-        kind = choose_screen(self.screen, self.metric, vectors.dtype, self.dim, vectors.device)
+        kind = self._kind_for(vectors)
         plane = None
         if kind != "none" and vectors.shape[0] and not vectors.is_meta:
             with durable():
-                plane = make_plane(self.metric, vectors, kind)
+                plane = self._plain(vectors) if kind == "fp32" else make_plane(self.metric, vectors, kind)
         self._take(plane, vectors)
+        self._failed = kind if plane is None else ""
 
     def append(self, new: Tensor, vectors: Tensor) -> None:
         """Follow ``new (M, D)`` rows that now end the vectors ``(N, D)``."""
@@ -82,7 +96,7 @@ class ScreeningPlane(RowTensors):
             self.rebuild(vectors)
             return
         self._append_rows({"codes": rows.codes, "terms": rows.terms})
-        if vectors.shape[0] >= 2 * self._rows_at_mean and not self.is_integer:
+        if vectors.shape[0] >= 2 * self._rows_at_mean and self.kind != "fp32" and not self.is_integer:
             self._move_mean(vectors)
         self._seen = _state(vectors)
 
@@ -106,7 +120,7 @@ class ScreeningPlane(RowTensors):
 
     def follow(self, vectors: Tensor) -> None:
         """Follow a move of the index to another device or dtype."""
-        kind = choose_screen(self.screen, self.metric, vectors.dtype, self.dim, vectors.device)
+        kind = self._kind_for(vectors)
         fits = self.terms.dtype == torch.float32 and self.terms.device == vectors.device
         same = self._seen[-2:] == (vectors.dtype, vectors.shape) and not vectors.is_meta
         if fits and kind == self.kind and (same or kind == "none"):
@@ -114,14 +128,24 @@ class ScreeningPlane(RowTensors):
         else:
             self.rebuild(vectors)
 
+    def _kind_for(self, vectors: Tensor) -> str:
+        return choose_screen(self.screen, self.metric, vectors.dtype, self.dim, vectors.device)
+
     def _encoded(self, new: Tensor) -> Plane | None:
         """Return rows ``(M, D)`` as this plane encodes them, None where it cannot."""
         with durable():
+            if self.kind == "fp32":
+                return self._plain(new)
             if self.is_integer:
                 low, high = (float(each - self.mean[0]) for each in torch.aminmax(new))
                 if integer_offset(self.metric, new) is None or low < -128 or high > 127:
                     return None
             return encode(self.metric, new.detach(), self.mean, self.kind, is_integer=self.is_integer)
+
+    def _plain(self, vectors: Tensor) -> Plane | None:
+        """Return the plane of the vectors as they are, without a copy of them."""
+        plane = plain_plane(self.metric, vectors.detach())
+        return None if plane is None else dataclasses.replace(plane, codes=vectors[:, :0])
 
     def _move_mean(self, vectors: Tensor) -> None:
         with durable():

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from elips_torch.core.hardware import int8_product_is_fast
+from elips_torch.core.hardware import float32_product_is_exact, int8_product_is_fast
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import even_cuts, spans
 from elips_torch.kernels.pair_scores import exact_pair_scores
@@ -67,7 +67,7 @@ def screened_search(
     workspace_bytes: int,
 ) -> "ScreenedSearch | None":
     """Return a search that screens by a plane, or None where there is none or it cannot serve."""
-    if plane is None:
+    if plane is None or (plane.kind == "fp32" and not float32_product_is_exact(database.device)):
         return None
     search = ScreenedSearch(database, metric, plane, passes, n_neighbours, workspace_bytes)
     return search if search.is_possible else None

@@ -46,7 +46,10 @@ def check_screen(screen: str, metric: Metric, dtype: torch.dtype, dim: int) -> s
 
 
 def choose_screen(screen: str, metric: Metric, dtype: torch.dtype, dim: int, device: torch.device) -> str:
-    """Return the plane to keep, "int8", "bf16" or "none", from static facts.
+    """Return the plane to keep, "int8", "bf16", "fp32" or "none", from static facts.
+
+    "fp32" is the vectors themselves with the terms of their bounds: where no low-precision product is
+    faster, the float32 product screens.
 
     >>> from elips_torch.core.metric import resolve_metric
     >>> choose_screen("auto", resolve_metric("l1"), torch.float32, 64, torch.device("cpu"))
@@ -58,4 +61,6 @@ def choose_screen(screen: str, metric: Metric, dtype: torch.dtype, dim: int, dev
         return "none"
     if device.type == "cuda" or int8_product_is_fast(device):
         return "int8"
+    if device.type == "cpu" and dtype == torch.float32:
+        return "fp32"
     return "none"

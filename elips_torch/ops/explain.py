@@ -63,6 +63,11 @@ def explain(
     check_screen(screen, kind, database.dtype, database.shape[1])
     kept = knn.screen_for_call(screen, rows, database, kind) if operation == "knn" else "none"
     request = Request.of(rows, database, kind, k, kept)
+    return explain_request(operation, request, implementation)
+
+
+def explain_request(operation: str, request: Request, implementation: str) -> Explanation:
+    """Print what would serve a request; `explain` for those who describe the call themselves."""
     explanation = explain_choice(operation, OPERATIONS[operation], request, implementation)
     print(explanation)
     return explanation

@@ -41,10 +41,19 @@ def _eager_milliseconds(request: Request) -> float:
     return product + request.n_queries * request.n_rows / 1e6
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton(
+    queries: Tensor,
+    database: Tensor,
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,
+    selection: Selection,
+    workspace_bytes: int,
+    plane: Plane | None,
+) -> tuple[Tensor, Tensor]:
     from elips_torch.kernels.knn_triton import triton_search
 
-    return knn_exact(*arguments, first_search=triton_search)
+    return knn_exact(queries, database, k, metric, ranks, selection, workspace_bytes, plane, triton_search)
 
 
 def _triton_reasons(request: Request) -> list[str]:
