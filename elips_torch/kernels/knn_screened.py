@@ -24,14 +24,17 @@ from elips_torch.kernels.pair_scores import exact_pair_scores
 from elips_torch.kernels.plane import BIAS, NORM, Plane
 from elips_torch.kernels.ranking import rank_pairs
 from elips_torch.kernels.screen import CodedQueries, code_queries, exact_scores, group_terms, threshold
-from elips_torch.kernels.screen_passes import FINE_ROWS, NO_ROW, Passes
+from elips_torch.kernels.screen_passes import NO_ROW, Passes
 from elips_torch.kernels.selection import Selection
 
 # Queries screened at a time: the bounds of their groups stay in cache.
 _QUERIES = 256
 # Products and rows at a time, for the same reason (measured on two AVX-512 cores).
-_CELLS = 2**19
+_CELLS = 2**20
 _ROWS = 2**13
+# Rows in a small group: the fewer, the fewer are looked at in the end; from so many neighbours on that
+# weighs more than the smaller groups' cost.
+_FINE_ROWS, _FINER_ROWS, _FINER_FROM = 8, 4, 32
 # Small groups in a large one: the most that leave enough large groups for a good threshold.
 _FINE_PER_COARSE = (8, 4, 2)
 _GROUPS_PER_NEIGHBOUR = 4
@@ -40,8 +43,8 @@ _MOST_SURVIVORS = 1 / 32
 # Bytes that a survivor takes on its way down, and a product with its temporaries.
 _SURVIVOR_BYTES = 400
 _CELL_BYTES = {True: 4, False: 40}
-# Scale, bias and width of a row that does not exist.
-_NO_TERMS = (0.0, NO_ROW, 0.0)
+# Terms of a row that does not exist.
+_NO_TERMS = (0.0, 0.0, 0.0, NO_ROW)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +104,8 @@ class ScreenedSearch:
         self.n_neighbours = n_neighbours
         n_rows = database.shape[0]
         wanted = _GROUPS_PER_NEIGHBOUR * n_neighbours
-        self.per_coarse = next((c for c in _FINE_PER_COARSE if n_rows // (c * FINE_ROWS) >= wanted), 0)
+        self.fine_rows = _FINE_ROWS if n_neighbours < _FINER_FROM else _FINER_ROWS
+        self.per_coarse = next((c for c in _FINE_PER_COARSE if n_rows // (c * self.fine_rows) >= wanted), 0)
         self.survivors = max(int(n_rows * _MOST_SURVIVORS), 4 * n_neighbours)
         self.step = self._queries_at_once(workspace_bytes)
 
@@ -112,7 +116,7 @@ class ScreenedSearch:
         # Per row: the terms where a mask changes them. Per row and query: a small group's bound, three
         # of a large group, one as a truth value, in 4 bytes each.
         fixed = 16 * n_rows
-        per_query = int(4 * n_rows / FINE_ROWS * (1 + 3.5 / self.per_coarse))
+        per_query = int(4 * n_rows / self.fine_rows * (1 + 3.5 / self.per_coarse))
         per_query += _SURVIVOR_BYTES * min(self.survivors, 8 * self.n_neighbours + 256)
         per_query += 64 * self.database.shape[1]
         left = workspace_bytes - fixed - self._tile_bytes(workspace_bytes)
@@ -159,7 +163,7 @@ class ScreenedSearch:
     def _screen_rows(self, coded: CodedQueries, terms: Tensor, selection: Selection) -> _Survivors:
         """Screen a query or two at the speed of reading the codes."""
         n_queries, n_rows = coded.codes.shape[0], self.plane.n_rows
-        group = FINE_ROWS * self.per_coarse
+        group = self.fine_rows * self.per_coarse
         n_groups = -(-n_rows // group)
         bounds = torch.empty(2, n_queries, n_groups * group, device=terms.device)
         bounds[:, :, n_rows:] = NO_ROW
@@ -201,8 +205,8 @@ class ScreenedSearch:
         reached = fine[groups, :, owners] >= limit[owners, None]
         certified, pairs, members = self._descend(reached, owners, certified)
         owners, groups = owners[pairs], groups[pairs] * self.per_coarse + members
-        first = groups * FINE_ROWS
-        rows = first[:, None] + torch.arange(FINE_ROWS, device=first.device)
+        first = groups * self.fine_rows
+        rows = first[:, None] + torch.arange(self.fine_rows, device=first.device)
         exists = rows < n_rows
         bounds = self._pair_bounds(coded, terms, rows.clamp_max_(n_rows - 1), owners, workspace_bytes)
         reached = (bounds >= limit[owners, None]) & exists
@@ -258,7 +262,7 @@ class ScreenedSearch:
     ) -> tuple[Tensor, Tensor]:
         """Return upper bounds ``(L, C, Q)`` of small groups, and both bounds ``(2, L, Q)`` of large ones."""
         n_queries, n_rows = coded.codes.shape[0], self.plane.n_rows
-        group = FINE_ROWS * self.per_coarse
+        group = self.fine_rows * self.per_coarse
         n_groups, whole = -(-n_rows // group), n_rows // group
         fine = buffers.get("fine", n_groups, self.per_coarse, n_queries)
         coarse = buffers.get("coarse", 2, n_groups, n_queries)
@@ -268,18 +272,20 @@ class ScreenedSearch:
             # The last group is short. Another comes with it: code for a single one would be another.
             blocks.append((n_groups - 2, n_groups))
         query_codes = coded.codes.t()
-        all_terms, query_terms = group_terms(coded, terms)
+        widths, query_terms = group_terms(self.metric, coded, terms)
         for first, last in blocks:
             start, stop = first * group, min(last * group, n_rows)
             missing = last * group - stop
-            shape = (last - first, self.per_coarse, FINE_ROWS)
-            codes, row_terms = self.plane.codes[start:stop], all_terms[start:stop]
+            shape = (last - first, self.per_coarse, self.fine_rows)
+            codes, row_terms, width = self.plane.codes[start:stop], terms[start:stop], widths[start:stop]
             hidden = selection.hidden(start, stop)
             if missing:
                 codes, row_terms = _padded(codes, missing), _padded(row_terms, missing, _NO_TERMS)
+                width = torch.nn.functional.pad(width, (0, missing))
             products = _product(codes, query_codes, buffers).view(*shape, n_queries)
             arguments = (
-                row_terms.view(*shape, 1, 3),
+                row_terms.view(*shape, 1, 4),
+                width.view(*shape, 1),
                 query_terms,
                 fine[first:last],
                 coarse[:, first:last],

@@ -20,7 +20,7 @@ from elips_torch.kernels.distance_group_min_triton import distance_group_min_tri
 from elips_torch.kernels.group_max_triton import group_max_triton
 from elips_torch.kernels.merge_triton import LARGEST_K, merge_keys_triton
 from elips_torch.kernels.pair_scores import rounded_pair_scores
-from elips_torch.kernels.plane import NORM, Plane, plain_plane
+from elips_torch.kernels.plane import BIAS, NORM, SCALE, Plane, plain_plane
 from elips_torch.kernels.ranking import rank_pairs, smallest_keys, table_of_pairs
 from elips_torch.kernels.rescore_triton import rescore_triton
 from elips_torch.kernels.screen import code_queries, group_terms, threshold
@@ -145,8 +145,8 @@ class TritonSearch:
             )
             return self._distance_bounds(queries, distances)
         coded = code_queries(self.metric, queries, self.plane)
-        row_terms, (scales, factors) = group_terms(coded, self.plane.terms)
-        scale, bias, width = row_terms.t().contiguous()
+        width, (scales, factors) = group_terms(self.metric, coded, self.plane.terms)
+        scale, bias = self.plane.terms[:, SCALE].contiguous(), self.plane.terms[:, BIAS].contiguous()
         upper = group_max_triton(
             coded.codes,
             self.plane.codes,

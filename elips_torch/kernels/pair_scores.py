@@ -13,7 +13,7 @@ from elips_torch.kernels.definition import score_pairs
 from elips_torch.kernels.screen_passes import Passes
 
 # Features of pairs under which entering compiled code costs more than it saves.
-_WORTH_COMPILED_CODE = 2**20
+_WORTH_COMPILED_CODE = 2**15
 
 
 def exact_pair_scores(

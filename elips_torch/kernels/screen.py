@@ -22,11 +22,9 @@ from torch import Tensor
 
 from elips_torch.core.metric import Metric
 from elips_torch.kernels.plane import (
-    BIAS,
     LARGEST_NORM,
     NORM,
     RESIDUAL,
-    SCALE,
     SMALLEST_SCALE,
     UNIT,
     Plane,
@@ -123,29 +121,30 @@ def code_queries(metric: Metric, queries: Tensor, plane: Plane) -> CodedQueries:
     return CodedQueries(codes, terms, terms.new_full((), slack), rounding, offsets, usable, False)
 
 
-def group_terms(coded: CodedQueries, terms: Tensor) -> tuple[Tensor, Tensor]:
+def group_terms(metric: Metric, coded: CodedQueries, terms: Tensor) -> tuple[Tensor, Tensor]:
     """Return looser bounds of fewer terms, for the step that computes most of them.
 
     An error ``residual * a + norm * b + norm**2 * slack`` is at most ``width * f`` with a factor f of the
     query that is at least its a, and a width of the row for the least favourable of the queries.
 
     Args:
+        metric: "l2", "ip" or "cosine".
         coded: the queries.
         terms: ``(N, 4)`` of a plane.
 
     Returns:
-        ``(N, 3)``: scale, bias and width of each row; and ``(2, Q)``: scale and f of each query.
+        ``(N,)`` width of each row; and ``(2, Q)``, scale and f of each query.
     """
     scales, residual_factors, norm_factors = coded.terms
     least = (residual_factors.max() / _SPREAD).clamp_min(SMALLEST_SCALE)
     factors = torch.maximum(residual_factors, least)
-    norms = terms[:, NORM]
     # Wider by what these few operations may round.
-    width = terms[:, RESIDUAL] + norms * (
-        (norm_factors / factors).max() + norms * (coded.slack / factors.min())
-    )
-    width *= 1 + 8 * UNIT
-    return torch.stack([terms[:, SCALE], terms[:, BIAS], width], dim=1), torch.stack([scales, factors])
+    wider = 1 + 8 * UNIT
+    norms = terms[:, NORM]
+    width = norms * ((norm_factors / factors).max() * wider)
+    if metric.name == "l2":
+        width += norms.square() * (coded.slack / factors.min() * wider)
+    return torch.add(width, terms[:, RESIDUAL], alpha=wider), torch.stack([scales, factors])
 
 
 def threshold(rounding: Tensor, lowest: Tensor) -> Tensor:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.compilation import Compiled
+from elips_torch.kernels.plane import BIAS, SCALE
 
-# Rows of a small group.
-FINE_ROWS = 8
 # Bound of a place where there is no row.
 NO_ROW = -3.0e38
 # Part of every error: what may have underflowed.
@@ -32,14 +31,15 @@ def _bounds(products: Tensor, row_terms: Tensor, query_terms: tuple[Tensor, ...]
 
 def _group_bounds(
     products: Tensor,  # (L, C, R, Q) int32 or float32: C small groups of R rows make a large one
-    row_terms: Tensor,  # (L, C, R, 1, 3) from `screen.group_terms`
+    row_terms: Tensor,  # (L, C, R, 1, 4) of the plane
+    widths: Tensor,  # (L, C, R, 1) from `screen.group_terms`
     query_terms: Tensor,  # (2, Q) from there
     fine: Tensor,  # (L, C, Q) out: the largest upper bound of a small group
     coarse: Tensor,  # (2, L, Q) out: the largest upper and the largest lower bound of a large group
 ) -> None:
-    scale, bias, width = row_terms.unbind(-1)
+    scale, bias = row_terms[..., SCALE], row_terms[..., BIAS]
     similarities = (products * scale) * query_terms[0] + bias
-    errors = width * query_terms[1] + FLOOR
+    errors = widths * query_terms[1] + FLOOR
     # Two maxima over the same axis are one loop; over different axes they would read everything twice.
     upper = (similarities + errors).amax(2)
     lower = (similarities - errors).amax(2)
@@ -52,13 +52,14 @@ def _masked_group_bounds(
     products: Tensor,
     hidden: Tensor,  # (L, C, R, Q) bool, True where a query does not see a row
     row_terms: Tensor,
+    widths: Tensor,
     query_terms: Tensor,
     fine: Tensor,
     coarse: Tensor,
 ) -> None:
-    scale, bias, width = row_terms.unbind(-1)
+    scale, bias = row_terms[..., SCALE], row_terms[..., BIAS]
     similarities = (products * scale) * query_terms[0] + bias
-    errors = width * query_terms[1] + FLOOR
+    errors = widths * query_terms[1] + FLOOR
     upper = torch.where(hidden, NO_ROW, similarities + errors).amax(2)
     lower = torch.where(hidden, NO_ROW, similarities - errors).amax(2)
     fine.copy_(upper)
@@ -88,8 +89,8 @@ def _pair_bounds(
     query_terms: Tensor,  # (3, Q)
     slack: Tensor,  # ()
     owners: Tensor,  # (P,) int64, queries
-    rows: Tensor,  # (P, 8) int64
-) -> Tensor:  # (P, 8) upper bounds
+    rows: Tensor,  # (P, R) int64
+) -> Tensor:  # (P, R) upper bounds
     products = (codes[rows].float() * query_codes[owners][:, None]).sum(-1)
     of_owners = query_terms[:, owners][..., None].unbind(0)
     similarities, errors = _bounds(products, row_terms[rows], of_owners, slack)

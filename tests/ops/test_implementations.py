@@ -1,0 +1,138 @@
+import pytest
+import torch
+
+from elips_torch import METRICS, FlatIndex, knn
+from elips_torch.core import compilation
+from elips_torch.core.dispatch import Request
+from elips_torch.core.errors import ArgumentError, ImplementationError
+from elips_torch.core.metric import resolve_metric
+from elips_torch.ops.knn import IMPLEMENTATIONS
+from elips_torch.reference.knn import knn as reference
+
+
+def data(n_rows=3000, n_queries=20, dim=24, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    queries, database = (torch.rand(n, dim, generator=generator) for n in (n_queries, n_rows))
+    return queries.to(device), database.to(device)
+
+
+def request(n_queries, n_rows, dim, screen="int8", device="cpu"):
+    kind = resolve_metric("l2")
+    return Request(
+        torch.device(device), torch.float32, torch.float32, n_queries, n_rows, dim, kind, 10, screen
+    )
+
+
+def automatic(call):
+    return next(each.name for each in IMPLEMENTATIONS if not each.reasons_against(call, "auto"))
+
+
+def test_small_searches_never_compile_and_large_ones_do():
+    assert automatic(request(1, 20_000, 64)) == "eager"
+    assert automatic(request(100, 10_000, 64)) == "eager"
+    assert automatic(request(1, 200_000, 768)) == "compiled"
+    assert automatic(request(512, 80_000, 384)) == "compiled"
+    assert automatic(request(512, 80_000, 384, screen="none")) == "eager"
+
+
+def test_triton_on_a_cpu_is_refused_with_every_reason():
+    queries, database = data()
+    with pytest.raises(ImplementationError, match="run on CUDA and ROCm, the tensors are on cpu"):
+        knn(queries, database, 5, implementation="triton")
+    with pytest.raises(ImplementationError, match=r"CUDA and ROCm.*float32, bfloat16 and float16"):
+        knn(queries.double(), database, 5, implementation="triton")
+
+
+def test_compiled_without_a_plane_is_refused():
+    queries, database = data()
+    with pytest.raises(ImplementationError, match="no screening plane"):
+        knn(queries, database, 5, screen="none", implementation="compiled")
+
+
+def test_forked_processes_and_machines_without_a_compiler_run_eager(monkeypatch):
+    call = request(512, 80_000, 384)
+    monkeypatch.setitem(compilation._state, "forked", True)
+    assert automatic(call) == "eager"
+    monkeypatch.setitem(compilation._state, "forked", False)
+    monkeypatch.setattr(compilation, "_has_cpp_compiler", lambda: False)
+    assert automatic(call) == "eager"
+    assert any("C++ compiler" in reason for reason in compilation.compiler_reasons("cpu"))
+
+
+def test_a_compiler_that_fails_leaves_the_function_as_it_is(monkeypatch, caplog):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def broken(function, **options):
+        def twin(*args):
+            raise BackendCompilerFailed(broken, RuntimeError("no linker"), None)
+
+        return twin
+
+    monkeypatch.setattr(torch, "compile", broken)
+    double = compilation.Compiled(lambda x: 2 * x)
+    for _ in range(2):
+        assert double(torch.ones(3)).tolist() == [2.0] * 3
+    assert caplog.text.count("runs uncompiled") == 1
+
+
+@pytest.mark.parametrize("screen", ["int8", "bf16", "none"])
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_a_screen_for_bare_tensors_changes_nothing(metric, screen):
+    queries, database = data()
+    expected = reference(queries, database, 7, metric)
+    found = knn(queries, database, 7, metric=metric, screen=screen)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.scores, expected.scores)
+
+
+def test_bare_tensors_are_screened_in_blocks(monkeypatch):
+    from elips_torch.kernels import knn_blocks
+
+    queries, database = data()
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(20, 3000, generator=generator) < 0.5
+    exclude = torch.randint(-1, 3000, (20, 4), generator=generator)
+    expected = reference(queries, database, 9, "l2", mask=mask, exclude=exclude)
+    monkeypatch.setattr(knn_blocks, "rows_at_once", lambda *_: 700)
+    found = knn(queries, database, 9, mask=mask, exclude=exclude, screen="int8")
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.scores, expected.scores)
+
+
+def test_screens_that_cannot_serve_are_refused():
+    queries, database = data()
+    with pytest.raises(ArgumentError, match="'l1' is no product"):
+        knn(queries, database, 3, metric="l1", screen="int8")
+    with pytest.raises(ArgumentError, match=r"'canberra' is no product.*float64"):
+        FlatIndex(8, "canberra", dtype=torch.float64, screen="bf16")
+    with pytest.raises(ArgumentError, match="screen is 'int4', expected one of 'auto'"):
+        FlatIndex(8, screen="int4")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("n_queries", [1, 20, 300])
+@pytest.mark.parametrize("metric", [metric.name for metric in METRICS])
+def test_triton_gives_the_definition(metric, n_queries):
+    p = 3.0 if metric == "lp" else None
+    queries, database = data(n_rows=5000, n_queries=n_queries, device="cuda")
+    expected = reference(queries.cpu(), database.cpu(), 9, metric, p)
+    for screen in ("auto", "none"):
+        found = knn(queries, database, 9, metric=metric, p=p, screen=screen, implementation="triton")
+        assert torch.equal(found.ids.cpu(), expected.ids)
+        assert torch.equal(found.scores.cpu(), expected.scores)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("screen", ["auto", "int8", "bf16", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_index_on_a_gpu_is_screened(dtype, screen):
+    queries, database = data(n_rows=20_000, device="cuda")
+    index = FlatIndex(24, "ip", dtype=dtype, screen=screen, device="cuda")
+    index.add(database)
+    expected = reference(queries.cpu(), database.to(dtype).cpu(), 12, "ip")
+    for implementation in ("auto", "triton"):
+        found = index.search(queries, 12, implementation=implementation)
+        assert torch.equal(found.ids.cpu(), expected.ids)
+        assert torch.equal(found.scores.cpu(), expected.scores)
