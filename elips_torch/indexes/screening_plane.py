@@ -66,7 +66,9 @@ class ScreeningPlane(RowTensors):
         vectors = vectors.detach()
         kind = choose_screen(self.screen, self.metric, vectors.dtype, self.dim, vectors.device)
         plane = None
-        if kind != "none" and vectors.shape[0] and not vectors.is_meta:
+        # An index may have become float64 since its screen was checked.
+        known = vectors.shape[0] and not vectors.is_meta and vectors.dtype != torch.float64
+        if kind != "none" and known:
             with durable():
                 plane = make_plane(self.metric, vectors, kind)
         self._take(plane, vectors)
@@ -134,8 +136,8 @@ class ScreeningPlane(RowTensors):
     def _empty(self, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
         return (
             torch.empty(0, self.dim, dtype=CODE_DTYPES["int8"], device=device),
-            torch.empty(0, 4, device=device),
-            torch.empty(0, device=device),
+            torch.empty(0, 4, dtype=torch.float32, device=device),
+            torch.empty(0, dtype=torch.float32, device=device),
         )
 
     def _take(self, plane: Plane | None, vectors: Tensor) -> None:
