@@ -67,13 +67,13 @@ def selections(n_queries):
 
 
 @pytest.mark.parametrize("name", selections(1))
-@pytest.mark.parametrize("n_queries", [1, 2, 3, 257])
+@pytest.mark.parametrize("n_queries", [257, 3, 2, 1])
 def test_compiled_equals_eager(n_queries, name, no_other_search):
     queries, database = data(n_queries=n_queries)
     assert_same(*both("l2", queries, database, 10, selections(n_queries)[name]))
 
 
-@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_compiled_scores_of_many_pairs_are_the_definition(metric, no_other_search, monkeypatch):
     """Enough pairs that their scores are compiled, too."""
     seen = []
@@ -98,23 +98,23 @@ def test_integers_compile(no_other_search):
 
 def test_rows_that_miss_their_scores_by_a_hair():
     """Near ties, offsets and zeros, where a compiled sum in another order might round otherwise."""
-    queries, database = data()
+    queries, database = data(n_queries=40)
     steps = torch.arange(N_ROWS)[:, None]
     for q, x in (
         (queries, database[:1] + database[1:2] * steps * 2.0**-22),
         (queries + 1e3, database + 1e3),
-        (queries * (torch.arange(257)[:, None] % 5 > 0), database * (steps % 3 > 0)),
+        (queries * (torch.arange(40)[:, None] % 5 > 0), database * (steps % 3 > 0)),
         (queries, torch.where(steps % 100 == 0, database * 1e5, database)),
     ):
         for metric in ("l2", "cosine"):
-            assert_same(*both(metric, q, x, 10))
+            assert_same(*both(metric, q, x, 50))
 
 
 def test_other_sizes_do_not_compile_again():
     queries, database = data(n_rows=4 * N_ROWS + 1)
-    for n_queries in (1, 2, 3, 257):
-        both("l2", queries[:n_queries], database[:N_ROWS], 10)
-        both("l2", queries[:n_queries], database[: N_ROWS + 777], 10)
+    # One or two queries, more, and more rows than are screened at a time.
+    for n_queries, n_rows in ((257, 4 * N_ROWS + 1), (257, N_ROWS), (2, N_ROWS), (1, N_ROWS)):
+        both("l2", queries[:n_queries], database[:n_rows], 10)
     before = counters["stats"]["unique_graphs"]
     assert before > 0
     for size in (20_001, 20_008, 25_000, 40_064, 4 * N_ROWS + 1):
