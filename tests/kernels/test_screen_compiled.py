@@ -92,7 +92,7 @@ def test_compiled_scores_of_many_pairs_are_the_definition(metric, no_other_searc
 def test_integers_compile(no_other_search):
     queries, database = data()
     queries, database = (queries * 30).round().clamp(-127, 127), (database * 30).round().clamp(-128, 127)
-    for part in (queries, queries[:2]):
+    for part in (queries[:100], queries[:2]):
         assert_same(*both("l2", part, database, 10))
 
 
@@ -112,8 +112,8 @@ def test_rows_that_miss_their_scores_by_a_hair():
 
 def test_other_sizes_do_not_compile_again():
     queries, database = data(n_rows=4 * N_ROWS + 1)
-    # One or two queries, more, and more rows than are screened at a time.
-    for n_queries, n_rows in ((257, 4 * N_ROWS + 1), (257, N_ROWS), (2, N_ROWS), (1, N_ROWS)):
+    # Rows in several blocks and in one; two queries and one.
+    for n_queries, n_rows in ((257, 4 * N_ROWS + 1), (5, N_ROWS), (2, N_ROWS), (1, N_ROWS)):
         both("l2", queries[:n_queries], database[:n_rows], 10)
     before = counters["stats"]["unique_graphs"]
     assert before > 0
