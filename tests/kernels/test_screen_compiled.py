@@ -110,14 +110,16 @@ def test_rows_that_miss_their_scores_by_a_hair():
             assert_same(*both(metric, q, x, 50))
 
 
-def test_other_sizes_do_not_compile_again():
+def test_growth_does_not_compile_again():
     queries, database = data(n_rows=4 * N_ROWS + 1)
-    # Rows in several blocks and in one; two queries and one.
-    for n_queries, n_rows in ((257, 4 * N_ROWS + 1), (5, N_ROWS), (2, N_ROWS), (1, N_ROWS)):
-        both("l2", queries[:n_queries], database[:n_rows], 10)
+    counts = (257, 5, 2, 1)
+    # Rows in one block of products and in several have code of their own.
+    for n_queries in counts:
+        for n_rows in (4 * N_ROWS + 1, N_ROWS):
+            both("l2", queries[:n_queries], database[:n_rows], 10)
     before = counters["stats"]["unique_graphs"]
     assert before > 0
-    for size in (20_001, 20_008, 25_000, 40_064, 4 * N_ROWS + 1):
-        for n_queries in (1, 2, 3, 5, 64, 100, 256, 257):
-            assert_same(*both("l2", queries[:n_queries], database[:size], 10))
+    for n_rows in (20_001, 20_008, 25_000, 40_064, 60_003):
+        for n_queries in counts:
+            assert_same(*both("l2", queries[:n_queries], database[:n_rows], 10))
     assert counters["stats"]["unique_graphs"] == before
