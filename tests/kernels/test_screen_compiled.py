@@ -113,9 +113,9 @@ def test_rows_that_miss_their_scores_by_a_hair():
 def test_growth_does_not_compile_again():
     queries, database = data(n_rows=4 * N_ROWS + 1)
     counts = (257, 5, 2, 1)
-    # Rows in one block of products and in several have code of their own.
+    # Bounds that one block of products fills have code of their own.
     for n_queries in counts:
-        for n_rows in (4 * N_ROWS + 1, N_ROWS):
+        for n_rows in (4 * N_ROWS + 1, 64 * 300):
             both("l2", queries[:n_queries], database[:n_rows], 10)
     before = counters["stats"]["unique_graphs"]
     assert before > 0
