@@ -69,11 +69,14 @@ class Compiled:
     def _first(self, variant: Any, args: tuple[Tensor, ...]) -> Any:
         from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
         from torch._inductor.exc import InductorError
+        from torch.fx.experimental import _config as shape_config
 
         twin = self._twins[variant]
         assert twin is not None
         try:
-            return twin(*args)
+            # Sizes that happen to be equal in the first call need not be in the next.
+            with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                return twin(*args)
         except (BackendCompilerFailed, InductorError, TorchDynamoException) as error:
             self._twins[variant] = None
             logger.warning("%s runs uncompiled: %s", self.eager.__name__, str(error).split("\n")[0])

@@ -80,7 +80,10 @@ def int8_product_is_fast(device: torch.device) -> bool:
 @functools.cache
 def _int8_product_is_right() -> bool:
     """Compare one product of extreme codes with its value; instructions that saturate fail."""
-    dim = 512
+    return all(_product_of_extremes_is_right(dim) for dim in (8, 33, 512))
+
+
+def _product_of_extremes_is_right(dim: int) -> bool:
     signs = torch.where(torch.arange(dim) % 3 == 0, -1, 1)
     low = torch.full((dim,), -128)
     rows = torch.stack([127 * signs, low, torch.full((dim,), 127), signs * torch.arange(dim) % 128])

@@ -32,7 +32,8 @@ class FlatIndex(Index):
             less; results are the same with any. "int8" takes about 27% more memory than float32 vectors
             alone from 384 features on, "bf16" 51%, "none" nothing. "auto" keeps "int8" where the device
             multiplies int8 matrices fast, the metric is "l2", "ip" or "cosine", and the database is not
-            learnable. It follows every change of the vectors but writes through ``vectors.data``.
+            learnable. It follows every change of the vectors but writes through ``vectors.data``; that of a
+            learnable database is made anew at every search.
         learnable: whether the database is a parameter. Whatever changes its size then makes a new
             parameter, which the optimiser must be given, and compiled code is compiled again.
         p: exponent of metric "lp".
@@ -102,6 +103,7 @@ class FlatIndex(Index):
         self.screen = check_screen(screen, self._metric, dtype, dim)
         kept = "none" if learnable and screen == "auto" else screen
         self.plane = ScreeningPlane(self._metric, dim, kept, device)
+        self.plane.rebuild(self.vectors)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,27 +196,43 @@ class FlatIndex(Index):
     def _candidate_dtype(self) -> torch.dtype:
         return self._dtype
 
-    # The plane follows the vectors.
+    # The plane follows changes of vectors that it knows; else the next search makes it anew.
 
     def _append_rows(self, rows: dict[str, Tensor]) -> None:
+        known = self.plane.knows(self.vectors)
         super()._append_rows(rows)
-        self.plane.append(rows["vectors"], self.vectors)
+        if known:
+            self.plane.append(rows["vectors"], self.vectors)
+        else:
+            self.plane.forget()
 
     def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
+        known = self.plane.knows(self.vectors)
         super()._overwrite_rows(where, rows)
-        self.plane.overwrite(where, rows["vectors"], self.vectors)
+        if known:
+            self.plane.overwrite(where, rows["vectors"], self.vectors)
+        else:
+            self.plane.forget()
 
     def _keep_rows(self, keep: Tensor) -> None:
+        known = self.plane.knows(self.vectors)
         super()._keep_rows(keep)
-        self.plane.keep(keep, self.vectors)
+        if known:
+            self.plane.keep(keep, self.vectors)
+        else:
+            self.plane.forget()
 
     def _load_rows(self, rows: dict[str, Tensor], *, assign: bool) -> None:
         super()._load_rows(rows, assign=assign)
         self.plane.rebuild(self.vectors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        known, dtype = self.plane.knows(self.vectors), self.vectors.dtype
         super()._apply(fn, recurse)
-        self.plane.follow(self.vectors)
+        if known:
+            self.plane.follow(self.vectors, dtype)
+        else:
+            self.plane.rebuild(self.vectors)
         return self
 
     def _rows_changed(self) -> None:

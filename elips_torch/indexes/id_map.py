@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from elips_torch.indexes.storage import durable
+from elips_torch.indexes.storage import Snapshot, durable
 
 
 class IdMap:
@@ -29,11 +29,11 @@ class IdMap:
 
     def accept(self, ids: Tensor) -> None:
         """Take the ids ``(N,)`` as they are now for known."""
-        self._seen = (ids._version, ids.data_ptr(), ids.numel())
+        self._seen = Snapshot(ids)
 
     def is_stale(self, ids: Tensor) -> bool:
         """Whether somebody else has written into the ids or replaced them since `accept`."""
-        return (ids._version, ids.data_ptr(), ids.numel()) != self._seen
+        return not self._seen.matches(ids)
 
     def move(self, ids: Tensor) -> None:
         """Forget what lies on the device that the ids have left."""

@@ -1,14 +1,14 @@
 """The plane of an index: kept right while its vectors change."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elips_torch.core.metric import Metric
 from elips_torch.indexes.row_tensors import RowTensors
-from elips_torch.indexes.storage import durable
+from elips_torch.indexes.storage import Snapshot, durable
 from elips_torch.kernels.plane import (
     CODE_DTYPES,
     NORM,
@@ -51,14 +51,18 @@ class ScreeningPlane(RowTensors):
         self.screen = screen
         self.kind = "none"
         self.is_integer = False
-        # A kind that could not be made of the vectors as they are.
-        self._failed = ""
+        # The kind that was to be made, also where the vectors allow none.
+        self._wanted = "none"
         self._rows_at_mean = 0
-        self._seen: tuple[object, ...] = ()
+        self._seen: Snapshot | None = None
         with durable():
             tensors = self._empty(device)
         for name, tensor in zip(("codes", "terms", "mean"), tensors, strict=True):
             self.register_buffer(name, tensor, persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has vectors of its own.
+        return super().__getstate__() | {"_seen": None}
 
     def extra_repr(self) -> str:
         """Return what `repr` shows."""
@@ -66,7 +70,9 @@ class ScreeningPlane(RowTensors):
 
     def current(self, vectors: Tensor) -> Plane | None:
         """Return the plane of the vectors as they are now, or None where none is kept."""
-        if self._seen != _state(vectors) or self._kind_for(vectors) not in (self.kind, self._failed):
+        if self._kind_for(vectors) == self.kind == "none":
+            return None
+        if not self.knows(vectors):
             # Optimisers, averaging of models and DDP write into vectors behind the index's back.
             self.rebuild(vectors)
         if self.kind == "none":
@@ -74,31 +80,45 @@ class ScreeningPlane(RowTensors):
         codes = vectors.detach() if self.kind == "fp32" else self.codes
         return Plane(codes, self.terms, self.mean, self.is_integer)
 
+    def knows(self, vectors: Tensor) -> bool:
+        """Whether this is the plane of the vectors as they are now.
+
+        Nobody can tell that of a parameter: fused optimisers leave no trace of what they write.
+        """
+        if self._seen is None or isinstance(vectors, nn.Parameter):
+            return False
+        return self._seen.matches(vectors) and self._wanted == self._kind_for(vectors)
+
+    def forget(self) -> None:
+        """Make the plane anew at the next search."""
+        self._seen = None
+
     def rebuild(self, vectors: Tensor) -> None:
         """Make the plane anew from all vectors ``(N, D)``."""
-        vectors = vectors.detach()
         kind = self._kind_for(vectors)
         plane = None
         if kind != "none" and vectors.shape[0] and not vectors.is_meta:
             with durable():
-                plane = self._plain(vectors) if kind == "fp32" else make_plane(self.metric, vectors, kind)
+                data = vectors.detach()
+                plane = self._plain(data) if kind == "fp32" else make_plane(self.metric, data, kind)
         self._take(plane, vectors)
-        self._failed = kind if plane is None else ""
+
+    # Changes of vectors that the plane knows.
 
     def append(self, new: Tensor, vectors: Tensor) -> None:
         """Follow ``new (M, D)`` rows that now end the vectors ``(N, D)``."""
-        vectors, n_before = vectors.detach(), vectors.shape[0] - new.shape[0]
-        if self.kind == "none" and n_before:
-            self._seen = _state(vectors)
+        n_before = vectors.shape[0] - new.shape[0]
+        if n_before and self.kind == "none":
+            self._seen = Snapshot(vectors)
             return
         rows = self._encoded(new.to(vectors.dtype)) if n_before else None
-        if rows is None or self.codes.shape[0] != n_before:
+        if rows is None:
             self.rebuild(vectors)
             return
         self._append_rows({"codes": rows.codes, "terms": rows.terms})
+        self._seen = Snapshot(vectors)
         if vectors.shape[0] >= 2 * self._rows_at_mean and self.kind != "fp32" and not self.is_integer:
             self._move_mean(vectors)
-        self._seen = _state(vectors)
 
     def overwrite(self, where: Tensor, new: Tensor, vectors: Tensor) -> None:
         """Follow ``new (M, D)`` rows that were written to rows ``where (M,)`` of the vectors."""
@@ -108,27 +128,29 @@ class ScreeningPlane(RowTensors):
                 self.rebuild(vectors)
             else:
                 self._overwrite_rows(where, {"codes": rows.codes, "terms": rows.terms})
-        self._seen = _state(vectors)
+        self._seen = Snapshot(vectors)
 
     def keep(self, keep: Tensor, vectors: Tensor) -> None:
         """Follow the removal of the rows where ``keep (N,)`` is False."""
         if self.kind != "none" and vectors.shape[0]:
             self._keep_rows(keep)
-            self._seen = _state(vectors)
+            self._seen = Snapshot(vectors)
         else:
             self._take(None, vectors)
 
-    def follow(self, vectors: Tensor) -> None:
-        """Follow a move of the index to another device or dtype."""
-        kind = self._kind_for(vectors)
-        fits = self.terms.dtype == torch.float32 and self.terms.device == vectors.device
-        same = self._seen[-2:] == (vectors.dtype, vectors.shape) and not vectors.is_meta
-        if fits and kind == self.kind and (same or kind == "none"):
-            self._seen = _state(vectors)
+    def follow(self, vectors: Tensor, dtype: torch.dtype) -> None:
+        """Follow a move of vectors that had a dtype to another device or to shared memory."""
+        casts = self.codes.dtype not in CODE_DTYPES.values() or self.terms.dtype != torch.float32
+        kept = self._kind_for(vectors) == self._wanted and vectors.dtype == dtype
+        if kept and not casts and not vectors.is_meta and self.terms.device == vectors.device:
+            self._seen = Snapshot(vectors)
         else:
             self.rebuild(vectors)
 
     def _kind_for(self, vectors: Tensor) -> str:
+        # An index may have become float64 since its screen was checked.
+        if vectors.dtype == torch.float64:
+            return "none"
         return choose_screen(self.screen, self.metric, vectors.dtype, self.dim, vectors.device)
 
     def _encoded(self, new: Tensor) -> Plane | None:
@@ -145,7 +167,7 @@ class ScreeningPlane(RowTensors):
     def _plain(self, vectors: Tensor) -> Plane | None:
         """Return the plane of the vectors as they are, without a copy of them."""
         plane = plain_plane(self.metric, vectors.detach())
-        return None if plane is None else dataclasses.replace(plane, codes=vectors[:, :0])
+        return None if plane is None else dataclasses.replace(plane, codes=vectors.detach()[:, :0].clone())
 
     def _move_mean(self, vectors: Tensor) -> None:
         with durable():
@@ -158,24 +180,23 @@ class ScreeningPlane(RowTensors):
     def _empty(self, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
         return (
             torch.empty(0, self.dim, dtype=CODE_DTYPES["int8"], device=device),
-            torch.empty(0, 4, device=device),
-            torch.empty(0, device=device),
+            torch.empty(0, 4, dtype=torch.float32, device=device),
+            torch.empty(0, dtype=torch.float32, device=device),
         )
 
     def _take(self, plane: Plane | None, vectors: Tensor) -> None:
-        self.kind = "none" if plane is None else plane.kind
+        self._rows_at_mean = vectors.shape[0]
+        self._wanted = self._kind_for(vectors)
+        self._seen = Snapshot(vectors)
         if plane is None:
+            if self.kind == "none" and self.codes.device == vectors.device:
+                return
             with durable():
                 codes, terms, mean = self._empty(vectors.device)
-            plane = Plane(codes, terms, mean)
+            plane, self.kind = Plane(codes, terms, mean), "none"
+        else:
+            self.kind = plane.kind
         self.is_integer = plane.is_integer
         self._buffers["mean"] = plane.mean
         self._assign_rows({"codes": plane.codes, "terms": plane.terms})
         self._reserves.clear()
-        self._rows_at_mean = vectors.shape[0]
-        self._seen = _state(vectors)
-
-
-def _state(vectors: Tensor) -> tuple[object, ...]:
-    """Return what changes when somebody writes into the vectors or replaces them."""
-    return vectors._version, vectors.data_ptr(), vectors.dtype, vectors.shape

@@ -1,6 +1,7 @@
 """Tensors of rows that grow."""
 
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -71,3 +72,24 @@ def _holds(reserve: Tensor, tensor: Tensor) -> bool:
 def owned(tensor: Tensor) -> Tensor:
     """Return a tensor that owns exactly its own memory; a copy only where it does not."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+class Snapshot:
+    """Remembers a tensor as it is, to tell later whether somebody wrote into it or replaced it.
+
+    Writes through ``tensor.data`` and by fused optimisers are not seen: torch does not count them.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Another tensor may come to lie at the same address.
+        self._tensor = weakref.ref(tensor)
+        self._state = _state(tensor)
+
+    def matches(self, tensor: Tensor) -> bool:
+        """Whether the tensor is still what it was."""
+        return self._tensor() is tensor and self._state == _state(tensor)
+
+
+def _state(tensor: Tensor) -> tuple[object, ...]:
+    version = None if tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr(), tensor.dtype, tensor.shape

@@ -40,9 +40,12 @@ _FINE_PER_COARSE = (8, 4, 2)
 _GROUPS_PER_NEIGHBOUR = 4
 # The share of rows beyond which another search is cheaper than looking at survivors.
 _MOST_SURVIVORS = 1 / 32
-# Bytes that a survivor takes on its way down, and a product with its temporaries.
+# Bytes that a survivor takes on its way down, a row screened by itself, a product with its temporaries.
 _SURVIVOR_BYTES = 400
+_ROW_BYTES = 10
 _CELL_BYTES = {True: 4, False: 40}
+# Torch 2.13 multiplies int8 matrices of a single column wrongly.
+_LEAST_INT8_DIM = 8
 # Terms of a row that does not exist.
 _NO_TERMS = (0.0, 0.0, 0.0, NO_ROW)
 
@@ -102,25 +105,26 @@ class ScreenedSearch:
         self.plane = plane
         self.passes = passes
         self.n_neighbours = n_neighbours
-        n_rows = database.shape[0]
+        n_rows = max(1, database.shape[0])
         wanted = _GROUPS_PER_NEIGHBOUR * n_neighbours
         self.fine_rows = _FINE_ROWS if n_neighbours < _FINER_FROM else _FINER_ROWS
         self.per_coarse = next((c for c in _FINE_PER_COARSE if n_rows // (c * self.fine_rows) >= wanted), 0)
-        self.survivors = max(int(n_rows * _MOST_SURVIVORS), 4 * n_neighbours)
-        self.step = self._queries_at_once(workspace_bytes)
+        # Per row: the terms where a mask changes them.
+        room = workspace_bytes - 16 * n_rows - self._tile_bytes(workspace_bytes)
+        self.rows_at_once = max(0, room) // (_ROW_BYTES * n_rows)
+        self.step, self.survivors = self._plan(max(0, room)) if self.per_coarse else (0, 0)
 
-    def _queries_at_once(self, workspace_bytes: int) -> int:
-        n_rows = self.database.shape[0]
-        if not self.per_coarse:
-            return 0
-        # Per row: the terms where a mask changes them. Per row and query: a small group's bound, three
-        # of a large group, one as a truth value, in 4 bytes each.
-        fixed = 16 * n_rows
-        per_query = int(4 * n_rows / self.fine_rows * (1 + 3.5 / self.per_coarse))
-        per_query += _SURVIVOR_BYTES * min(self.survivors, 8 * self.n_neighbours + 256)
-        per_query += 64 * self.database.shape[1]
-        left = workspace_bytes - fixed - self._tile_bytes(workspace_bytes)
-        return int(min(_QUERIES, max(0, left) // per_query))
+    def _plan(self, room: int) -> tuple[int, int]:
+        """Return how many queries are screened at a time, and how many rows of each may survive."""
+        n_rows, dim = self.database.shape
+        # Per row and query: a small group's bound, three of a large group, one as a truth value.
+        bounds = int(4 * n_rows / self.fine_rows * (1 + 3.5 / self.per_coarse)) + 64 * dim
+        most = max(int(n_rows * _MOST_SURVIVORS), 4 * self.n_neighbours)
+        usual = min(most, 8 * self.n_neighbours + 256)
+        step = min(_QUERIES, room // (bounds + _SURVIVOR_BYTES * usual))
+        if not step:
+            return 0, 0
+        return step, min(most, (room // step - bounds) // _SURVIVOR_BYTES)
 
     def _tile_bytes(self, workspace_bytes: int) -> int:
         return min(workspace_bytes // 4, _CELLS * _CELL_BYTES[self.passes.is_compiled])
@@ -156,7 +160,7 @@ class ScreenedSearch:
         terms = self.plane.terms
         if selection.mask is not None and selection.own_mask is None:
             terms = _without(terms, ~selection.mask)
-        if self.passes.is_compiled and queries.shape[0] <= 2:
+        if self.passes.is_compiled and queries.shape[0] <= min(2, self.rows_at_once):
             return self._screen_rows(coded, terms, selection)
         return self._screen_groups(coded, terms, selection, workspace_bytes, buffers)
 
@@ -365,7 +369,8 @@ class _Buffers:
 def _product(codes: Tensor, query_codes: Tensor, buffers: _Buffers) -> Tensor:
     """Return the product ``(R, Q)`` of codes ``(R, D)`` and ``(D, Q)``, as exact as `screen` counts on."""
     shape = (codes.shape[0], query_codes.shape[1])
-    if codes.dtype == torch.int8 and int8_product_is_fast(codes.device):
+    fast = codes.dtype == torch.int8 and codes.shape[1] >= _LEAST_INT8_DIM
+    if fast and int8_product_is_fast(codes.device):
         return torch._int_mm(codes, query_codes, out=buffers.get("products", *shape, dtype=torch.int32))
     # Codes are exact also in TF32 and, for int8, in bfloat16, which a float32 product may be run in.
     return torch.mm(codes.float(), query_codes.float(), out=buffers.get("products", *shape))

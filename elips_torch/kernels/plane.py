@@ -9,6 +9,7 @@ of Numerical Algorithms, 2002, section 3.1), so that they hold for the vectors a
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -71,8 +72,9 @@ def directions(metric: Metric, vectors: Tensor) -> Tensor:
     wide = vectors.float()
     if metric.name != "cosine":
         return wide
-    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-    return torch.where(norms > 0, wide / norms, 0.0)
+    # Squares of tiny or huge features leave float32; what holds NaN must stay NaN.
+    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True, dtype=torch.float64)
+    return torch.where(norms == 0, 0.0, wide / norms).float()
 
 
 def mean_of(metric: Metric, vectors: Tensor) -> Tensor:
@@ -118,10 +120,10 @@ def encode(
     n_rows, dim = vectors.shape
     device = vectors.device
     codes = torch.empty(n_rows, dim, dtype=CODE_DTYPES[kind], device=device)
-    terms = torch.zeros(n_rows, 4, device=device)
+    terms = torch.zeros(n_rows, 4, dtype=torch.float32, device=device)
     slack = norm_slack(dim)
-    # Normalising loses as much as a norm.
-    lost = slack if metric.name == "cosine" else 0.0
+    # Normalising loses as much as a norm; squares below the normal numbers, up to 2**-126 each.
+    lost = slack if metric.name == "cosine" else math.sqrt(dim) * 2.0**-63
     for start, stop in _chunks(vectors):
         part = slice(start, stop)
         centred = directions(metric, vectors[part]) - mean
@@ -150,7 +152,7 @@ def make_plane(metric: Metric, vectors: Tensor, kind: str) -> Plane | None:
     """Return a plane of all rows ``(N, D)`` about their mean, or None as `encode` does."""
     offset = integer_offset(metric, vectors) if kind == "int8" else None
     if offset is not None:
-        mean = torch.full((vectors.shape[1],), offset, device=vectors.device)
+        mean = torch.full((vectors.shape[1],), offset, dtype=torch.float32, device=vectors.device)
         return encode(metric, vectors, mean, kind, is_integer=True)
     return encode(metric, vectors, mean_of(metric, vectors), kind)
 

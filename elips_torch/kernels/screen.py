@@ -31,12 +31,13 @@ from elips_torch.kernels.plane import (
 )
 from elips_torch.kernels.screen_passes import FLOOR, NO_ROW
 
+_LEAST_FACTOR = 2.0**-120
 # A query's factor of residuals counts as at least this part of the largest, see `group_terms`.
 _SPREAD = 16.0
 # Up to this many features a sum of products of two int8 codes is below 2**24: float32 is exact.
 EXACT_FLOAT_DIM = 2**24 // 128**2
 # Up to this many a similarity of integers is, too, whose bias ends in a half.
-_EXACT_SIMILARITY_DIM = EXACT_FLOAT_DIM // 2
+_EXACT_SIMILARITY_DIM = EXACT_FLOAT_DIM // 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +86,11 @@ def code_queries(metric: Metric, queries: Tensor, plane: Plane) -> CodedQueries:
     wide = torch.where(usable[:, None], wide, 0.0)
     if plane.kind == "int8":
         is_integer = plane.is_integer and dim <= _EXACT_SIMILARITY_DIM
-        is_exact = is_integer and bool((largest <= 127).all()) and bool((wide == wide.round()).all())
+        is_exact = is_integer and _is_int8(wide)
         scales = torch.ones_like(largest) if is_exact else (largest / 127.0)
         scales = scales.clamp_min(SMALLEST_SCALE).float()
         scales = torch.where(usable, scales, 1.0)
-        codes = (wide / scales.double()[:, None]).round_().clamp_(-127.0, 127.0)
+        codes = (wide / scales.double()[:, None]).round_().clamp_(-128.0, 127.0)
         coded = codes * scales.double()[:, None]
         codes = codes.to(torch.int8)
     else:
@@ -113,12 +114,18 @@ def code_queries(metric: Metric, queries: Tensor, plane: Plane) -> CodedQueries:
         rounded += dim
     # The last factor covers rounding these factors and the bounds made of them.
     widen = (1 + 2.0**-40) * (1 + 8 * UNIT)
-    residual_factors = (1 + rounded * UNIT) * length * widen
-    norm_factors = (residual + rounded * UNIT * length) * widen
+    # Beside rows as long as they may be, what these factors lose to underflow would count.
+    residual_factors = (1 + rounded * UNIT) * length * widen + _LEAST_FACTOR
+    norm_factors = (residual + rounded * UNIT * length) * widen + _LEAST_FACTOR
     terms = torch.stack([scales, residual_factors.float(), norm_factors.float()])
     # Rounding the bias of "l2", and adding it.
     slack = 8 * UNIT if metric.name == "l2" else 0.0
     return CodedQueries(codes, terms, terms.new_full((), slack), rounding, offsets, usable, False)
+
+
+def _is_int8(vectors: Tensor) -> bool:
+    inside = (vectors >= -128) & (vectors <= 127) & (vectors == vectors.round())
+    return bool(inside.all())
 
 
 def group_terms(metric: Metric, coded: CodedQueries, terms: Tensor) -> tuple[Tensor, Tensor]:
