@@ -109,8 +109,8 @@ class ScreenedSearch:
         wanted = _GROUPS_PER_NEIGHBOUR * n_neighbours
         self.fine_rows = _FINE_ROWS if n_neighbours < _FINER_FROM else _FINER_ROWS
         self.per_coarse = next((c for c in _FINE_PER_COARSE if n_rows // (c * self.fine_rows) >= wanted), 0)
-        # Per row: the terms where a mask changes them.
-        room = workspace_bytes - 16 * n_rows - self._tile_bytes(workspace_bytes)
+        # Per row: the terms where a mask changes them, and a width with what it is made of.
+        room = workspace_bytes - 28 * n_rows - self._tile_bytes(workspace_bytes)
         self.rows_at_once = max(0, room) // (_ROW_BYTES * n_rows)
         self.step, self.survivors = self._plan(max(0, room)) if self.per_coarse else (0, 0)
 
