@@ -6,17 +6,18 @@ import json
 import os
 import platform
 import shutil
-from contextlib import redirect_stdout
-from io import StringIO
 from typing import Any
 
 import torch
 
 from elips_torch.cli.environment import hardware, slowing_variables, versions
 from elips_torch.cli.smoke_test import smoke_test
+from elips_torch.core.dispatch import Request, explain_choice
 from elips_torch.core.hardware import device_facts
+from elips_torch.core.metric import resolve_metric
 from elips_torch.engines.faiss.builds import faster_build, is_installed, load_installed
-from elips_torch.ops.explain import explain
+from elips_torch.kernels.screen_choice import choose_screen
+from elips_torch.ops.explain import OPERATIONS
 
 # Operation, number of queries, number of database vectors, k; all with dim 384.
 _SEARCHES: dict[str, tuple[str, int, int, int | None]] = {
@@ -78,11 +79,15 @@ def _faiss() -> dict[str, Any] | None:
 def _operations(device: torch.device) -> dict[str, Any]:
     """Return for each kind of call what serves it and why the others do not."""
     served = {}
+    metric = resolve_metric("l2")
+    screen = choose_screen("auto", metric, torch.float32, _DIM, device)
     for name, (operation, n_queries, n_rows, k) in _SEARCHES.items():
-        # Only shapes count, so the rows need no memory.
+        # Only shapes count, so the rows need no memory. Searches are those of an index with its plane.
         row = torch.empty(1, _DIM, device=device)
-        with redirect_stdout(StringIO()):
-            found = explain(row.expand(n_queries, -1), row.expand(n_rows, -1), k, operation=operation)
+        queries, database = row.expand(n_queries, -1), row.expand(n_rows, -1)
+        kept = screen if operation == "knn" else "none"
+        request = Request.of(queries, database, metric, k, kept)
+        found = explain_choice(operation, OPERATIONS[operation], request, "auto")
         served[name] = {"request": found.request, "chosen": found.chosen, "reasons": found.reasons}
     return served
 

@@ -11,13 +11,11 @@ Where too many rows survive, a query is left uncertified, for a finer search to 
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from elips_torch.core.hardware import float32_product_is_exact, int8_product_is_fast
+from elips_torch.core.hardware import float32_product_is_exact
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import even_cuts, spans
 from elips_torch.kernels.pair_scores import exact_pair_scores
@@ -25,6 +23,7 @@ from elips_torch.kernels.plane import BIAS, NORM, Plane
 from elips_torch.kernels.ranking import rank_pairs
 from elips_torch.kernels.screen import CodedQueries, code_queries, exact_scores, group_terms, threshold
 from elips_torch.kernels.screen_passes import NO_ROW, Passes
+from elips_torch.kernels.screen_tiles import Buffers, code_products, padded
 from elips_torch.kernels.selection import Selection
 
 # Queries screened at a time: the bounds of their groups stay in cache.
@@ -44,8 +43,6 @@ _MOST_SURVIVORS = 1 / 32
 _SURVIVOR_BYTES = 400
 _ROW_BYTES = 10
 _CELL_BYTES = {True: 4, False: 40}
-# Torch 2.13 multiplies int8 matrices of a single column wrongly.
-_LEAST_INT8_DIM = 8
 # Terms of a row that does not exist.
 _NO_TERMS = (0.0, 0.0, 0.0, NO_ROW)
 
@@ -143,7 +140,7 @@ class ScreenedSearch:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
         results = []
-        buffers = _Buffers(queries.device)
+        buffers = Buffers(queries.device)
         for start, stop in even_cuts(queries.shape[0], self.step):
             part = selection.narrowed(start, stop)
             survivors = self._screen(queries[start:stop], part, workspace_bytes, buffers)
@@ -154,7 +151,7 @@ class ScreenedSearch:
     # Which rows survive.
 
     def _screen(
-        self, queries: Tensor, selection: Selection, workspace_bytes: int, buffers: "_Buffers"
+        self, queries: Tensor, selection: Selection, workspace_bytes: int, buffers: Buffers
     ) -> _Survivors:
         coded = code_queries(self.metric, queries, self.plane)
         terms = self.plane.terms
@@ -197,7 +194,7 @@ class ScreenedSearch:
         terms: Tensor,
         selection: Selection,
         workspace_bytes: int,
-        buffers: "_Buffers",
+        buffers: Buffers,
     ) -> _Survivors:
         n_rows = self.plane.n_rows
         fine, (coarse, lowest) = self._group_bounds(coded, terms, selection, workspace_bytes, buffers)
@@ -262,7 +259,7 @@ class ScreenedSearch:
         terms: Tensor,
         selection: Selection,
         workspace_bytes: int,
-        buffers: "_Buffers",
+        buffers: Buffers,
     ) -> tuple[Tensor, Tensor]:
         """Return upper bounds ``(L, C, Q)`` of small groups, and both bounds ``(2, L, Q)`` of large ones."""
         n_queries, n_rows = coded.codes.shape[0], self.plane.n_rows
@@ -284,9 +281,9 @@ class ScreenedSearch:
             codes, row_terms, width = self.plane.codes[start:stop], terms[start:stop], widths[start:stop]
             hidden = selection.hidden(start, stop)
             if missing:
-                codes, row_terms = _padded(codes, missing), _padded(row_terms, missing, _NO_TERMS)
+                codes, row_terms = padded(codes, missing), padded(row_terms, missing, _NO_TERMS)
                 width = torch.nn.functional.pad(width, (0, missing))
-            products = _product(codes, query_codes, buffers).view(*shape, n_queries)
+            products = code_products(codes, query_codes, buffers).view(*shape, n_queries)
             arguments = (
                 row_terms.view(*shape, 1, 4),
                 width.view(*shape, 1),
@@ -297,7 +294,7 @@ class ScreenedSearch:
             if hidden is None:
                 self.passes.group_bounds(products, *arguments)
             else:
-                hidden = _padded(hidden.t(), missing).view(*shape, n_queries)
+                hidden = padded(hidden.t(), missing).view(*shape, n_queries)
                 self.passes.masked_group_bounds(products, hidden, *arguments)
         return fine, coarse
 
@@ -348,40 +345,6 @@ class ScreenedSearch:
             )
         found = rank_pairs(metric, owners, rows, pair_scores, n_queries, k, ranks)
         return *found, survivors.certified
-
-
-class _Buffers:
-    """Memory that one part of the queries hands to the next: touching new pages costs as much as the work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._memory: dict[str, Tensor] = {}
-
-    def get(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return uninitialised memory of a shape; what it held under this name is lost."""
-        size = math.prod(shape)
-        memory = self._memory.get(name)
-        if memory is None or memory.numel() < size or memory.dtype != dtype:
-            memory = self._memory[name] = torch.empty(size, dtype=dtype, device=self._device)
-        return memory[:size].view(shape)
-
-
-def _product(codes: Tensor, query_codes: Tensor, buffers: _Buffers) -> Tensor:
-    """Return the product ``(R, Q)`` of codes ``(R, D)`` and ``(D, Q)``, as exact as `screen` counts on."""
-    shape = (codes.shape[0], query_codes.shape[1])
-    fast = codes.dtype == torch.int8 and codes.shape[1] >= _LEAST_INT8_DIM
-    if fast and int8_product_is_fast(codes.device):
-        return torch._int_mm(codes, query_codes, out=buffers.get("products", *shape, dtype=torch.int32))
-    # Codes are exact also in TF32 and, for int8, in bfloat16, which a float32 product may be run in.
-    return torch.mm(codes.float(), query_codes.float(), out=buffers.get("products", *shape))
-
-
-def _padded(rows: Tensor, missing: int, fill: Sequence[float] = ()) -> Tensor:
-    """Return the rows ``(R, M)`` and ``missing`` more, of zeros or of what is given."""
-    if not missing:
-        return rows.contiguous()
-    more = rows.new_tensor(fill).expand(missing, -1) if fill else rows.new_zeros(missing, rows.shape[1])
-    return torch.cat([rows, more])
 
 
 def _without(terms: Tensor, hidden: Tensor) -> Tensor:

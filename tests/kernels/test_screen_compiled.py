@@ -16,7 +16,6 @@ from elips_torch.kernels.selection import Selection
 pytestmark = [
     pytest.mark.skipif(bool(compiler_reasons("cpu")), reason="; ".join(compiler_reasons("cpu"))),
     # Raised inside torch's own compiler, by Python's ast module and by typing internals.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 N_ROWS, DIM = 20_000, 64
 WORKSPACE = 64 * 2**20

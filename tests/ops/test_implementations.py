@@ -109,6 +109,27 @@ def test_screens_that_cannot_serve_are_refused():
         FlatIndex(8, screen="int4")
 
 
+@pytest.mark.parametrize("implementation", ["eager", "compiled"])
+@pytest.mark.parametrize("low", [-128, 0])
+def test_integers_within_int8_need_no_rescoring(low, implementation, monkeypatch):
+    from elips_torch.kernels import knn_screened
+
+    generator = torch.Generator().manual_seed(0)
+    queries, database = (
+        torch.randint(low, low + 256, (n, 48), generator=generator).float() for n in (9, 4000)
+    )
+    expected = reference(queries, database, 8, "l2")
+    index = FlatIndex(48, screen="int8")
+    index.add(database[:1000])
+    index.add(database[1000:])
+    # Nothing may look at the vectors themselves.
+    monkeypatch.delattr(knn_screened, "exact_pair_scores")
+    for n_queries in (1, 2, 9):
+        found = index.search(queries[:n_queries], 8, implementation=implementation)
+        assert torch.equal(found.ids, expected.ids[:n_queries])
+        assert torch.equal(found.scores, expected.scores[:n_queries])
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("n_queries", [1, 20, 300])
