@@ -23,7 +23,7 @@ from elips_torch.kernels.plane import BIAS, NORM, Plane
 from elips_torch.kernels.ranking import rank_pairs
 from elips_torch.kernels.screen import CodedQueries, code_queries, exact_scores, group_terms, threshold
 from elips_torch.kernels.screen_passes import NO_ROW, Passes
-from elips_torch.kernels.screen_tiles import Buffers, code_products, padded
+from elips_torch.kernels.screen_tiles import Buffers, code_products, padded, widened_bytes
 from elips_torch.kernels.selection import Selection
 
 # Queries screened at a time: the bounds of their groups stay in cache.
@@ -267,8 +267,13 @@ class ScreenedSearch:
         n_groups, whole = -(-n_rows // group), n_rows // group
         fine = buffers.get("fine", n_groups, self.per_coarse, n_queries)
         coarse = buffers.get("coarse", 2, n_groups, n_queries)
-        cells = self._tile_bytes(workspace_bytes) // _CELL_BYTES[self.passes.is_compiled]
-        blocks = even_cuts(whole, max(2, min(_ROWS, cells // n_queries) // group))
+        tile_bytes = self._tile_bytes(workspace_bytes)
+        at_once = min(
+            _ROWS,
+            tile_bytes // (_CELL_BYTES[self.passes.is_compiled] * n_queries),
+            tile_bytes // max(1, widened_bytes(self.plane.codes)),
+        )
+        blocks = even_cuts(whole, max(2, at_once // group))
         if whole < n_groups:
             # The last group is short. Another comes with it: code for a single one would be another.
             blocks.append((n_groups - 2, n_groups))

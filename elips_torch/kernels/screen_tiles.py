@@ -28,11 +28,22 @@ class Buffers:
         return memory[:size].view(shape)
 
 
+def _is_int8_product(codes: Tensor) -> bool:
+    fast = codes.dtype == torch.int8 and codes.shape[1] >= _LEAST_INT8_DIM
+    return fast and int8_product_is_fast(codes.device)
+
+
+def widened_bytes(codes: Tensor) -> int:
+    """Return the bytes per row that `code_products` takes to widen codes ``(N, D)``."""
+    if codes.dtype == torch.float32 or _is_int8_product(codes):
+        return 0
+    return 4 * codes.shape[1]
+
+
 def code_products(codes: Tensor, query_codes: Tensor, buffers: Buffers) -> Tensor:
     """Return the product ``(R, Q)`` of codes ``(R, D)`` and ``(D, Q)``, as exact as `screen` counts on."""
     shape = (codes.shape[0], query_codes.shape[1])
-    fast = codes.dtype == torch.int8 and codes.shape[1] >= _LEAST_INT8_DIM
-    if fast and int8_product_is_fast(codes.device):
+    if _is_int8_product(codes):
         return torch._int_mm(codes, query_codes, out=buffers.get("products", *shape, dtype=torch.int32))
     # Codes are exact also in TF32 and, for int8, in bfloat16, which a float32 product may be run in.
     return torch.mm(codes.float(), query_codes.float(), out=buffers.get("products", *shape))

@@ -15,7 +15,6 @@ from elips_torch.kernels.selection import Selection
 
 pytestmark = [
     pytest.mark.skipif(bool(compiler_reasons("cpu")), reason="; ".join(compiler_reasons("cpu"))),
-    # Raised inside torch's own compiler, by Python's ast module and by typing internals.
 ]
 N_ROWS, DIM = 20_000, 64
 WORKSPACE = 64 * 2**20
