@@ -84,9 +84,11 @@ def _int8_product_is_right() -> bool:
 
 
 def _product_of_extremes_is_right(dim: int) -> bool:
-    signs = torch.where(torch.arange(dim) % 3 == 0, -1, 1)
-    low = torch.full((dim,), -128)
-    rows = torch.stack([127 * signs, low, torch.full((dim,), 127), signs * torch.arange(dim) % 128])
+    signs = torch.where(torch.arange(dim, device="cpu") % 3 == 0, -1, 1)
+    low = torch.full((dim,), -128, device="cpu")
+    rows = torch.stack(
+        [127 * signs, low, torch.full_like(low, 127), signs * torch.arange(dim, device="cpu") % 128]
+    )
     rows = rows.repeat(16, 1)
     product = torch._int_mm(rows.to(torch.int8), rows.to(torch.int8).t())
     return torch.equal(product.double(), rows.double() @ rows.double().t())

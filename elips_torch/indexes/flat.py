@@ -127,7 +127,8 @@ class FlatIndex(Index):
             "metric": self.metric,
             "k": self.k,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "screen": self.screen,
+            # Vectors in float64 keep no plane.
+            "screen": "auto" if self.dtype == torch.float64 else self.screen,
             "learnable": self.learnable,
             "p": self.p,
             "index_in_state_dict": self.index_in_state_dict,
@@ -201,26 +202,33 @@ class FlatIndex(Index):
     def _append_rows(self, rows: dict[str, Tensor]) -> None:
         known = self.plane.knows(self.vectors)
         super()._append_rows(rows)
-        if known:
-            self.plane.append(rows["vectors"], self.vectors)
-        else:
-            self.plane.forget()
+        self._follow(known, self.plane.append, rows["vectors"])
 
     def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
         known = self.plane.knows(self.vectors)
         super()._overwrite_rows(where, rows)
-        if known:
-            self.plane.overwrite(where, rows["vectors"], self.vectors)
-        else:
-            self.plane.forget()
+        self._follow(known, self.plane.overwrite, where, rows["vectors"])
 
     def _keep_rows(self, keep: Tensor) -> None:
         known = self.plane.knows(self.vectors)
         super()._keep_rows(keep)
-        if known:
-            self.plane.keep(keep, self.vectors)
-        else:
+        self._follow(known, self.plane.keep, keep)
+
+    def _follow(self, known: bool, change: Callable[..., None], *what: Tensor) -> None:
+        if not known:
             self.plane.forget()
+            return
+        try:
+            change(*what, self.vectors)
+        except (MemoryError, RuntimeError):
+            # The vectors have changed; the plane is derived from them and can wait for memory.
+            self.plane.forget()
+
+    def _drop_reserves(self) -> None:
+        known = self.plane.knows(self.vectors)
+        super()._drop_reserves()
+        if known:
+            self.plane.accept(self.vectors)
 
     def _load_rows(self, rows: dict[str, Tensor], *, assign: bool) -> None:
         super()._load_rows(rows, assign=assign)

@@ -61,7 +61,7 @@ class ScreeningPlane(RowTensors):
             self.register_buffer(name, tensor, persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has vectors of its own.
+        # A copy has vectors of its own, and looks at them anew.
         return super().__getstate__() | {"_seen": None}
 
     def extra_repr(self) -> str:
@@ -88,6 +88,10 @@ class ScreeningPlane(RowTensors):
         if self._seen is None or isinstance(vectors, nn.Parameter):
             return False
         return self._seen.matches(vectors) and self._wanted == self._kind_for(vectors)
+
+    def accept(self, vectors: Tensor) -> None:
+        """Take the vectors, whose values have not changed, for known."""
+        self._seen = Snapshot(vectors)
 
     def forget(self) -> None:
         """Make the plane anew at the next search."""
@@ -187,9 +191,9 @@ class ScreeningPlane(RowTensors):
     def _take(self, plane: Plane | None, vectors: Tensor) -> None:
         self._rows_at_mean = vectors.shape[0]
         self._wanted = self._kind_for(vectors)
-        self._seen = Snapshot(vectors)
         if plane is None:
             if self.kind == "none" and self.codes.device == vectors.device:
+                self._seen = Snapshot(vectors)
                 return
             with durable():
                 codes, terms, mean = self._empty(vectors.device)
@@ -200,3 +204,4 @@ class ScreeningPlane(RowTensors):
         self._buffers["mean"] = plane.mean
         self._assign_rows({"codes": plane.codes, "terms": plane.terms})
         self._reserves.clear()
+        self._seen = Snapshot(vectors)

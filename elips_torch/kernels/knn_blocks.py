@@ -48,7 +48,7 @@ def knn_blocks(
             block,
             k,
             metric,
-            None if ranks is None else ranks[start:stop],
+            None if ranks is None else ranks[start:stop].argsort().argsort(),
             selection.for_rows(start, stop),
             rest,
             make_plane(metric, block, kind),

@@ -166,7 +166,7 @@ class ScreenedSearch:
         n_queries, n_rows = coded.codes.shape[0], self.plane.n_rows
         group = self.fine_rows * self.per_coarse
         n_groups = -(-n_rows // group)
-        bounds = torch.empty(2, n_queries, n_groups * group, device=terms.device)
+        bounds = terms.new_empty(2, n_queries, n_groups * group)
         bounds[:, :, n_rows:] = NO_ROW
         for query in range(n_queries):
             hidden = selection.narrowed(query, query + 1).hidden(0, n_rows)
@@ -219,7 +219,8 @@ class ScreenedSearch:
         At most as many of the groups as a query excludes rows owe their bound to an excluded row.
         """
         best = lowest.topk(self.n_neighbours, dim=1, sorted=False).values
-        return threshold(coded.rounding, best.amin(1))
+        # Where too few are seen, all of these matter, but not rows that no one sees.
+        return threshold(coded.rounding, best.amin(1)).clamp_min(NO_ROW / 2)
 
     def _descend(self, reached: Tensor, owners: Tensor, certified: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Leave out queries of which too much was reached.

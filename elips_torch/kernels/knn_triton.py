@@ -20,7 +20,7 @@ from elips_torch.kernels.distance_group_min_triton import distance_group_min_tri
 from elips_torch.kernels.group_max_triton import group_max_triton
 from elips_torch.kernels.merge_triton import LARGEST_K, merge_keys_triton
 from elips_torch.kernels.pair_scores import rounded_pair_scores
-from elips_torch.kernels.plane import BIAS, NORM, SCALE, Plane, plain_plane
+from elips_torch.kernels.plane import BIAS, NORM, SCALE, UNIT, Plane, plain_plane
 from elips_torch.kernels.ranking import rank_pairs, smallest_keys, table_of_pairs
 from elips_torch.kernels.rescore_triton import rescore_triton
 from elips_torch.kernels.screen import code_queries, group_terms, threshold
@@ -128,7 +128,7 @@ class TritonSearch:
         owners, rows, scores = (
             each[similarities[pairs, members] > -torch.inf] for each in (owners, rows, scores[pairs, members])
         )
-        error = self._error(queries, owners, rows, scores)
+        error = self._error(queries, owners, scores)
         rounded = rounded_pair_scores(
             self.metric, queries, self.database, owners, rows, scores, error, workspace_bytes // 4
         )
@@ -163,7 +163,9 @@ class TritonSearch:
         # In the kernel a similarity is in units of the query's scale.
         hidden = upper <= NO_ROW / 2
         upper = (upper * scales[:, None] + FLOOR).masked_fill_(hidden, -torch.inf)
-        return upper, coded.rounding, coded.offsets, coded.usable
+        # What float64 scores may be off by counts like what rounding them to float32 loses.
+        rounding = coded.rounding + self._lost(queries) / (8 * UNIT)
+        return upper, rounding, coded.offsets, coded.usable
 
     def _distance_bounds(self, queries: Tensor, distances: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sums = {}
@@ -212,16 +214,31 @@ class TritonSearch:
             similarities = -scores
         return similarities.nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
-    def _error(self, queries: Tensor, owners: Tensor, rows: Tensor, scores: Tensor) -> Tensor:
+    def _error(self, queries: Tensor, owners: Tensor, scores: Tensor) -> Tensor:
         """Return how far float64 scores ``(P,)`` may be from the definition's, added in another order."""
-        lost = 4 * (queries.shape[1] + 16) * 2.0**-53
         if self.metric.name in _ONE_SIGN:
-            return scores.abs() * lost
+            return scores.abs() * _lost_share(queries)
         if self.plane is None:
             # Powers and logarithms: the definition decides.
             return torch.full_like(scores, torch.inf)
+        return self._lost(queries)[owners]
+
+    def _lost(self, queries: Tensor) -> Tensor:
+        """Return how far float64 products of queries ``(Q, D)`` with any row may be off, ``(Q,)``."""
+        lost = _lost_share(queries)
+        if self.metric.name == "l2":
+            # In proportion to the score, which `threshold` allows for.
+            return queries.new_zeros(queries.shape[0], dtype=torch.float64)
         if self.metric.name == "cosine":
-            return torch.full_like(scores, 2 * lost)
-        lengths = self.plane.terms[rows, NORM].double() + torch.linalg.vector_norm(self.plane.mean.double())
-        error: Tensor = lengths * torch.linalg.vector_norm(queries.double(), dim=1)[owners] * lost
+            return queries.new_full((queries.shape[0],), 2 * lost, dtype=torch.float64)
+        assert self.plane is not None
+        longest = self.plane.terms[:, NORM].max().double() + torch.linalg.vector_norm(
+            self.plane.mean.double()
+        )
+        error: Tensor = torch.linalg.vector_norm(queries.double(), dim=1) * longest * lost
         return error
+
+
+def _lost_share(queries: Tensor) -> float:
+    """Return the relative error of float64 sums over the features of queries ``(Q, D)``, twice."""
+    return 4 * (queries.shape[1] + 16) * 2.0**-53

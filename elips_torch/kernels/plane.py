@@ -159,7 +159,7 @@ def make_plane(metric: Metric, vectors: Tensor, kind: str) -> Plane | None:
 
 def plain_plane(metric: Metric, vectors: Tensor) -> Plane | None:
     """Return a plane whose codes are the vectors ``(N, D)``: only the queries' codes lose something."""
-    terms = torch.zeros(vectors.shape[0], 4, device=vectors.device)
+    terms = torch.zeros(vectors.shape[0], 4, dtype=torch.float32, device=vectors.device)
     slack = norm_slack(vectors.shape[1])
     for start, stop in _chunks(vectors):
         part = slice(start, stop)

@@ -10,6 +10,7 @@ from torch import Tensor
 from elips_torch.core.compilation import compiler_reasons
 from elips_torch.core.dispatch import Implementation, Request, choose, float64_reasons
 from elips_torch.core.execution import plain_arithmetic, refuse_second_derivative, runs_directly
+from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import Metric, metric_of, resolve_metric
 from elips_torch.core.results import SearchResult
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
@@ -69,6 +70,12 @@ def _triton_reasons(request: Request) -> list[str]:
 
 def _compiled_reasons(request: Request) -> list[str]:
     reasons = [*float64_reasons(request), *compiler_reasons(request.device.type)]
+    facts = device_facts(request.device)
+    if facts.type == "cpu" and facts.capability != "AVX512":
+        # Torch 2.13 and 2.15 compile sums over gathered rows wrongly for AVX2.
+        reasons.append(
+            f"compiled steps are known to be right with AVX512 only, this CPU has {facts.capability}"
+        )
     if request.screen == "none":
         reasons.append("there is no screening plane to run compiled code on")
     return reasons
@@ -243,7 +250,9 @@ def screen_for_call(screen: str, queries: Tensor, database: Tensor, metric: Metr
     """Return the plane to make for one call: making one costs as much as some queries save."""
     if screen == "auto" and queries.shape[0] < _REPAY_PLANE:
         return "none"
-    return choose_screen(screen, metric, database.dtype, database.shape[1], database.device)
+    kept = choose_screen(screen, metric, database.dtype, database.shape[1], database.device)
+    # The terms of vectors as they are pay only where they are kept.
+    return "none" if kept == "fp32" else kept
 
 
 knn_op = torch.library.custom_op(

@@ -5,6 +5,7 @@ from elips_torch import METRICS, FlatIndex, knn
 from elips_torch.core import compilation
 from elips_torch.core.dispatch import Request
 from elips_torch.core.errors import ArgumentError, ImplementationError
+from elips_torch.core.hardware import DeviceFacts
 from elips_torch.core.metric import resolve_metric
 from elips_torch.ops.knn import IMPLEMENTATIONS
 from elips_torch.reference.knn import knn as reference
@@ -57,6 +58,12 @@ def test_forked_processes_and_machines_without_a_compiler_run_eager(monkeypatch)
     monkeypatch.setattr(compilation, "_has_cpp_compiler", lambda: False)
     assert automatic(call) == "eager"
     assert any("C++ compiler" in reason for reason in compilation.compiler_reasons("cpu"))
+
+
+def test_without_avx512_nothing_is_compiled(monkeypatch):
+    facts = DeviceFacts("cpu", "2 cores", "AVX2")
+    monkeypatch.setattr("elips_torch.ops.knn.device_facts", lambda device: facts)
+    assert automatic(request(512, 80_000, 384)) == "eager"
 
 
 def test_a_compiler_that_fails_leaves_the_function_as_it_is(monkeypatch, caplog):
@@ -157,3 +164,10 @@ def test_an_index_on_a_gpu_is_screened(dtype, screen):
         found = index.search(queries, 12, implementation=implementation)
         assert torch.equal(found.ids.cpu(), expected.ids)
         assert torch.equal(found.scores.cpu(), expected.scores)
+
+
+def test_without_fast_int8_products_bare_tensors_go_unscreened(monkeypatch):
+    monkeypatch.setattr("elips_torch.kernels.screen_choice.int8_product_is_fast", lambda device: False)
+    queries, database = data(n_queries=300)
+    expected = knn(queries, database, 5, screen="none")
+    assert torch.equal(knn(queries, database, 5).ids, expected.ids)

@@ -109,3 +109,15 @@ def test_a_small_workspace_splits_the_queries():
     assert parts.step < 9 <= whole.step
     first, second = (each.run(queries, 4, None, Selection(), WORKSPACE) for each in (whole, parts))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_cancellation_does_not_break_ties():
+    """Sums in another order differ by more than the scores do."""
+    generator = torch.Generator().manual_seed(0)
+    database = torch.zeros(1024, 64)
+    database[:, 0] = -1.0
+    for row in range(0, 1024, 8):
+        places = torch.randperm(64, generator=generator)[:4]
+        database[row] = 0.0
+        database[row, places] = torch.tensor([2.0**30, -(2.0**30), 2.0**-30, -(2.0**-30)])
+    check(resolve_metric("ip"), torch.ones(2, 64), database, 5, some=True)
