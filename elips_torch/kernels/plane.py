@@ -161,19 +161,21 @@ def plain_plane(metric: Metric, vectors: Tensor) -> Plane | None:
     """Return a plane whose codes are the vectors ``(N, D)``: only the queries' codes lose something."""
     terms = torch.zeros(vectors.shape[0], 4, dtype=torch.float32, device=vectors.device)
     slack = norm_slack(vectors.shape[1])
+    # As in `encode`: squares below the normal numbers may be lost.
+    lost = math.sqrt(vectors.shape[1]) * 2.0**-63
     for start, stop in _chunks(vectors):
         part = slice(start, stop)
         wide = vectors[part].float()
         norm = torch.linalg.vector_norm(wide, dim=1)
         if metric.name == "cosine":
             # Where a norm may have underflowed, nothing is known.
-            known = (norm > SMALLEST_SCALE) | (wide == 0).all(1)
+            known = (norm > 2.0**-50) | (wide == 0).all(1)
             terms[part, SCALE] = torch.where(norm > 0, 1 / norm, 1.0)
             terms[part, RESIDUAL] = 2 * slack
             terms[part, NORM] = torch.where(known & (norm < LARGEST_NORM), 1 + 2 * slack, torch.inf)
         else:
             terms[part, SCALE] = 1.0
-            terms[part, NORM] = norm * (1 + slack)
+            terms[part, NORM] = norm * (1 + slack) + lost
         if metric.name == "l2":
             terms[part, BIAS] = wide.double().square_().sum(1).mul_(-0.5).float()
     if vectors.shape[0] and not bool(terms[:, NORM].max() < LARGEST_NORM):

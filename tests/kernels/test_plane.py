@@ -13,6 +13,7 @@ from elips_torch.kernels.plane import (
     integer_offset,
     make_plane,
     norm_slack,
+    plain_plane,
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -201,3 +202,9 @@ def test_memory_beside_float32_vectors(dim, share):
     vectors = torch.rand(2000, dim, generator=torch.Generator().manual_seed(0))
     plane = make_plane(resolve_metric("l2"), vectors, "int8")
     assert plane.codes.nbytes + plane.terms.nbytes + plane.mean.nbytes <= share * vectors.nbytes
+
+
+def test_norms_of_plain_vectors_hold_where_squares_underflow():
+    vectors = torch.full((4, 400), 2.0**-75)
+    plane = plain_plane(resolve_metric("ip"), vectors)
+    assert bool((plane.terms[:, 2].double() >= torch.linalg.vector_norm(vectors.double(), dim=1)).all())
