@@ -3,15 +3,13 @@
 import argparse
 import dataclasses
 import json
-import os
-import platform
-import shutil
 from typing import Any
 
 import torch
 
 from elips_torch.cli.environment import hardware, slowing_variables, versions
 from elips_torch.cli.smoke_test import smoke_test
+from elips_torch.core.compilation import find_cpp_compiler
 from elips_torch.core.dispatch import Request, explain_choice
 from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import resolve_metric
@@ -46,7 +44,7 @@ def examine() -> dict[str, Any]:
     return {
         "versions": versions(),
         "faiss": _faiss(),
-        "compiler": compiler(),
+        "compiler": find_cpp_compiler(),
         "hardware": hardware(),
         "devices": {str(device): str(device_facts(device)) for device in devices},
         "operations": {str(device): _operations(device) for device in devices},
@@ -54,12 +52,6 @@ def examine() -> dict[str, Any]:
         "smoke_test": outcomes,
         "passed": all(outcome["passed"] for steps in outcomes.values() for outcome in steps),
     }
-
-
-def compiler() -> str | None:
-    """Return the C++ compiler that `torch.compile` would call on a CPU; None where there is none."""
-    usual = {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
-    return shutil.which(os.environ.get("CXX", usual))
 
 
 def _faiss() -> dict[str, Any] | None:

@@ -19,11 +19,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _state.update(forked=True))
 
 
+def find_cpp_compiler() -> str | None:
+    """Return the path of the C++ compiler that torch would call; None where there is none."""
+    # Torch reads this variable to find its compiler; it switches nothing here.
+    names = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
 @functools.cache
 def _has_cpp_compiler() -> bool:
-    # The names under which torch looks for one.
-    names = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
-    return any(shutil.which(name) for name in names)
+    return find_cpp_compiler() is not None
 
 
 def compiler_reasons(device_type: str) -> list[str]:

@@ -141,7 +141,8 @@ class FlatIndex(Index):
         check_vectors("queries", queries, dim=self.dim, allow_single=True)
         rows = queries[None] if queries.ndim == 1 else queries
         count = self.k if k is None else check_k(k)
-        request = Request.of(rows, self.vectors, self._metric, count, self.plane.kind)
+        plane = self.plane.current(self.vectors)
+        request = Request.of(rows, self.vectors, self._metric, count, "none" if plane is None else plane.kind)
         return explain_request("knn", request, implementation)
 
     def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
