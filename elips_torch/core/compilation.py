@@ -19,6 +19,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _state.update(forked=True))
 
 
+def was_forked() -> bool:
+    """Whether this process was forked, so that neither compiled code nor OpenMP may run in it."""
+    return _state["forked"]
+
+
 def find_cpp_compiler() -> str | None:
     """Return the path of the C++ compiler that torch would call; None where there is none."""
     # Torch reads this variable to find its compiler; it switches nothing here.
@@ -44,7 +49,7 @@ def compiler_reasons(device_type: str) -> list[str]:
         reasons.append("torch.compile needs a C++ compiler and finds none; install g++")
     if device_type == "cuda" and not torch.cuda.is_available():
         reasons.append("there is no CUDA device")
-    if _state["forked"]:
+    if was_forked():
         reasons.append("this process was forked, and compiled code hangs in forked processes")
     return reasons
 

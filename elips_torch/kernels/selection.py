@@ -102,6 +102,11 @@ class Selection:
                 dropped |= column[owners] == rows
         return dropped
 
+    def numbers(self, n_queries: int) -> Tensor:
+        """Return int64 ``(Q,)``, the row of a ``(all queries, N)`` mask that is each query's."""
+        device = None if self.mask is None else self.mask.device
+        return self._numbers(torch.arange(n_queries, device=device))
+
     def _numbers(self, owners: Tensor) -> Tensor:
         """Return which queries of all these are."""
         if self.queries is None:

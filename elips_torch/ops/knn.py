@@ -12,6 +12,7 @@ from elips_torch.core.dispatch import Implementation, Request, choose, float64_r
 from elips_torch.core.execution import plain_arithmetic, refuse_second_derivative, runs_directly
 from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import Metric, metric_of, resolve_metric
+from elips_torch.core.native import instruction_options, native_reasons
 from elips_torch.core.results import SearchResult
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import (
@@ -25,8 +26,10 @@ from elips_torch.core.validation import (
 from elips_torch.kernels.candidate_gradient import database_gradient
 from elips_torch.kernels.knn_blocks import knn_blocks
 from elips_torch.kernels.knn_exact import compiled_first, knn_exact
+from elips_torch.kernels.knn_native import native_first
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
+from elips_torch.kernels.search_native import LIBRARY
 from elips_torch.kernels.selection import Selection
 
 # From so many queries on, making a plane for one call repays.
@@ -68,6 +71,19 @@ def _triton_reasons(request: Request) -> list[str]:
     return reasons
 
 
+def _native_reasons(request: Request) -> list[str]:
+    reasons = native_reasons(device_facts(request.device))
+    if request.screen not in ("int8", "fp32"):
+        reasons.append("there is no screening plane in int8 or float32 to run C++ code on")
+    return reasons
+
+
+def _uncompiled_reasons(request: Request) -> list[str]:
+    if LIBRARY.is_ready(instruction_options(device_facts(request.device))):
+        return []
+    return _small_reasons(request)
+
+
 def _compiled_reasons(request: Request) -> list[str]:
     reasons = [*float64_reasons(request), *compiler_reasons(request.device.type)]
     facts = device_facts(request.device)
@@ -90,6 +106,12 @@ def _small_reasons(request: Request) -> list[str]:
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", _triton, _triton_reasons),
+    Implementation(
+        "native",
+        functools.partial(knn_exact, first_search=native_first),
+        _native_reasons,
+        _uncompiled_reasons,
+    ),
     Implementation(
         "compiled",
         functools.partial(knn_exact, first_search=compiled_first),

@@ -1,0 +1,209 @@
+"""Exact k-nearest-neighbour search that screens rows by the codes of a plane, in C++.
+
+It does what `knn_screened` does, in one pass: products stay in registers, and what survives is kept
+while they are still there, so that no bound is ever written to memory. See `native/search.cpp`.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.hardware import device_facts
+from elips_torch.core.metric import Metric
+from elips_torch.core.native import native_threads
+from elips_torch.core.tiling import even_cuts
+from elips_torch.kernels.definition import score_pairs
+from elips_torch.kernels.plane import Plane
+from elips_torch.kernels.ranking import rank_pairs
+from elips_torch.kernels.screen import code_queries
+from elips_torch.kernels.search_native import (
+    CERTIFIED,
+    CODE_TYPES,
+    METRICS,
+    UNSURE,
+    VECTOR_TYPES,
+    native_search,
+)
+from elips_torch.kernels.selection import Selection
+
+# Queries searched at a time: more gain nothing, since their codes leave the cache.
+_QUERIES = 1024
+# Queries that a thread multiplies with a row at a time. Fewer blocks than so many per thread are
+# shared unevenly; then the threads share the rows.
+_BLOCK, _BLOCKS_PER_THREAD = 64, 4
+# The share of rows beyond which another search is cheaper than looking at survivors.
+_MOST_SURVIVORS = 1 / 32
+# Bytes of a kept row, in a thread's reservoir and where it is ranked.
+_KEPT_BYTES, _RANKED_BYTES = 12, 28
+# Bytes per query and feature: as float64, as code and packed, with the temporaries of coding.
+_FEATURE_BYTES = 44
+# Fewer rows per neighbour than this leave nothing to screen.
+_ROWS_PER_NEIGHBOUR = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Sizes of a search.
+
+    Attributes:
+        queries: how many are searched at a time.
+        parts: reservoirs per query; one for each thread where threads share the rows.
+        capacity: rows that a reservoir holds.
+    """
+
+    queries: int
+    parts: int
+    capacity: int
+
+
+def native_first(
+    database: Tensor, metric: Metric, plane: Plane | None, n_neighbours: int, workspace_bytes: int
+) -> "NativeSearch | None":
+    """Return a search in C++ by a plane, or None where it cannot serve."""
+    if plane is None or plane.codes.dtype not in CODE_TYPES or database.dtype not in VECTOR_TYPES:
+        return None
+    if plane.codes.dtype == torch.int8 and not device_facts("cpu").vnni:
+        return None
+    if not _ROWS_PER_NEIGHBOUR * n_neighbours <= database.shape[0] < 2**31 or not database.is_contiguous():
+        return None
+    search = NativeSearch(database, metric, plane, n_neighbours)
+    return search if search.plan(_BLOCK, workspace_bytes) else None
+
+
+class NativeSearch:
+    """Screen by a plane and rescore what survives, in C++.
+
+    Args:
+        database: ``(N, D)`` float32, float16 or bfloat16, contiguous, on a CPU.
+        metric: "l2", "ip" or "cosine".
+        plane: int8 or float32 codes of the database.
+        n_neighbours: k.
+    """
+
+    def __init__(self, database: Tensor, metric: Metric, plane: Plane, n_neighbours: int) -> None:
+        self.database = database
+        self.metric = metric
+        self.plane = plane
+        self.n_neighbours = n_neighbours
+
+    def plan(self, n_queries: int, workspace_bytes: int) -> _Plan | None:
+        """Return sizes that fit the workspace; None where even a few queries do not."""
+        n_rows, dim = self.database.shape
+        threads = native_threads()
+        most = max(int(n_rows * _MOST_SURVIVORS), 4 * self.n_neighbours)
+        usual = min(most, 6 * self.n_neighbours + 256)
+        step = min(n_queries, _QUERIES)
+        while step:
+            blocks = -(-step // _BLOCK)
+            shares_queries = blocks >= _BLOCKS_PER_THREAD * threads or blocks % threads == 0
+            parts = 1 if shares_queries else threads
+            kept = parts * _KEPT_BYTES * step + threads * _RANKED_BYTES * parts
+            room = workspace_bytes - step * dim * _FEATURE_BYTES
+            if room // kept >= usual:
+                return _Plan(step, parts, min(most, room // kept))
+            step //= 2
+        return None
+
+    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
+        """Return how many queries `run` takes; it splits them itself."""
+        return 16 * _QUERIES
+
+    def run(
+        self, queries: Tensor, k: int, ranks: Tensor | None, selection: Selection, workspace_bytes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
+        n_queries = queries.shape[0]
+        plan = self.plan(n_queries, workspace_bytes)
+        scores = torch.empty(n_queries, k, dtype=torch.float32)
+        rows = torch.empty(n_queries, k, dtype=torch.int64)
+        certified = torch.zeros(n_queries, dtype=torch.bool)
+        if plan is None:
+            return scores.fill_(self.metric.worst), rows.fill_(-1), certified
+        for start, stop in even_cuts(n_queries, plan.queries):
+            results = scores[start:stop], rows[start:stop], certified[start:stop]
+            part = selection.narrowed(start, stop)
+            self._run(queries[start:stop], k, ranks, part, plan, results, workspace_bytes)
+        return scores, rows, certified
+
+    def _run(
+        self,
+        queries: Tensor,
+        k: int,
+        ranks: Tensor | None,
+        selection: Selection,
+        plan: _Plan,
+        results: tuple[Tensor, Tensor, Tensor],
+        workspace_bytes: int,
+    ) -> None:
+        n_queries = queries.shape[0]
+        coded = code_queries(self.metric, queries, self.plane)
+        scores, rows, certified = results
+        status = torch.empty(n_queries, dtype=torch.uint8)
+        counts = torch.empty(n_queries, dtype=torch.int32)
+        kept = torch.empty(3, plan.parts, n_queries, plan.capacity, dtype=torch.float32)
+        kept_rows = kept[0].view(torch.int32)
+        mask_rows = None if selection.own_mask is None else selection.numbers(n_queries)
+        exclude = None if selection.exclude is None else selection.exclude.contiguous()
+        mask = None if selection.mask is None else selection.mask.contiguous()
+        # Named, so that they live as long as the call.
+        wide, rounding, offsets = queries.double().contiguous(), coded.rounding.contiguous(), coded.offsets
+        query_codes, query_terms, usable = coded.codes.contiguous(), coded.terms.contiguous(), coded.usable
+        native_search(
+            codes=self.plane.codes,
+            terms=self.plane.terms,
+            n_rows=self.plane.n_rows,
+            query_codes=query_codes,
+            query_terms=query_terms,
+            rounding=rounding,
+            offsets=offsets,
+            usable=usable,
+            mask=mask,
+            mask_rows=mask_rows,
+            exclude=exclude,
+            n_excluded=selection.n_excluded,
+            vectors=self.database,
+            queries=wide,
+            ranks=ranks,
+            reservoir_rows=kept_rows,
+            reservoir_upper=kept[1],
+            reservoir_lower=kept[2],
+            scores=scores,
+            found=rows,
+            status=status,
+            counts=counts,
+            slack=float(coded.slack),
+            dim=queries.shape[1],
+            n_queries=n_queries,
+            k=k,
+            capacity=plan.capacity,
+            n_threads=native_threads(),
+            n_parts=plan.parts,
+            metric=METRICS[self.metric.name],
+            code_type=CODE_TYPES[self.plane.codes.dtype],
+            vector_type=VECTOR_TYPES[self.database.dtype],
+            is_exact=int(coded.is_exact),
+        )
+        unsure = (status == UNSURE).nonzero()[:, 0]
+        if unsure.numel():
+            scores[unsure], rows[unsure] = self._ranked(
+                queries, unsure, kept_rows[0], counts, k, ranks, workspace_bytes
+            )
+            status[unsure] = CERTIFIED
+        torch.eq(status, CERTIFIED, out=certified)
+
+    def _ranked(
+        self,
+        queries: Tensor,
+        chosen: Tensor,
+        kept: Tensor,  # (Q, C) int32
+        counts: Tensor,  # (Q,) int32
+        k: int,
+        ranks: Tensor | None,
+        workspace_bytes: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Rank what has survived for chosen queries by the definition."""
+        owners = torch.repeat_interleave(torch.arange(chosen.numel()), counts[chosen])
+        rows = torch.cat([kept[query, : int(counts[query])] for query in chosen]).long()
+        scores = score_pairs(self.metric, queries, self.database, chosen[owners], rows, workspace_bytes // 4)
+        return rank_pairs(self.metric, owners, rows, scores, chosen.numel(), k, ranks)

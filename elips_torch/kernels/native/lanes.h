@@ -1,0 +1,54 @@
+// Vectors of float32 as wide as the target has them, and the few operations that the search needs.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+
+constexpr int LANES = 16;
+using Floats = __m512;
+
+static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+static inline Floats load_first(const float* p, int n) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+static inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+static inline Floats all(float x) { return _mm512_set1_ps(x); }
+static inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+static inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// One bit per lane where a is not below b; NaN is not below anything.
+static inline unsigned not_below(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+static inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
+
+#else
+
+constexpr int LANES = 8;
+using Floats = __m256;
+
+static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+static inline Floats load_first(const float* p, int n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+}
+static inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
+static inline Floats all(float x) { return _mm256_set1_ps(x); }
+static inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+static inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+static inline unsigned not_below(Floats a, Floats b) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
+}
+static inline float sum(Floats a) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+#endif
+
+#if defined(__AVX512VNNI__)
+constexpr bool HAS_INT8 = true;
+#else
+constexpr bool HAS_INT8 = false;
+#endif

@@ -1,0 +1,142 @@
+// Products of codes, in registers.
+//
+// Many queries: each lane is a query, and codes are packed so that a step of the product reads one
+// vector per LANES queries. One row after another is broadcast. A tile of ROWS rows by VECTORS vectors
+// of queries stays in registers until its sums are complete.
+//
+// Few queries: each row is read once, LANES features at a time, and its sum is taken across the lanes.
+//
+// int8: the instruction multiplies unsigned by signed bytes. What is made unsigned, by adding 128,
+// makes every sum larger by 128 times the sum of the other side, which is taken off again. Sums wrap
+// around in between, and are right in the end as long as they fit 32 bits.
+#pragma once
+
+#include <cstring>
+
+#include "lanes.h"
+
+template <class Code>
+struct Product;
+
+template <>
+struct Product<float> {
+    using Packed = float;
+    using Sums = Floats;
+    static constexpr int PER_STEP = 1;  // features in a step
+
+    static float pack(float code) { return code; }
+    static int correction(const float*, int) { return 0; }
+    static Sums start(int) { return all(0.0f); }
+    static Sums step(Sums sums, const Packed* queries, const float* row) {
+        return times_plus(load(queries), all(*row), sums);
+    }
+    static Floats floats(Sums sums) { return sums; }
+
+    static int query_correction(const float*, int) { return 0; }
+    // The product of a row with one query.
+    static float dot(const float* row, const float* query, int dim, int) {
+        Floats a = all(0.0f), b = all(0.0f);
+        int i = 0;
+        for (; i + 2 * LANES <= dim; i += 2 * LANES) {
+            a = times_plus(load(row + i), load(query + i), a);
+            b = times_plus(load(row + i + LANES), load(query + i + LANES), b);
+        }
+        for (; i < dim; i += LANES) {
+            const int left = dim - i < LANES ? dim - i : LANES;
+            a = times_plus(load_first(row + i, left), load_first(query + i, left), a);
+        }
+        return sum(times_plus(b, all(1.0f), a));
+    }
+};
+
+#if defined(__AVX512VNNI__)
+
+template <>
+struct Product<int8_t> {
+    using Packed = uint8_t;
+    using Sums = __m512i;
+    static constexpr int PER_STEP = 4;
+
+    static uint8_t pack(int8_t code) { return static_cast<uint8_t>(code + 128); }
+    static int correction(const int8_t* row, int dim) {
+        const __m512i ones = _mm512_set1_epi8(1);
+        __m512i sums = _mm512_setzero_si512();
+        for (int i = 0; i < dim; i += 64) sums = _mm512_dpbusd_epi32(sums, ones, bytes(row + i, dim - i));
+        return -128 * _mm512_reduce_add_epi32(sums);
+    }
+    static Sums start(int correction) { return _mm512_set1_epi32(correction); }
+    static Sums step(Sums sums, const Packed* queries, const int8_t* row) {
+        int four;
+        std::memcpy(&four, row, 4);
+        return _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(queries), _mm512_set1_epi32(four));
+    }
+    static Floats floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+
+    static int query_correction(const int8_t* query, int dim) { return correction(query, dim); }
+    static float dot(const int8_t* row, const int8_t* query, int dim, int correction) {
+        const __m512i high = _mm512_set1_epi8(static_cast<char>(0x80));
+        __m512i a = _mm512_setzero_si512(), b = _mm512_setzero_si512();
+        int i = 0;
+        for (; i + 128 <= dim; i += 128) {
+            a = _mm512_dpbusd_epi32(a, _mm512_xor_si512(_mm512_loadu_si512(row + i), high),
+                                    _mm512_loadu_si512(query + i));
+            b = _mm512_dpbusd_epi32(b, _mm512_xor_si512(_mm512_loadu_si512(row + i + 64), high),
+                                    _mm512_loadu_si512(query + i + 64));
+        }
+        for (; i < dim; i += 64)
+            a = _mm512_dpbusd_epi32(a, _mm512_xor_si512(bytes(row + i, dim - i), high),
+                                    bytes(query + i, dim - i));
+        return static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)) + correction);
+    }
+
+   private:
+    static __m512i bytes(const int8_t* p, int left) {
+        if (left >= 64) return _mm512_loadu_si512(p);
+        return _mm512_maskz_loadu_epi8((1ull << left) - 1, p);
+    }
+};
+
+#endif
+
+static inline int steps_of(int dim, int per_step) { return (dim + per_step - 1) / per_step; }
+
+// Packed codes of VECTORS * LANES queries: (step, vector, lane, feature of the step). A feature or a
+// query that does not exist is 0 after packing, and adds nothing whatever it is multiplied with.
+template <class Code, int VECTORS>
+static void pack_queries(const Code* const* queries, int n, int dim, typename Product<Code>::Packed* out) {
+    constexpr int PER_STEP = Product<Code>::PER_STEP;
+    const int steps = steps_of(dim, PER_STEP);
+    std::memset(out, 0, sizeof(*out) * steps * VECTORS * LANES * PER_STEP);
+    for (int q = 0; q < n; ++q) {
+        auto* place = out + q * PER_STEP;
+        for (int i = 0; i < dim; ++i)
+            place[(i / PER_STEP) * VECTORS * LANES * PER_STEP + i % PER_STEP] =
+                Product<Code>::pack(queries[q][i]);
+    }
+}
+
+// Sums of ROWS rows with VECTORS vectors of queries.
+template <class Code, int ROWS, int VECTORS>
+static inline void multiply(const Code* const* rows, const int* corrections,
+                            const typename Product<Code>::Packed* queries, int dim,
+                            typename Product<Code>::Sums (&sums)[ROWS][VECTORS]) {
+    using P = Product<Code>;
+    constexpr int PER_STEP = P::PER_STEP;
+    typename P::Sums local[ROWS][VECTORS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; ++v) local[r][v] = P::start(corrections[r]);
+    const int features = steps_of(dim, PER_STEP) * PER_STEP;
+    for (int i = 0; i < features; i += PER_STEP, queries += VECTORS * LANES * PER_STEP) {
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; ++v)
+                local[r][v] = P::step(local[r][v], queries + v * LANES * PER_STEP, rows[r] + i);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = local[r][v];
+}

@@ -1,0 +1,588 @@
+// Exact search in a plane of codes: one pass over the rows, survivors in registers' reach.
+//
+// Every product of codes is bounded from above where it is computed and compared with its query's
+// threshold; the few that reach it are kept with both bounds. When a query has kept enough, the k-th
+// best lower bound becomes its threshold, and what lies below it is dropped. In the end the survivors
+// are scored by the definition and sorted. Thresholds only decide how much is kept, never the result.
+
+#include <omp.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "products.h"
+#include "reservoir.h"
+#include "rescore.h"
+
+extern "C" {
+
+// All pointers are to contiguous memory that outlives the call.
+struct Arguments {
+    // The plane: (N, D) codes, float32 or int8, and (N, 4) scale, residual, norm and bias.
+    const void* codes;
+    const float* terms;
+    int64_t n_rows;
+    // The coded queries: (Q, D) codes; (3, Q) scale and factors of residual and norm.
+    const void* query_codes;
+    const float* query_terms;
+    const double* rounding;  // (Q,)
+    const double* offsets;   // (Q,)
+    const uint8_t* usable;   // (Q,)
+    // What a query may see: nothing, (N,) or rows of (*, N); and (Q, M) row numbers to leave out.
+    const uint8_t* mask;
+    const int64_t* mask_rows;  // (Q,), which row of the mask; null where all share one
+    const int64_t* exclude;
+    int64_t n_excluded;
+    // The vectors: (N, D) float32, float16 or bfloat16; (Q, D) float64; (N,) or null, order of ties.
+    const void* vectors;
+    const double* queries;
+    const int64_t* ranks;
+    // Memory: (T, Q, C) each.
+    int32_t* reservoir_rows;
+    float* reservoir_upper;
+    float* reservoir_lower;
+    // Results: (Q, K), (Q, K) and (Q,).
+    float* scores;
+    int64_t* found;
+    uint8_t* status;
+    int32_t* counts;  // (Q,), survivors, which lie in the reservoirs of the first thread
+    float slack;
+    int32_t dim;
+    int32_t n_queries;
+    int32_t k;
+    int32_t capacity;
+    int32_t n_threads;
+    int32_t n_parts;  // T: 1 where threads share the queries among them, else the number of threads
+    int32_t metric;
+    int32_t code_type;    // 0 float32, 1 int8
+    int32_t vector_type;  // 0 float32, 1 float16, 2 bfloat16
+    int32_t is_exact;     // similarities of the codes are those of the vectors
+};
+
+enum Status : uint8_t { CERTIFIED = 0, UNCERTIFIED = 1, UNSURE = 2 };
+}
+
+namespace {
+
+constexpr int64_t CHUNK_BYTES = 96 * 1024;
+constexpr int MOST_VECTORS = 4;
+constexpr int FEW_QUERIES = 4;
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Memory = std::unique_ptr<T[], Free>;
+
+template <class T>
+Memory<T> allocate(int64_t n) {
+    const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 127) / 64 * 64;
+    return Memory<T>(static_cast<T*>(std::aligned_alloc(64, bytes)));
+}
+
+// Up to 4 vectors of queries as the product takes them, and what bounds their products.
+template <class Code>
+struct Block {
+    int first;    // number of the first query
+    int n;        // queries
+    int vectors;  // of LANES queries
+    typename Product<Code>::Packed* packed;
+    float scale[MOST_VECTORS * LANES];
+    float residual[MOST_VECTORS * LANES];
+    float norm[MOST_VECTORS * LANES];
+    float limit[MOST_VECTORS * LANES];
+};
+
+// Rows of a chunk: what the bounds need of each, one array a term.
+struct Chunk {
+    int64_t first;
+    int n;
+    float* scale;
+    float* residual;
+    float* norm;
+    float* bias;  // with what every bound of the row contains
+    int* correction;
+};
+
+template <class Code>
+class Scan {
+   public:
+    Scan(const Arguments& a, int part, float* limits)
+        : a_(a),
+          limits_(limits),
+          chunk_rows_(std::max<int64_t>(
+              48, std::min<int64_t>(1536, CHUNK_BYTES / (a.dim * int64_t(sizeof(Code))) / 48 * 48))) {
+        const int64_t q = a.n_queries, c = a.capacity;
+        rows_ = a.reservoir_rows + part * q * c;
+        upper_ = a.reservoir_upper + part * q * c;
+        lower_ = a.reservoir_lower + part * q * c;
+    }
+
+    int64_t n_chunks() const { return (a_.n_rows + chunk_rows_ - 1) / chunk_rows_; }
+
+    bool prepare(Reservoir* reservoirs, int first, int last) {
+        reservoirs_ = reservoirs;
+        const int vectors = (last - first + LANES - 1) / LANES;
+        const int packed_dim = steps_of(a_.dim, Product<Code>::PER_STEP) * Product<Code>::PER_STEP;
+        const int n_blocks = (vectors + 1) / 2 + 1;
+        few_ = a_.n_queries <= FEW_QUERIES;
+        scratch_ = allocate<float>(a_.capacity);
+        terms_ = allocate<float>(4 * chunk_rows_);
+        corrections_ = allocate<int>(chunk_rows_ + MOST_ROWS);
+        tail_ = allocate<Code>(int64_t(MOST_ROWS) * (packed_dim + 64));
+        blocks_ = allocate<Block<Code>>(n_blocks);
+        packed_ = allocate<typename Product<Code>::Packed>(int64_t(vectors) * LANES * packed_dim);
+        if (!scratch_ || !terms_ || !corrections_ || !tail_ || !blocks_ || !packed_) return false;
+        for (int q = first; q < last; ++q) {
+            Reservoir& r = reservoirs_[q];
+            r.rows = rows_ + int64_t(q) * a_.capacity;
+            r.upper = upper_ + int64_t(q) * a_.capacity;
+            r.lower = lower_ + int64_t(q) * a_.capacity;
+            r.capacity = a_.capacity;
+            r.k = a_.k;
+            r.rounding = a_.rounding[q];
+            r.start();
+            if (!a_.usable[q]) {
+                r.failed = true;
+                r.limit = HIGHEST;
+            }
+        }
+        auto* packed = packed_.get();
+        n_blocks_ = 0;
+        for (int q = first; q < last;) {
+            const int left = (last - q + LANES - 1) / LANES;
+            const int width = few_ ? 1 : std::min(left, MOST_VECTORS);
+            Block<Code>& block = blocks_[n_blocks_++];
+            block.first = q;
+            block.n = std::min(last - q, width * LANES);
+            block.vectors = width;
+            block.packed = packed;
+            fill(block);
+            packed += int64_t(width) * LANES * packed_dim;
+            q += block.n;
+        }
+        return true;
+    }
+
+    void chunk(int64_t number) {
+        const int64_t first = number * chunk_rows_;
+        Chunk c;
+        c.first = first;
+        c.n = static_cast<int>(std::min(chunk_rows_, a_.n_rows - first));
+        c.scale = terms_.get();
+        c.residual = c.scale + chunk_rows_;
+        c.norm = c.residual + chunk_rows_;
+        c.bias = c.norm + chunk_rows_;
+        c.correction = corrections_.get();
+        const float* terms = a_.terms + 4 * first;
+        for (int r = 0; r < c.n; ++r) {
+            c.scale[r] = terms[4 * r];
+            c.residual[r] = terms[4 * r + 1];
+            c.norm[r] = terms[4 * r + 2];
+            const float rest = a_.slack == 0.0f ? 0.0f : terms[4 * r + 2] * terms[4 * r + 2] * a_.slack;
+            c.bias[r] = terms[4 * r + 3] + (rest + FLOOR);
+        }
+        if (!few_)
+            for (int r = 0; r < c.n; ++r) c.correction[r] = Product<Code>::correction(row(first + r), a_.dim);
+        for (int b = 0; b < n_blocks_; ++b) {
+            Block<Code>& block = blocks_[b];
+            refresh(block);
+            if (few_) {
+                dots(c, block);
+            } else if (block.vectors == 4) {
+                tiles<WIDE_ROWS, 4>(c, block);
+            } else if (block.vectors == 3) {
+                tiles<8 * LANES / 16, 3>(c, block);
+            } else if (block.vectors == 2) {
+                tiles<8 * LANES / 16, 2>(c, block);
+            } else {
+                tiles<12 * LANES / 16, 1>(c, block);
+            }
+        }
+    }
+
+   private:
+    static constexpr int WIDE_ROWS = LANES == 16 ? 6 : 2;
+    static constexpr int MOST_ROWS = 12;
+
+    const Code* row(int64_t number) const {
+        return static_cast<const Code*>(a_.codes) + number * a_.dim;
+    }
+
+    void fill(Block<Code>& block) {
+        const auto* codes = static_cast<const Code*>(a_.query_codes);
+        const Code* queries[MOST_VECTORS * LANES];
+        for (int i = 0; i < block.n; ++i) queries[i] = codes + int64_t(block.first + i) * a_.dim;
+        switch (block.vectors) {
+            case 4: pack_queries<Code, 4>(queries, block.n, a_.dim, block.packed); break;
+            case 3: pack_queries<Code, 3>(queries, block.n, a_.dim, block.packed); break;
+            case 2: pack_queries<Code, 2>(queries, block.n, a_.dim, block.packed); break;
+            default: pack_queries<Code, 1>(queries, block.n, a_.dim, block.packed);
+        }
+        for (int i = 0; i < MOST_VECTORS * LANES; ++i) {
+            const bool real = i < block.n;
+            const int64_t q = block.first + i;
+            block.scale[i] = real ? a_.query_terms[q] : 0.0f;
+            block.residual[i] = real ? a_.query_terms[a_.n_queries + q] : 0.0f;
+            block.norm[i] = real ? a_.query_terms[2 * int64_t(a_.n_queries) + q] : 0.0f;
+            block.limit[i] = real ? reservoirs_[q].limit : HIGHEST;
+        }
+    }
+
+    // Take thresholds that other threads have found.
+    void refresh(Block<Code>& block) {
+        if (!limits_) return;
+        for (int i = 0; i < block.n; ++i) {
+            float other;
+            __atomic_load(limits_ + block.first + i, &other, __ATOMIC_RELAXED);
+            Reservoir& r = reservoirs_[block.first + i];
+            if (other > r.limit) block.limit[i] = r.limit = other;
+        }
+    }
+
+    bool sees(int64_t query, int64_t row) const {
+        if (a_.mask && a_.mask_rows && !a_.mask[a_.mask_rows[query] * a_.n_rows + row]) return false;
+        const int64_t* out = a_.exclude + query * a_.n_excluded;
+        for (int64_t i = 0; i < a_.n_excluded; ++i)
+            if (out[i] == row) return false;
+        return true;
+    }
+
+    void keep(const Chunk& c, int r, Block<Code>& block, int i, float upper) {
+        const int64_t q = block.first + i;
+        if (i >= block.n || !sees(q, c.first + r)) return;
+        const float rest = a_.slack == 0.0f ? 0.0f : c.norm[r] * c.norm[r] * a_.slack;
+        const float error =
+            (block.residual[i] * c.residual[r] + block.norm[i] * c.norm[r] + (rest + FLOOR)) * (1.0f + 1e-6f);
+        float lower = upper - 2.0f * error;
+        if (!(lower > LOWEST)) lower = LOWEST;
+        Reservoir& reservoir = reservoirs_[q];
+        if (reservoir.failed) return;
+        if (reservoir.push(static_cast<int32_t>(c.first + r), upper, lower, scratch_.get())) {
+            block.limit[i] = reservoir.limit;
+            if (limits_ && !reservoir.failed) {
+                float other;
+                __atomic_load(limits_ + q, &other, __ATOMIC_RELAXED);
+                if (reservoir.limit > other) __atomic_store(limits_ + q, &reservoir.limit, __ATOMIC_RELAXED);
+            }
+        }
+    }
+
+    bool hidden(int64_t row) const { return a_.mask && !a_.mask_rows && !a_.mask[row]; }
+
+    template <int ROWS, int VECTORS>
+    void tiles(const Chunk& c, Block<Code>& block) {
+        for (int first = 0; first < c.n; first += ROWS) {
+            const Code* rows[ROWS];
+            int corrections[ROWS];
+            const int n = std::min(ROWS, c.n - first);
+            for (int r = 0; r < ROWS; ++r) {
+                const int place = first + std::min(r, n - 1);
+                rows[r] = row(c.first + place);
+                corrections[r] = c.correction[place];
+            }
+            if (a_.dim % Product<Code>::PER_STEP && c.first + first + n == a_.n_rows) copy_tail(rows, ROWS);
+            typename Product<Code>::Sums sums[ROWS][VECTORS];
+            multiply<Code, ROWS, VECTORS>(rows, corrections, block.packed, a_.dim, sums);
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; ++v) {
+                const Floats scale = load(block.scale + v * LANES);
+                const Floats residual = load(block.residual + v * LANES);
+                const Floats norm = load(block.norm + v * LANES);
+                const Floats limit = load(block.limit + v * LANES);
+#pragma GCC unroll 16
+                for (int r = 0; r < ROWS; ++r) {
+                    const int place = first + std::min(r, n - 1);
+                    Floats bound = times(Product<Code>::floats(sums[r][v]), scale);
+                    bound = times_plus(bound, all(c.scale[place]), all(c.bias[place]));
+                    bound = times_plus(residual, all(c.residual[place]), bound);
+                    bound = times_plus(norm, all(c.norm[place]), bound);
+                    const unsigned reached = not_below(bound, limit);
+                    if (__builtin_expect(reached != 0, 0) && r < n && !hidden(c.first + place))
+                        keep_all(c, place, block, v, reached, bound);
+                }
+            }
+        }
+    }
+
+    __attribute__((noinline)) void keep_all(const Chunk& c, int r, Block<Code>& block, int v,
+                                            unsigned reached, Floats bound) {
+        alignas(64) float bounds[LANES];
+        store(bounds, bound);
+        for (; reached; reached &= reached - 1) {
+            const int lane = __builtin_ctz(reached);
+            const int i = v * LANES + lane;
+            if (!(bounds[lane] < block.limit[i])) keep(c, r, block, i, bounds[lane]);
+        }
+    }
+
+    // The last step of the last row would read past the end of the codes.
+    void copy_tail(const Code** rows, int n) {
+        const int64_t stride = a_.dim + 8;
+        for (int r = 0; r < n; ++r) {
+            std::memcpy(tail_.get() + r * stride, rows[r], a_.dim * sizeof(Code));
+            rows[r] = tail_.get() + r * stride;
+        }
+    }
+
+    void dots(const Chunk& c, Block<Code>& block) {
+        for (int i = 0; i < block.n; ++i) {
+            const Code* query = static_cast<const Code*>(a_.query_codes) + int64_t(block.first + i) * a_.dim;
+            const int correction = Product<Code>::query_correction(query, a_.dim);
+            alignas(64) float products[LANES];
+            const Floats scale = all(block.scale[i]), residual = all(block.residual[i]);
+            const Floats norm = all(block.norm[i]);
+            for (int first = 0; first < c.n; first += LANES) {
+                const int n = std::min(LANES, c.n - first);
+                const Code* rows = row(c.first + first);
+                for (int r = 0; r < n; ++r)
+                    products[r] = Product<Code>::dot(rows + int64_t(r) * a_.dim, query, a_.dim, correction);
+                for (int r = n; r < LANES; ++r) products[r] = 0.0f;
+                Floats bound = times(load(products), scale);
+                bound = times_plus(bound, load_first(c.scale + first, n), load_first(c.bias + first, n));
+                bound = times_plus(residual, load_first(c.residual + first, n), bound);
+                bound = times_plus(norm, load_first(c.norm + first, n), bound);
+                unsigned reached = not_below(bound, all(block.limit[i]));
+                reached &= (1u << n) - 1;
+                if (!reached) continue;
+                alignas(64) float bounds[LANES];
+                store(bounds, bound);
+                for (; reached; reached &= reached - 1) {
+                    const int r = __builtin_ctz(reached);
+                    if (!(bounds[r] < block.limit[i]) && !hidden(c.first + first + r))
+                        keep(c, first + r, block, i, bounds[r]);
+                }
+            }
+        }
+    }
+
+    const Arguments& a_;
+    float* limits_;
+    const int64_t chunk_rows_;
+    int32_t* rows_;
+    float* upper_;
+    float* lower_;
+    bool few_ = false;
+    int n_blocks_ = 0;
+    Reservoir* reservoirs_ = nullptr;
+    Memory<float> scratch_, terms_;
+    Memory<int> corrections_;
+    Memory<Code> tail_;
+    Memory<Block<Code>> blocks_;
+    Memory<typename Product<Code>::Packed> packed_;
+};
+
+// Chunks in an order that meets rows from everywhere early, whatever their order is.
+int64_t stride_of(int64_t n) {
+    int64_t stride = static_cast<int64_t>(n * 0.6180339887498949) | 1;
+    auto gcd = [](int64_t x, int64_t y) {
+        while (y) std::swap(x %= y, y);
+        return x;
+    };
+    while (n > 1 && gcd(stride, n) != 1) ++stride;
+    return stride;
+}
+
+struct Found {
+    float key;  // ascends
+    int64_t rank;
+    int32_t row;
+    bool operator<(const Found& other) const {
+        return key < other.key || (key == other.key && rank < other.rank);
+    }
+};
+
+template <class Value>
+class Ranking {
+   public:
+    explicit Ranking(const Arguments& a) : a_(a), found_(allocate<Found>(int64_t(a.n_parts) * a.capacity)) {
+        scratch_ = allocate<float>(int64_t(a.n_parts) * a.capacity);
+    }
+
+    bool is_ready() const { return found_ && scratch_; }
+
+    void query(int64_t q, Reservoir* reservoirs) {
+        float* scores = a_.scores + q * a_.k;
+        int64_t* found = a_.found + q * a_.k;
+        const bool descends = a_.metric != L2;
+        std::fill(scores, scores + a_.k, descends ? LOWEST : HIGHEST);
+        std::fill(found, found + a_.k, -1);
+        a_.counts[q] = 0;
+        Reservoir& all = reservoirs[q];
+        if (!merge(q, reservoirs)) {
+            a_.status[q] = UNCERTIFIED;
+            return;
+        }
+        a_.counts[q] = all.n;
+        const double* query = a_.queries + q * a_.dim;
+        double square = 0.0;
+        for (int i = 0; i < a_.dim; ++i) square += query[i] * query[i];
+        const double length = std::sqrt(square);
+        bool sure = true;
+        for (int i = 0; i < all.n; ++i) {
+            const int64_t row = all.rows[i];
+            float value;
+            if (a_.is_exact) {
+                const double similarity = std::nearbyint(2.0 * all.upper[i]) / 2.0;
+                value = static_cast<float>(a_.metric == L2 ? a_.offsets[q] - 2.0 * similarity
+                                                           : a_.offsets[q] + similarity) +
+                        0.0f;
+            } else {
+                if (i + 2 < all.n) prefetch(all.rows[i + 2]);
+                const Value* vector = static_cast<const Value*>(a_.vectors) + row * a_.dim;
+                const Score result = score(a_.metric, query, length, vector, a_.dim);
+                value = result.value;
+                sure &= result.sure;
+            }
+            all.upper[i] = value;
+            found_[i] = {descends ? -value : value, a_.ranks ? a_.ranks[row] : row, all.rows[i]};
+        }
+        const int n = std::min(all.n, a_.k);
+        std::partial_sort(found_.get(), found_.get() + n, found_.get() + all.n);
+        for (int i = 0; i < n; ++i) {
+            scores[i] = (descends ? -found_[i].key : found_[i].key) + 0.0f;
+            found[i] = found_[i].row;
+        }
+        a_.status[q] = sure ? CERTIFIED : UNSURE;
+    }
+
+   private:
+    void prefetch(int64_t row) const {
+        const char* p = reinterpret_cast<const char*>(static_cast<const Value*>(a_.vectors) + row * a_.dim);
+        for (int64_t i = 0; i < int64_t(a_.dim) * int64_t(sizeof(Value)); i += 64) __builtin_prefetch(p + i);
+    }
+
+    // Gather what all threads have kept into the first reservoir.
+    bool merge(int64_t q, Reservoir* reservoirs) {
+        Reservoir& all = reservoirs[q];
+        float limit = LOWEST;
+        int total = 0;
+        for (int part = 0; part < a_.n_parts; ++part) {
+            const Reservoir& r = reservoirs[int64_t(part) * a_.n_queries + q];
+            if (r.failed) return false;
+            limit = std::max(limit, r.limit);
+            std::copy(r.lower, r.lower + r.n, scratch_.get() + total);
+            total += r.n;
+        }
+        if (total >= a_.k) {
+            std::nth_element(scratch_.get(), scratch_.get() + a_.k - 1, scratch_.get() + total,
+                             std::greater<float>());
+            const float lowest = scratch_[a_.k - 1];
+            if (lowest > LOWEST) limit = std::max(limit, threshold(lowest, all.rounding));
+        }
+        int n = 0;
+        for (int part = 0; part < a_.n_parts; ++part) {
+            const Reservoir& r = reservoirs[int64_t(part) * a_.n_queries + q];
+            for (int i = 0; i < r.n; ++i) {
+                if (r.upper[i] < limit) continue;
+                if (n == a_.capacity) return false;
+                all.rows[n] = r.rows[i];
+                all.upper[n++] = r.upper[i];
+            }
+        }
+        all.n = n;
+        return true;
+    }
+
+    const Arguments& a_;
+    Memory<Found> found_;
+    Memory<float> scratch_;
+};
+
+template <class Value>
+bool rank(const Arguments& a, Reservoir* reservoirs) {
+    bool ready = true;
+#pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1)
+    {
+        Ranking<Value> ranking(a);
+        if (!ranking.is_ready()) {
+#pragma omp atomic write
+            ready = false;
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t q = 0; q < a.n_queries; ++q)
+            if (ranking.is_ready()) ranking.query(q, reservoirs);
+    }
+    return ready;
+}
+
+template <class Code>
+bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
+    bool ready = true;
+    int64_t next = 0;
+#pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1)
+    {
+        const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
+        const bool splits_rows = a.n_parts > 1;
+        int first = 0, last = a.n_queries;
+        if (!splits_rows) {
+            // Whole blocks of queries, as evenly as they go.
+            const int64_t wide = MOST_VECTORS * LANES, blocks = (a.n_queries + wide - 1) / wide;
+            first = static_cast<int>(std::min<int64_t>(a.n_queries, blocks * thread / n_threads * wide));
+            last = static_cast<int>(std::min<int64_t>(a.n_queries, blocks * (thread + 1) / n_threads * wide));
+        }
+        const int part = splits_rows ? thread : 0;
+        Scan<Code> work(a, part, limits);
+        const bool mine = first < last;
+        const bool prepared = !mine || work.prepare(reservoirs + int64_t(part) * a.n_queries, first, last);
+        if (!prepared) {
+#pragma omp atomic write
+            ready = false;
+        }
+        const int64_t n = work.n_chunks(), stride = stride_of(n);
+        if (prepared && mine) {
+            for (int64_t i = 0;; ++i) {
+                int64_t number = i;
+                if (splits_rows) {
+#pragma omp atomic capture
+                    number = next++;
+                }
+                if (number >= n) break;
+                work.chunk(static_cast<int64_t>((static_cast<__int128>(number) * stride) % n));
+            }
+        }
+    }
+    return ready;
+}
+
+// Whatever holds of a table: reads `count` products of int8 rows with one query in both ways.
+}  // namespace
+
+extern "C" {
+
+// Fills scores, found, status and counts. Returns 0; 1 where memory ran out, 2 for an unknown type.
+int elips_search(const Arguments* arguments) {
+    const Arguments& a = *arguments;
+    const int64_t n = int64_t(a.n_parts) * a.n_queries;
+    Memory<Reservoir> reservoirs = allocate<Reservoir>(n);
+    Memory<float> limits = allocate<float>(a.n_queries);
+    if (!reservoirs || !limits) return 1;
+    for (int64_t i = 0; i < n; ++i) {
+        reservoirs[i] = Reservoir{};
+        reservoirs[i].n = 0;
+    }
+    std::fill(limits.get(), limits.get() + a.n_queries, LOWEST);
+    float* shared = a.n_parts > 1 ? limits.get() : nullptr;
+    bool ready;
+    if (a.code_type == 0) {
+        ready = scan<float>(a, reservoirs.get(), shared);
+    } else if (a.code_type == 1 && HAS_INT8) {
+#if defined(__AVX512VNNI__)
+        ready = scan<int8_t>(a, reservoirs.get(), shared);
+#endif
+    } else {
+        return 2;
+    }
+    if (!ready) return 1;
+    switch (a.vector_type) {
+        case 0: return rank<float>(a, reservoirs.get()) ? 0 : 1;
+        case 1: return rank<Half>(a, reservoirs.get()) ? 0 : 1;
+        case 2: return rank<BFloat>(a, reservoirs.get()) ? 0 : 1;
+        default: return 2;
+    }
+}
+
+// Size of the arguments, for callers to compare.
+int elips_arguments_size() { return static_cast<int>(sizeof(Arguments)); }
+}

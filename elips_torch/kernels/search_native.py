@@ -1,0 +1,81 @@
+"""What the C++ of `native/search.cpp` takes, and calling it."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.errors import ImplementationError
+from elips_torch.core.hardware import device_facts
+from elips_torch.core.native import NativeLibrary, instruction_options
+
+METRICS = {"l2": 0, "ip": 1, "cosine": 2}
+CODE_TYPES = {torch.float32: 0, torch.int8: 1}
+VECTOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# What becomes of a query: its result is certain; too much survived; a score's last bit is open.
+CERTIFIED, UNCERTIFIED, UNSURE = range(3)
+
+LIBRARY = NativeLibrary(Path(__file__).parent / "native" / "search.cpp")
+
+_FAILURES = {1: "there is not enough memory", 2: "a type is not known"}
+
+
+class Arguments(ctypes.Structure):
+    """`struct Arguments` of search.cpp, field by field; tensors go in as their addresses."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("terms", ctypes.c_void_p),
+        ("n_rows", ctypes.c_int64),
+        ("query_codes", ctypes.c_void_p),
+        ("query_terms", ctypes.c_void_p),
+        ("rounding", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("usable", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("mask_rows", ctypes.c_void_p),
+        ("exclude", ctypes.c_void_p),
+        ("n_excluded", ctypes.c_int64),
+        ("vectors", ctypes.c_void_p),
+        ("queries", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("reservoir_rows", ctypes.c_void_p),
+        ("reservoir_upper", ctypes.c_void_p),
+        ("reservoir_lower", ctypes.c_void_p),
+        ("scores", ctypes.c_void_p),
+        ("found", ctypes.c_void_p),
+        ("status", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+        ("slack", ctypes.c_float),
+        ("dim", ctypes.c_int32),
+        ("n_queries", ctypes.c_int32),
+        ("k", ctypes.c_int32),
+        ("capacity", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+        ("n_parts", ctypes.c_int32),
+        ("metric", ctypes.c_int32),
+        ("code_type", ctypes.c_int32),
+        ("vector_type", ctypes.c_int32),
+        ("is_exact", ctypes.c_int32),
+    )
+
+
+def native_search(**arguments: Tensor | float | None) -> None:
+    """Run `elips_search`, which writes into the tensors of the results.
+
+    Args:
+        **arguments: the fields of `Arguments`; tensors are contiguous.
+
+    Raises:
+        ImplementationError: the code could not be compiled, or failed.
+    """
+    library = LIBRARY.load(instruction_options(device_facts("cpu")))
+    if library is None:
+        raise ImplementationError("the C++ code of exact search does not compile here; see the log")
+    values = {
+        name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
+    }
+    failure = library.elips_search(ctypes.byref(Arguments(**values)))
+    if failure:
+        raise ImplementationError(f"exact search in C++ failed: {_FAILURES[failure]}")
