@@ -53,7 +53,7 @@ def native_reasons(facts: DeviceFacts) -> list[str]:
 
 
 def native_threads() -> int:
-    """Return how many threads C++ may use: torch's number, but one in a forked process, where OpenMP hangs."""
+    """Return how many threads C++ may use: those of torch, but one where OpenMP would hang, after a fork."""
     return 1 if was_forked() else torch.get_num_threads()
 
 
@@ -72,7 +72,11 @@ class NativeLibrary:
         """Whether the code need not be compiled first."""
         if options not in self._loaded:
             return self._path(options).exists()
-        return self._loaded[options] is not None
+        return not self.has_failed(options)
+
+    def has_failed(self, options: tuple[str, ...]) -> bool:
+        """Whether compiling was tried in vain."""
+        return options in self._loaded and self._loaded[options] is None
 
     def load(self, options: tuple[str, ...]) -> ctypes.CDLL | None:
         """Return the functions, compiled where that has not been done; None where it turned out to fail.

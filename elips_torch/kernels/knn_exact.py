@@ -39,9 +39,9 @@ class Search(Protocol):
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
 
 
-# Makes a search from the database, the metric, the plane if there is one, k plus the number of rows
-# excluded per query, and the workspace; None where it cannot serve.
-FirstSearch = Callable[[Tensor, Metric, Plane | None, int, int], Search | None]
+# Makes a search from the database, the metric, the plane if there is one, k, the number of rows excluded
+# per query, and the workspace; None where it cannot serve.
+FirstSearch = Callable[[Tensor, Metric, Plane | None, int, int, int], Search | None]
 eager_first: FirstSearch = functools.partial(screened_search, EAGER)
 compiled_first: FirstSearch = functools.partial(screened_search, COMPILED)
 
@@ -97,7 +97,7 @@ def _searches(
     searches: list[Search] = []
     small = is_small(queries, database)
     if not small:
-        first = first_search(database, metric, plane, k + selection.n_excluded, workspace_bytes)
+        first = first_search(database, metric, plane, k, selection.n_excluded, workspace_bytes)
         if first is not None:
             searches.append(first)
     if n_candidates(k) <= database.shape[0] // 2 and not small:

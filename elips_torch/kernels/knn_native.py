@@ -38,6 +38,8 @@ _MOST_SURVIVORS = 1 / 32
 _KEPT_BYTES, _RANKED_BYTES = 12, 28
 # Bytes per query and feature: as float64, as code and packed, with the temporaries of coding.
 _FEATURE_BYTES = 44
+# Bytes of a row number that is left out, sorted beside the others.
+_EXCLUDED_BYTES = 24
 # Fewer rows per neighbour than this leave nothing to screen.
 _ROWS_PER_NEIGHBOUR = 8
 
@@ -58,16 +60,16 @@ class _Plan:
 
 
 def native_first(
-    database: Tensor, metric: Metric, plane: Plane | None, n_neighbours: int, workspace_bytes: int
+    database: Tensor, metric: Metric, plane: Plane | None, k: int, n_excluded: int, workspace_bytes: int
 ) -> "NativeSearch | None":
     """Return a search in C++ by a plane, or None where it cannot serve."""
     if plane is None or plane.codes.dtype not in CODE_TYPES or database.dtype not in VECTOR_TYPES:
         return None
     if plane.codes.dtype == torch.int8 and not device_facts("cpu").vnni:
         return None
-    if not _ROWS_PER_NEIGHBOUR * n_neighbours <= database.shape[0] < 2**31 or not database.is_contiguous():
+    if not _ROWS_PER_NEIGHBOUR * k <= database.shape[0] < 2**31 or not database.is_contiguous():
         return None
-    search = NativeSearch(database, metric, plane, n_neighbours)
+    search = NativeSearch(database, metric, plane, k, n_excluded)
     return search if search.plan(_BLOCK, workspace_bytes) else None
 
 
@@ -78,28 +80,30 @@ class NativeSearch:
         database: ``(N, D)`` float32, float16 or bfloat16, contiguous, on a CPU.
         metric: "l2", "ip" or "cosine".
         plane: int8 or float32 codes of the database.
-        n_neighbours: k.
+        k: number of neighbours.
+        n_excluded: rows that are left out for each query, at most.
     """
 
-    def __init__(self, database: Tensor, metric: Metric, plane: Plane, n_neighbours: int) -> None:
+    def __init__(self, database: Tensor, metric: Metric, plane: Plane, k: int, n_excluded: int) -> None:
         self.database = database
         self.metric = metric
         self.plane = plane
-        self.n_neighbours = n_neighbours
+        self.k = k
+        self.query_bytes = database.shape[1] * _FEATURE_BYTES + n_excluded * _EXCLUDED_BYTES
 
     def plan(self, n_queries: int, workspace_bytes: int) -> _Plan | None:
         """Return sizes that fit the workspace; None where even a few queries do not."""
-        n_rows, dim = self.database.shape
+        n_rows = self.database.shape[0]
         threads = native_threads()
-        most = max(int(n_rows * _MOST_SURVIVORS), 4 * self.n_neighbours)
-        usual = min(most, 6 * self.n_neighbours + 256)
+        most = max(int(n_rows * _MOST_SURVIVORS), 4 * self.k)
+        usual = min(most, 6 * self.k + 256)
         step = min(n_queries, _QUERIES)
         while step:
             blocks = -(-step // _BLOCK)
             shares_queries = blocks >= _BLOCKS_PER_THREAD * threads or blocks % threads == 0
             parts = 1 if shares_queries else threads
             kept = parts * _KEPT_BYTES * step + threads * _RANKED_BYTES * parts
-            room = workspace_bytes - step * dim * _FEATURE_BYTES
+            room = workspace_bytes - step * self.query_bytes
             if room // kept >= usual:
                 return _Plan(step, parts, min(most, room // kept))
             step //= 2
@@ -144,8 +148,10 @@ class NativeSearch:
         kept = torch.empty(3, plan.parts, n_queries, plan.capacity, dtype=torch.float32)
         kept_rows = kept[0].view(torch.int32)
         mask_rows = None if selection.own_mask is None else selection.numbers(n_queries)
-        exclude = None if selection.exclude is None else selection.exclude.contiguous()
-        mask = None if selection.mask is None else selection.mask.contiguous()
+        exclude = None if selection.exclude is None else selection.exclude.sort(1).values.contiguous()
+        mask = selection.mask
+        if mask is not None and mask.stride(-1) != 1:
+            mask = mask.contiguous()
         # Named, so that they live as long as the call.
         wide, rounding, offsets = queries.double().contiguous(), coded.rounding.contiguous(), coded.offsets
         query_codes, query_terms, usable = coded.codes.contiguous(), coded.terms.contiguous(), coded.usable
@@ -160,6 +166,7 @@ class NativeSearch:
             usable=usable,
             mask=mask,
             mask_rows=mask_rows,
+            mask_stride=0 if mask is None else mask.stride(0),
             exclude=exclude,
             n_excluded=selection.n_excluded,
             vectors=self.database,

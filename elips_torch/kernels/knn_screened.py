@@ -66,13 +66,14 @@ def screened_search(
     database: Tensor,
     metric: Metric,
     plane: Plane | None,
-    n_neighbours: int,
+    k: int,
+    n_excluded: int,
     workspace_bytes: int,
 ) -> "ScreenedSearch | None":
     """Return a search that screens by a plane, or None where there is none or it cannot serve."""
     if plane is None or (plane.kind == "fp32" and not float32_product_is_exact(database.device)):
         return None
-    search = ScreenedSearch(database, metric, plane, passes, n_neighbours, workspace_bytes)
+    search = ScreenedSearch(database, metric, plane, passes, k + n_excluded, workspace_bytes)
     return search if search.is_possible else None
 
 

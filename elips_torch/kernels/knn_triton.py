@@ -44,7 +44,7 @@ _ONE_SIGN = ("l2", "l1", "linf", "canberra", "braycurtis", "gower")
 
 
 def triton_search(
-    database: Tensor, metric: Metric, plane: Plane | None, n_neighbours: int, workspace_bytes: int
+    database: Tensor, metric: Metric, plane: Plane | None, k: int, n_excluded: int, workspace_bytes: int
 ) -> "TritonSearch | None":
     """Return a search of the database, or None where its values cannot be bounded."""
     if metric.form == "product":
@@ -53,7 +53,7 @@ def triton_search(
             return None
     elif not _bounded(database):
         return None
-    search = TritonSearch(database, metric, plane, n_neighbours, workspace_bytes)
+    search = TritonSearch(database, metric, plane, k + n_excluded, workspace_bytes)
     return search if search.step else None
 
 

@@ -35,6 +35,7 @@ class Arguments(ctypes.Structure):
         ("usable", ctypes.c_void_p),
         ("mask", ctypes.c_void_p),
         ("mask_rows", ctypes.c_void_p),
+        ("mask_stride", ctypes.c_int64),
         ("exclude", ctypes.c_void_p),
         ("n_excluded", ctypes.c_int64),
         ("vectors", ctypes.c_void_p),

@@ -25,7 +25,7 @@ from elips_torch.core.validation import (
 )
 from elips_torch.kernels.candidate_gradient import database_gradient
 from elips_torch.kernels.knn_blocks import knn_blocks
-from elips_torch.kernels.knn_exact import compiled_first, knn_exact
+from elips_torch.kernels.knn_exact import compiled_first, eager_first, knn_exact
 from elips_torch.kernels.knn_native import native_first
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
@@ -71,8 +71,26 @@ def _triton_reasons(request: Request) -> list[str]:
     return reasons
 
 
+def _native(
+    queries: Tensor,
+    database: Tensor,
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,
+    selection: Selection,
+    workspace_bytes: int,
+    plane: Plane | None,
+) -> tuple[Tensor, Tensor]:
+    compiles = LIBRARY.load(instruction_options(device_facts("cpu"))) is not None
+    first = native_first if compiles else eager_first
+    return knn_exact(queries, database, k, metric, ranks, selection, workspace_bytes, plane, first)
+
+
 def _native_reasons(request: Request) -> list[str]:
-    reasons = native_reasons(device_facts(request.device))
+    facts = device_facts(request.device)
+    reasons = native_reasons(facts)
+    if not reasons and LIBRARY.has_failed(instruction_options(facts)):
+        reasons.append("its C++ code does not compile here; see the log")
     if request.screen not in ("int8", "fp32"):
         reasons.append("there is no screening plane in int8 or float32 to run C++ code on")
     return reasons
@@ -106,12 +124,7 @@ def _small_reasons(request: Request) -> list[str]:
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", _triton, _triton_reasons),
-    Implementation(
-        "native",
-        functools.partial(knn_exact, first_search=native_first),
-        _native_reasons,
-        _uncompiled_reasons,
-    ),
+    Implementation("native", _native, _native_reasons, _uncompiled_reasons),
     Implementation(
         "compiled",
         functools.partial(knn_exact, first_search=compiled_first),

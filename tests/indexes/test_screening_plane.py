@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from elips_torch import ArgumentError, FlatIndex, IndexFileError, load_index
 from elips_torch.core.hardware import DeviceFacts
+from elips_torch.kernels.knn_native import NativeSearch
 from elips_torch.kernels.knn_screened import ScreenedSearch
 from elips_torch.kernels.plane import NORM, RESIDUAL
 
@@ -403,8 +404,9 @@ def test_without_fast_int8_products(metric, missing, monkeypatch):
         assert ran
 
     ran = []
-    run = ScreenedSearch.run
-    monkeypatch.setattr(ScreenedSearch, "run", lambda self, *args: ran.append(1) or run(self, *args))
+    for search in (ScreenedSearch, NativeSearch):
+        run = search.run
+        monkeypatch.setattr(search, "run", lambda self, *args, run=run: ran.append(1) or run(self, *args))
     if missing == "library":
         with torch.backends.mkldnn.flags(enabled=False):
             check()

@@ -7,6 +7,8 @@ from elips_torch.core.dispatch import Request
 from elips_torch.core.errors import ArgumentError, ImplementationError
 from elips_torch.core.hardware import DeviceFacts
 from elips_torch.core.metric import resolve_metric
+from elips_torch.core.native import NativeLibrary
+from elips_torch.kernels.search_native import LIBRARY
 from elips_torch.ops.knn import IMPLEMENTATIONS
 from elips_torch.reference.knn import knn as reference
 
@@ -28,12 +30,53 @@ def automatic(call):
     return next(each.name for each in IMPLEMENTATIONS if not each.reasons_against(call, "auto"))
 
 
-def test_small_searches_never_compile_and_large_ones_do():
-    assert automatic(request(1, 20_000, 64)) == "eager"
-    assert automatic(request(100, 10_000, 64)) == "eager"
-    assert automatic(request(1, 200_000, 768)) == "compiled"
-    assert automatic(request(512, 80_000, 384)) == "compiled"
-    assert automatic(request(512, 80_000, 384, screen="none")) == "eager"
+def no_native(monkeypatch):
+    monkeypatch.setattr("elips_torch.ops.knn.native_reasons", lambda facts: ["no C++ here"])
+
+
+def test_small_searches_never_compile_and_large_ones_do(monkeypatch):
+    monkeypatch.setattr(LIBRARY, "is_ready", lambda options: False)
+    for large in ("native", "compiled"):
+        assert automatic(request(1, 20_000, 64)) == "eager"
+        assert automatic(request(100, 10_000, 64)) == "eager"
+        assert automatic(request(1, 200_000, 768)) == large
+        assert automatic(request(512, 80_000, 384)) == large
+        assert automatic(request(512, 80_000, 384, screen="none")) == "eager"
+        no_native(monkeypatch)
+
+
+def test_what_is_compiled_already_serves_small_searches(monkeypatch):
+    monkeypatch.setattr(LIBRARY, "is_ready", lambda options: True)
+    assert automatic(request(1, 20_000, 64)) == "native"
+    assert automatic(request(1, 20_000, 64, screen="none")) == "eager"
+    assert automatic(request(1, 20_000, 64, screen="bf16")) == "eager"
+
+
+def test_native_code_says_why_it_cannot_serve(monkeypatch):
+    queries, database = data()
+    with pytest.raises(ImplementationError, match="no screening plane in int8 or float32"):
+        knn(queries, database, 5, screen="bf16", implementation="native")
+    facts = DeviceFacts("cpu", "2 cores", "NEON")
+    monkeypatch.setattr("elips_torch.ops.knn.device_facts", lambda device: facts)
+    with pytest.raises(
+        ImplementationError, match="C\\+\\+ code for x86-64 with AVX2 under Linux, this is NEON"
+    ):
+        knn(queries, database, 5, screen="int8", implementation="native")
+
+
+def test_native_code_that_does_not_compile_leaves_the_search_to_torch(monkeypatch, caplog, tmp_path):
+    (tmp_path / "search.cpp").write_text("this is no C++\n")
+    monkeypatch.setattr("elips_torch.core.native.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("elips_torch.ops.knn.LIBRARY", NativeLibrary(tmp_path / "search.cpp"))
+    queries, database = data(n_rows=30_000, n_queries=600)
+    index = FlatIndex(24)
+    index.add(database)
+    assert automatic(request(600, 30_000, 24)) == "native"
+    expected = index.search(queries, 5, implementation="eager")
+    assert torch.equal(index.search(queries, 5).ids, expected.ids)
+    assert "search.cpp does not compile here" in caplog.text
+    assert automatic(request(600, 30_000, 24)) != "native"
+    assert "its C++ code does not compile here; see the log" in str(index.explain(queries, 5))
 
 
 def test_triton_on_a_cpu_is_refused_with_every_reason():
@@ -51,6 +94,7 @@ def test_compiled_without_a_plane_is_refused():
 
 
 def test_forked_processes_and_machines_without_a_compiler_run_eager(monkeypatch):
+    no_native(monkeypatch)
     call = request(512, 80_000, 384)
     monkeypatch.setitem(compilation._state, "forked", True)
     assert automatic(call) == "eager"
@@ -61,6 +105,7 @@ def test_forked_processes_and_machines_without_a_compiler_run_eager(monkeypatch)
 
 
 def test_without_avx512_nothing_is_compiled(monkeypatch):
+    no_native(monkeypatch)
     facts = DeviceFacts("cpu", "2 cores", "AVX2")
     monkeypatch.setattr("elips_torch.ops.knn.device_facts", lambda device: facts)
     assert automatic(request(512, 80_000, 384)) == "eager"

@@ -29,12 +29,14 @@ struct Reservoir {
     int n = 0;
     int trigger = 0;
     float limit = LOWEST;
+    // The largest upper bound of what was dropped for want of room.
+    float lost = LOWEST;
     bool failed = false;
 
     void start() {
         n = 0;
         failed = false;
-        limit = LOWEST;
+        limit = lost = LOWEST;
         trigger = std::min(capacity, 2 * k + 32);
     }
 
@@ -45,14 +47,13 @@ struct Reservoir {
         lower[n] = least;
         if (++n < trigger) return false;
         prune(scratch);
-        if (n > capacity - capacity / 8) {
-            failed = true;
-            limit = HIGHEST;
-            n = 0;
-        }
+        if (n > capacity - capacity / 8) shed(scratch);
         trigger = std::min(capacity, std::max(trigger, n + n / 2 + 16));
         return true;
     }
+
+    // Whether every row that matters is kept, now that no row is left.
+    bool is_complete(float last_limit) const { return !failed && (lost == LOWEST || lost < last_limit); }
 
     void raise(float other) { limit = std::max(limit, other); }
 
@@ -68,6 +69,25 @@ struct Reservoir {
             upper[kept] = upper[i];
             lower[kept] = lower[i];
             kept += !(upper[i] < limit);
+        }
+        n = kept;
+    }
+
+   private:
+    // Make room by dropping the half that is bounded lowest. Better rows may still come, and then
+    // nothing was lost.
+    void shed(float* scratch) {
+        const int left = capacity / 2;
+        std::copy(upper, upper + n, scratch);
+        std::nth_element(scratch, scratch + left, scratch + n, std::greater<float>());
+        const float least = scratch[left];
+        lost = std::max(lost, least);
+        int kept = 0;
+        for (int i = 0; i < n; ++i) {
+            if (upper[i] <= least) continue;
+            rows[kept] = rows[i];
+            upper[kept] = upper[i];
+            lower[kept++] = lower[i];
         }
         n = kept;
     }

@@ -29,9 +29,11 @@ struct Arguments {
     const double* rounding;  // (Q,)
     const double* offsets;   // (Q,)
     const uint8_t* usable;   // (Q,)
-    // What a query may see: nothing, (N,) or rows of (*, N); and (Q, M) row numbers to leave out.
+    // What a query may see: null for everything, else bytes (N,) or, by rows of a matrix, (*, N); and
+    // (Q, M) row numbers to leave out, ascending.
     const uint8_t* mask;
     const int64_t* mask_rows;  // (Q,), which row of the mask; null where all share one
+    int64_t mask_stride;       // bytes between rows of the mask
     const int64_t* exclude;
     int64_t n_excluded;
     // The vectors: (N, D) float32, float16 or bfloat16; (Q, D) float64; (N,) or null, order of ties.
@@ -242,11 +244,9 @@ class Scan {
     }
 
     bool sees(int64_t query, int64_t row) const {
-        if (a_.mask && a_.mask_rows && !a_.mask[a_.mask_rows[query] * a_.n_rows + row]) return false;
+        if (a_.mask && a_.mask_rows && !a_.mask[a_.mask_rows[query] * a_.mask_stride + row]) return false;
         const int64_t* out = a_.exclude + query * a_.n_excluded;
-        for (int64_t i = 0; i < a_.n_excluded; ++i)
-            if (out[i] == row) return false;
-        return true;
+        return !std::binary_search(out, out + a_.n_excluded, row);
     }
 
     void keep(const Chunk& c, int r, Block<Code>& block, int i, float upper) {
@@ -261,7 +261,7 @@ class Scan {
         if (reservoir.failed) return;
         if (reservoir.push(static_cast<int32_t>(c.first + r), upper, lower, scratch_.get())) {
             block.limit[i] = reservoir.limit;
-            if (limits_ && !reservoir.failed) {
+            if (limits_) {
                 float other;
                 __atomic_load(limits_ + q, &other, __ATOMIC_RELAXED);
                 if (reservoir.limit > other) __atomic_store(limits_ + q, &reservoir.limit, __ATOMIC_RELAXED);
@@ -460,7 +460,6 @@ class Ranking {
         int total = 0;
         for (int part = 0; part < a_.n_parts; ++part) {
             const Reservoir& r = reservoirs[int64_t(part) * a_.n_queries + q];
-            if (r.failed) return false;
             limit = std::max(limit, r.limit);
             std::copy(r.lower, r.lower + r.n, scratch_.get() + total);
             total += r.n;
@@ -474,6 +473,7 @@ class Ranking {
         int n = 0;
         for (int part = 0; part < a_.n_parts; ++part) {
             const Reservoir& r = reservoirs[int64_t(part) * a_.n_queries + q];
+            if (!r.is_complete(limit)) return false;
             for (int i = 0; i < r.n; ++i) {
                 if (r.upper[i] < limit) continue;
                 if (n == a_.capacity) return false;
@@ -546,7 +546,6 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
     return ready;
 }
 
-// Whatever holds of a table: reads `count` products of int8 rows with one query in both ways.
 }  // namespace
 
 extern "C" {
@@ -558,10 +557,7 @@ int elips_search(const Arguments* arguments) {
     Memory<Reservoir> reservoirs = allocate<Reservoir>(n);
     Memory<float> limits = allocate<float>(a.n_queries);
     if (!reservoirs || !limits) return 1;
-    for (int64_t i = 0; i < n; ++i) {
-        reservoirs[i] = Reservoir{};
-        reservoirs[i].n = 0;
-    }
+    std::fill(reservoirs.get(), reservoirs.get() + n, Reservoir{});
     std::fill(limits.get(), limits.get() + a.n_queries, LOWEST);
     float* shared = a.n_parts > 1 ? limits.get() : nullptr;
     bool ready;
@@ -582,7 +578,4 @@ int elips_search(const Arguments* arguments) {
         default: return 2;
     }
 }
-
-// Size of the arguments, for callers to compare.
-int elips_arguments_size() { return static_cast<int>(sizeof(Arguments)); }
 }
