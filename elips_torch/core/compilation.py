@@ -24,16 +24,12 @@ def was_forked() -> bool:
     return _state["forked"]
 
 
+@functools.cache
 def find_cpp_compiler() -> str | None:
     """Return the path of the C++ compiler that torch would call; None where there is none."""
     # Torch reads this variable to find its compiler; it switches nothing here.
     names = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
     return next((path for path in map(shutil.which, names) if path), None)
-
-
-@functools.cache
-def _has_cpp_compiler() -> bool:
-    return find_cpp_compiler() is not None
 
 
 def compiler_reasons(device_type: str) -> list[str]:
@@ -45,7 +41,7 @@ def compiler_reasons(device_type: str) -> list[str]:
     if device_type not in ("cpu", "cuda"):
         return [f"nothing is compiled for {device_type} tensors"]
     reasons = []
-    if device_type == "cpu" and not _has_cpp_compiler():
+    if device_type == "cpu" and find_cpp_compiler() is None:
         reasons.append("torch.compile needs a C++ compiler and finds none; install g++")
     if device_type == "cuda" and not torch.cuda.is_available():
         reasons.append("there is no CUDA device")

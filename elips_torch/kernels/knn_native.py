@@ -21,6 +21,7 @@ from elips_torch.kernels.search_native import (
     CERTIFIED,
     CODE_TYPES,
     METRICS,
+    SPARE,
     UNSURE,
     VECTOR_TYPES,
     native_search,
@@ -103,7 +104,7 @@ class NativeSearch:
             shares_queries = blocks >= _BLOCKS_PER_THREAD * threads or blocks % threads == 0
             parts = 1 if shares_queries else threads
             kept = parts * _KEPT_BYTES * step + threads * _RANKED_BYTES * parts
-            room = workspace_bytes - step * self.query_bytes
+            room = workspace_bytes - step * self.query_bytes - SPARE * kept
             if room // kept >= usual:
                 return _Plan(step, parts, min(most, room // kept))
             step //= 2
@@ -145,7 +146,7 @@ class NativeSearch:
         scores, rows, certified = results
         status = torch.empty(n_queries, dtype=torch.uint8)
         counts = torch.empty(n_queries, dtype=torch.int32)
-        kept = torch.empty(3, plan.parts, n_queries, plan.capacity, dtype=torch.float32)
+        kept = torch.empty(3, plan.parts, n_queries, plan.capacity + SPARE, dtype=torch.float32)
         kept_rows = kept[0].view(torch.int32)
         mask_rows = None if selection.own_mask is None else selection.numbers(n_queries)
         exclude = None if selection.exclude is None else selection.exclude.sort(1).values.contiguous()

@@ -13,6 +13,8 @@ from elips_torch.core.native import NativeLibrary, instruction_options
 METRICS = {"l2": 0, "ip": 1, "cosine": 2}
 CODE_TYPES = {torch.float32: 0, torch.int8: 1}
 VECTOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Rows that a reservoir's memory holds beside its capacity.
+SPARE = 16
 # What becomes of a query: its result is certain; too much survived; a score's last bit is open.
 CERTIFIED, UNCERTIFIED, UNSURE = range(3)
 

@@ -99,7 +99,7 @@ def test_forked_processes_and_machines_without_a_compiler_run_eager(monkeypatch)
     monkeypatch.setitem(compilation._state, "forked", True)
     assert automatic(call) == "eager"
     monkeypatch.setitem(compilation._state, "forked", False)
-    monkeypatch.setattr(compilation, "_has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(compilation, "find_cpp_compiler", lambda: None)
     assert automatic(call) == "eager"
     assert any("C++ compiler" in reason for reason in compilation.compiler_reasons("cpu"))
 

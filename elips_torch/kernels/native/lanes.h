@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 
@@ -21,6 +22,10 @@ static inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm512_fm
 // One bit per lane where a is not below b; NaN is not below anything.
 static inline unsigned not_below(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 static inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
+// Write the lanes of the bits one behind the other; what follows them is undefined.
+static inline void store_chosen(void* p, unsigned bits, const void* lanes) {
+    _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), _mm512_loadu_ps(lanes)));
+}
 
 #else
 
@@ -43,6 +48,12 @@ static inline float sum(Floats a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+static inline void store_chosen(void* p, unsigned bits, const void* lanes) {
+    int32_t from[LANES];
+    std::memcpy(from, lanes, sizeof(from));
+    int32_t* to = static_cast<int32_t*>(p);
+    for (; bits; bits &= bits - 1) *to++ = from[__builtin_ctz(bits)];
 }
 
 #endif

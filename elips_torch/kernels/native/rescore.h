@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 enum Metric : int32_t { L2 = 0, IP = 1, COSINE = 2 };
 
@@ -24,40 +25,68 @@ static inline double wide(BFloat x) {
     return value;
 }
 
+// Eight numbers, in as many registers as that takes.
+typedef double Doubles __attribute__((vector_size(64)));
+typedef float EightFloats __attribute__((vector_size(32)));
+
+static inline Doubles wide8(const double* p) {
+    Doubles values;
+    std::memcpy(&values, p, sizeof(values));
+    return values;
+}
+static inline Doubles wide8(const float* p) {
+    EightFloats values;
+    std::memcpy(&values, p, sizeof(values));
+    return __builtin_convertvector(values, Doubles);
+}
+static inline Doubles wide8(const Half* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return __builtin_convertvector(reinterpret_cast<EightFloats>(_mm256_cvtph_ps(bits)), Doubles);
+}
+static inline Doubles wide8(const BFloat* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+    return __builtin_convertvector(reinterpret_cast<EightFloats>(high), Doubles);
+}
+static inline double sum(Doubles a) {
+    return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
+}
+
 struct Sums {
-    double product = 0.0;
-    double row_square = 0.0;
-    double difference_square = 0.0;
+    double product;
+    double row_square;
+    double difference_square;
 };
 
-// Sums over the features of a query and a row, in eight parts.
+// Sums over the features of a query and a row.
 template <class Value, bool DIFFERENCE>
 static Sums sums_of(const double* query, const Value* row, int dim) {
-    double product[8] = {}, row_square[8] = {}, difference_square[8] = {};
-    int i = 0;
-    for (; i + 8 <= dim; i += 8) {
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) {
-            const double q = query[i + j], x = wide(row[i + j]);
-            if (DIFFERENCE) {
-                difference_square[j] += (q - x) * (q - x);
-            } else {
-                product[j] += q * x;
-                row_square[j] += x * x;
-            }
+    Doubles product[2] = {}, row_square[2] = {}, difference_square[2] = {};
+    auto add = [&](int i, int part) {
+        const Doubles q = wide8(query + i), x = wide8(row + i);
+        if (DIFFERENCE) {
+            difference_square[part] += (q - x) * (q - x);
+        } else {
+            product[part] += q * x;
+            row_square[part] += x * x;
         }
+    };
+    int i = 0;
+    for (; i + 16 <= dim; i += 16) {
+        add(i, 0);
+        add(i + 8, 1);
     }
-    Sums sums;
+    if (i + 8 <= dim) {
+        add(i, 0);
+        i += 8;
+    }
+    Sums sums = {sum(product[0] + product[1]), sum(row_square[0] + row_square[1]),
+                 sum(difference_square[0] + difference_square[1])};
     for (; i < dim; ++i) {
         const double q = query[i], x = wide(row[i]);
         sums.product += q * x;
         sums.row_square += x * x;
         sums.difference_square += (q - x) * (q - x);
-    }
-    for (int j = 0; j < 8; ++j) {
-        sums.product += product[j];
-        sums.row_square += row_square[j];
-        sums.difference_square += difference_square[j];
     }
     return sums;
 }

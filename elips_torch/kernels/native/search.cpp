@@ -40,7 +40,7 @@ struct Arguments {
     const void* vectors;
     const double* queries;
     const int64_t* ranks;
-    // Memory: (T, Q, C) each.
+    // Memory: (T, Q, C + SPARE) each.
     int32_t* reservoir_rows;
     float* reservoir_upper;
     float* reservoir_lower;
@@ -115,7 +115,7 @@ class Scan {
           limits_(limits),
           chunk_rows_(std::max<int64_t>(
               48, std::min<int64_t>(1536, CHUNK_BYTES / (a.dim * int64_t(sizeof(Code))) / 48 * 48))) {
-        const int64_t q = a.n_queries, c = a.capacity;
+        const int64_t q = a.n_queries, c = a.capacity + SPARE;
         rows_ = a.reservoir_rows + part * q * c;
         upper_ = a.reservoir_upper + part * q * c;
         lower_ = a.reservoir_lower + part * q * c;
@@ -129,26 +129,23 @@ class Scan {
         const int packed_dim = steps_of(a_.dim, Product<Code>::PER_STEP) * Product<Code>::PER_STEP;
         const int n_blocks = (vectors + 1) / 2 + 1;
         few_ = a_.n_queries <= FEW_QUERIES;
-        scratch_ = allocate<float>(a_.capacity);
         terms_ = allocate<float>(4 * chunk_rows_);
         corrections_ = allocate<int>(chunk_rows_ + MOST_ROWS);
         tail_ = allocate<Code>(int64_t(MOST_ROWS) * (packed_dim + 64));
         blocks_ = allocate<Block<Code>>(n_blocks);
         packed_ = allocate<typename Product<Code>::Packed>(int64_t(vectors) * LANES * packed_dim);
-        if (!scratch_ || !terms_ || !corrections_ || !tail_ || !blocks_ || !packed_) return false;
+        if (!terms_ || !corrections_ || !tail_ || !blocks_ || !packed_) return false;
         for (int q = first; q < last; ++q) {
             Reservoir& r = reservoirs_[q];
-            r.rows = rows_ + int64_t(q) * a_.capacity;
-            r.upper = upper_ + int64_t(q) * a_.capacity;
-            r.lower = lower_ + int64_t(q) * a_.capacity;
+            const int64_t place = int64_t(q) * (a_.capacity + SPARE);
+            r.rows = rows_ + place;
+            r.upper = upper_ + place;
+            r.lower = lower_ + place;
             r.capacity = a_.capacity;
             r.k = a_.k;
             r.rounding = a_.rounding[q];
             r.start();
-            if (!a_.usable[q]) {
-                r.failed = true;
-                r.limit = HIGHEST;
-            }
+            if (!a_.usable[q]) r.fail();
         }
         auto* packed = packed_.get();
         n_blocks_ = 0;
@@ -259,7 +256,7 @@ class Scan {
         if (!(lower > LOWEST)) lower = LOWEST;
         Reservoir& reservoir = reservoirs_[q];
         if (reservoir.failed) return;
-        if (reservoir.push(static_cast<int32_t>(c.first + r), upper, lower, scratch_.get())) {
+        if (reservoir.push(static_cast<int32_t>(c.first + r), upper, lower)) {
             block.limit[i] = reservoir.limit;
             if (limits_) {
                 float other;
@@ -366,7 +363,7 @@ class Scan {
     bool few_ = false;
     int n_blocks_ = 0;
     Reservoir* reservoirs_ = nullptr;
-    Memory<float> scratch_, terms_;
+    Memory<float> terms_;
     Memory<int> corrections_;
     Memory<Code> tail_;
     Memory<Block<Code>> blocks_;
@@ -420,6 +417,7 @@ class Ranking {
         for (int i = 0; i < a_.dim; ++i) square += query[i] * query[i];
         const double length = std::sqrt(square);
         bool sure = true;
+        for (int i = 0; i < std::min(AHEAD, all.n) && !a_.is_exact; ++i) prefetch(all.rows[i]);
         for (int i = 0; i < all.n; ++i) {
             const int64_t row = all.rows[i];
             float value;
@@ -429,7 +427,7 @@ class Ranking {
                                                            : a_.offsets[q] + similarity) +
                         0.0f;
             } else {
-                if (i + 2 < all.n) prefetch(all.rows[i + 2]);
+                if (i + AHEAD < all.n) prefetch(all.rows[i + AHEAD]);
                 const Value* vector = static_cast<const Value*>(a_.vectors) + row * a_.dim;
                 const Score result = score(a_.metric, query, length, vector, a_.dim);
                 value = result.value;
@@ -439,7 +437,9 @@ class Ranking {
             found_[i] = {descends ? -value : value, a_.ranks ? a_.ranks[row] : row, all.rows[i]};
         }
         const int n = std::min(all.n, a_.k);
-        std::partial_sort(found_.get(), found_.get() + n, found_.get() + all.n);
+        Found* last = found_.get() + all.n;
+        if (n < all.n) std::nth_element(found_.get(), found_.get() + n, last);
+        std::sort(found_.get(), found_.get() + n);
         for (int i = 0; i < n; ++i) {
             scores[i] = (descends ? -found_[i].key : found_[i].key) + 0.0f;
             found[i] = found_[i].row;
@@ -448,6 +448,9 @@ class Ranking {
     }
 
    private:
+    // Rows that are on their way from memory while one is scored.
+    static constexpr int AHEAD = 6;
+
     void prefetch(int64_t row) const {
         const char* p = reinterpret_cast<const char*>(static_cast<const Value*>(a_.vectors) + row * a_.dim);
         for (int64_t i = 0; i < int64_t(a_.dim) * int64_t(sizeof(Value)); i += 64) __builtin_prefetch(p + i);
@@ -465,9 +468,7 @@ class Ranking {
             total += r.n;
         }
         if (total >= a_.k) {
-            std::nth_element(scratch_.get(), scratch_.get() + a_.k - 1, scratch_.get() + total,
-                             std::greater<float>());
-            const float lowest = scratch_[a_.k - 1];
+            const float lowest = close_to_kth(scratch_.get(), total, a_.k);
             if (lowest > LOWEST) limit = std::max(limit, threshold(lowest, all.rounding));
         }
         int n = 0;
