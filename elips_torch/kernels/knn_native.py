@@ -14,9 +14,9 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.native import native_threads
 from elips_torch.core.tiling import even_cuts
 from elips_torch.kernels.definition import score_pairs
-from elips_torch.kernels.plane import Plane
+from elips_torch.kernels.plane import LARGEST_NORM, Plane
 from elips_torch.kernels.ranking import rank_pairs
-from elips_torch.kernels.screen import code_queries
+from elips_torch.kernels.screen import CodedQueries, code_queries, norm_square_slack, rounded_units
 from elips_torch.kernels.search_native import (
     CERTIFIED,
     CODE_TYPES,
@@ -24,6 +24,7 @@ from elips_torch.kernels.search_native import (
     SPARE,
     UNSURE,
     VECTOR_TYPES,
+    native_code,
     native_search,
 )
 from elips_torch.kernels.selection import Selection
@@ -142,7 +143,10 @@ class NativeSearch:
         workspace_bytes: int,
     ) -> None:
         n_queries = queries.shape[0]
-        coded = code_queries(self.metric, queries, self.plane)
+        wide = queries.double().contiguous()
+        # Where codes may turn out to be the vectors, torch's code looks at them all.
+        code = code_queries if self.plane.is_integer else code_queries_natively
+        coded = code(self.metric, wide, self.plane)
         scores, rows, certified = results
         status = torch.empty(n_queries, dtype=torch.uint8)
         counts = torch.empty(n_queries, dtype=torch.int32)
@@ -154,7 +158,7 @@ class NativeSearch:
         if mask is not None and mask.stride(-1) != 1:
             mask = mask.contiguous()
         # Named, so that they live as long as the call.
-        wide, rounding, offsets = queries.double().contiguous(), coded.rounding.contiguous(), coded.offsets
+        rounding, offsets = coded.rounding.contiguous(), coded.offsets
         query_codes, query_terms, usable = coded.codes.contiguous(), coded.terms.contiguous(), coded.usable
         native_search(
             codes=self.plane.codes,
@@ -215,3 +219,30 @@ class NativeSearch:
         rows = torch.cat([kept[query, : int(counts[query])] for query in chosen]).long()
         scores = score_pairs(self.metric, queries, self.database, chosen[owners], rows, workspace_bytes // 4)
         return rank_pairs(self.metric, owners, rows, scores, chosen.numel(), k, ranks)
+
+
+def code_queries_natively(metric: Metric, queries: Tensor, plane: Plane) -> CodedQueries:
+    """Do what `code_queries` does, for float64 queries ``(Q, D)`` and int8 or float32 codes, in C++."""
+    n_queries, dim = queries.shape
+    codes = torch.empty(n_queries, dim, dtype=plane.codes.dtype)
+    terms = torch.empty(3, n_queries, dtype=torch.float32)
+    rounding, offsets = torch.empty(2, n_queries, dtype=torch.float64)
+    usable = torch.empty(n_queries, dtype=torch.bool)
+    native_code(
+        queries=queries,
+        mean=plane.mean,
+        codes=codes,
+        terms=terms,
+        rounding=rounding,
+        offsets=offsets,
+        usable=usable,
+        rounded=rounded_units(plane.kind, dim),
+        largest=LARGEST_NORM / dim,
+        dim=dim,
+        n_queries=n_queries,
+        metric=METRICS[metric.name],
+        code_type=CODE_TYPES[codes.dtype],
+        n_threads=native_threads(),
+    )
+    slack = torch.tensor(norm_square_slack(metric), dtype=torch.float32)
+    return CodedQueries(codes, terms, slack, rounding, offsets, usable, False)

@@ -105,22 +105,30 @@ def code_queries(metric: Metric, queries: Tensor, plane: Plane) -> CodedQueries:
         return CodedQueries(codes, terms, terms.new_zeros(()), rounding, offsets, usable, True)
     length = torch.linalg.vector_norm(coded, dim=1)
     residual = torch.linalg.vector_norm(wide - coded, dim=1)
-    # A sum of int8 products is exact unless it outgrows float32; other products are accumulated in
-    # float32, which tensor cores may truncate.
-    rounded = 16.0
-    if plane.kind in ("bf16", "fp16"):
-        rounded += 4 * dim
-    elif plane.kind == "fp32" or dim > EXACT_FLOAT_DIM:
-        rounded += dim
+    rounded = rounded_units(plane.kind, dim)
     # The last factor covers rounding these factors and the bounds made of them.
     widen = (1 + 2.0**-40) * (1 + 8 * UNIT)
     # Beside rows as long as they may be, what these factors lose to underflow would count.
     residual_factors = (1 + rounded * UNIT) * length * widen + _LEAST_FACTOR
     norm_factors = (residual + rounded * UNIT * length) * widen + _LEAST_FACTOR
     terms = torch.stack([scales, residual_factors.float(), norm_factors.float()])
-    # Rounding the bias of "l2", and adding it.
-    slack = 8 * UNIT if metric.name == "l2" else 0.0
-    return CodedQueries(codes, terms, terms.new_full((), slack), rounding, offsets, usable, False)
+    return CodedQueries(
+        codes, terms, terms.new_full((), norm_square_slack(metric)), rounding, offsets, usable, False
+    )
+
+
+def rounded_units(kind: str, dim: int) -> float:
+    """Return how many roundoffs of float32 a product of codes may lose, relative to their lengths."""
+    # A sum of int8 products is exact unless it outgrows float32; other products are accumulated in
+    # float32, which tensor cores may truncate.
+    if kind in ("bf16", "fp16"):
+        return 16.0 + 4 * dim
+    return 16.0 + dim if kind == "fp32" or dim > EXACT_FLOAT_DIM else 16.0
+
+
+def norm_square_slack(metric: Metric) -> float:
+    """Return the part of a row's squared norm by which rounding and adding its bias may err."""
+    return 8 * UNIT if metric.name == "l2" else 0.0
 
 
 def _is_int8(vectors: Tensor) -> bool:

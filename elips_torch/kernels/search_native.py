@@ -64,6 +64,27 @@ class Arguments(ctypes.Structure):
     )
 
 
+class Coding(ctypes.Structure):
+    """`struct Coding` of coding.h."""
+
+    _fields_ = (
+        ("queries", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("terms", ctypes.c_void_p),
+        ("rounding", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("usable", ctypes.c_void_p),
+        ("rounded", ctypes.c_double),
+        ("largest", ctypes.c_double),
+        ("dim", ctypes.c_int32),
+        ("n_queries", ctypes.c_int32),
+        ("metric", ctypes.c_int32),
+        ("code_type", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+    )
+
+
 def native_search(**arguments: Tensor | float | None) -> None:
     """Run `elips_search`, which writes into the tensors of the results.
 
@@ -73,12 +94,30 @@ def native_search(**arguments: Tensor | float | None) -> None:
     Raises:
         ImplementationError: the code could not be compiled, or failed.
     """
+    _call("elips_search", Arguments, arguments)
+
+
+def native_code(**arguments: Tensor | float | None) -> None:
+    """Run `elips_code`, which writes into the tensors of the results.
+
+    Args:
+        **arguments: the fields of `Coding`; tensors are contiguous.
+
+    Raises:
+        ImplementationError: the code could not be compiled, or failed.
+    """
+    _call("elips_code", Coding, arguments)
+
+
+def _call(
+    function: str, structure: type[ctypes.Structure], arguments: dict[str, Tensor | float | None]
+) -> None:
     library = LIBRARY.load(instruction_options(device_facts("cpu")))
     if library is None:
         raise ImplementationError("the C++ code of exact search does not compile here; see the log")
     values = {
         name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
     }
-    failure = library.elips_search(ctypes.byref(Arguments(**values)))
+    failure = getattr(library, function)(ctypes.byref(structure(**values)))
     if failure:
         raise ImplementationError(f"exact search in C++ failed: {_FAILURES[failure]}")

@@ -133,6 +133,26 @@ def test_every_number_of_features(dim, kind, certified):
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_queries_are_coded_as_torch_codes_them(metric, kind):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 37, generator=generator) + 3.0
+    q = torch.randn(40, 37, generator=generator) * 10.0 ** torch.arange(-20, 20)[:, None]
+    q[3], q[5, 2], q[7, 1], q[9] = 0.0, torch.nan, torch.inf, 1e25
+    plane = plane_of(metric, x, kind)
+    expected = code_queries(resolve_metric(metric), q, plane)
+    found = knn_native.code_queries_natively(resolve_metric(metric), q.double(), plane)
+    usable = expected.usable
+    assert torch.equal(found.usable, usable)
+    assert 30 <= int(usable.sum()) < 40
+    assert bool((found.codes[usable].float() - expected.codes[usable].float()).abs().le(1e-6).all())
+    for name in ("terms", "slack", "rounding", "offsets"):
+        mine, theirs = getattr(found, name), getattr(expected, name)
+        if mine.ndim:
+            mine, theirs = mine[..., usable], theirs[..., usable]
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0.0 if name == "terms" else 1e-12)
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_queries_that_are_not_finite_leave_the_others_right(metric, kind):
     generator = torch.Generator().manual_seed(0)
     q, x = torch.randn(6, 16, generator=generator), torch.randn(900, 16, generator=generator)
@@ -192,7 +212,7 @@ def test_without_the_bounds_the_answer_is_wrong(metric, monkeypatch, certified):
     expected = unscreened(metric, q, x, 5)
     assert_same(search(metric, "int8", q, x, 5), expected)
     certified.clear()
-    monkeypatch.setattr(knn_native, "code_queries", careless)
+    monkeypatch.setattr(knn_native, "code_queries_natively", careless)
     found = search(metric, "int8", q, x, 5)
     assert certified == [20]
     assert not torch.equal(found[1], expected[1])
@@ -216,7 +236,7 @@ def test_without_room_for_ties_the_answer_is_wrong(monkeypatch, certified):
         coded.rounding.zero_()
         return coded
 
-    monkeypatch.setattr(knn_native, "code_queries", careless)
+    monkeypatch.setattr(knn_native, "code_queries_natively", careless)
     assert not torch.equal(search("ip", "int8", q, x, 40, plane=plane)[1], expected[1])
 
 

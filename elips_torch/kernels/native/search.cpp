@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 
+#include "coding.h"
 #include "products.h"
 #include "reservoir.h"
 #include "rescore.h"
@@ -67,7 +68,9 @@ enum Status : uint8_t { CERTIFIED = 0, UNCERTIFIED = 1, UNSURE = 2 };
 
 namespace {
 
-constexpr int64_t CHUNK_BYTES = 96 * 1024;
+// Rows at a time: for many queries as many as stay in cache, for few long stretches of memory.
+constexpr int64_t CHUNK_BYTES = 96 * 1024, LONG_CHUNK_BYTES = 768 * 1024;
+constexpr int64_t MOST_CHUNK_ROWS = 12 * 1024;
 constexpr int MOST_VECTORS = 4;
 constexpr int FEW_QUERIES = 4;
 
@@ -113,8 +116,10 @@ class Scan {
     Scan(const Arguments& a, int part, float* limits)
         : a_(a),
           limits_(limits),
-          chunk_rows_(std::max<int64_t>(
-              48, std::min<int64_t>(1536, CHUNK_BYTES / (a.dim * int64_t(sizeof(Code))) / 48 * 48))) {
+          few_(a.n_queries <= FEW_QUERIES),
+          chunk_rows_(std::clamp<int64_t>((few_ ? LONG_CHUNK_BYTES : CHUNK_BYTES) /
+                                              (a.dim * int64_t(sizeof(Code))) / ROWS_STEP * ROWS_STEP,
+                                          ROWS_STEP, MOST_CHUNK_ROWS)) {
         const int64_t q = a.n_queries, c = a.capacity + SPARE;
         rows_ = a.reservoir_rows + part * q * c;
         upper_ = a.reservoir_upper + part * q * c;
@@ -128,7 +133,6 @@ class Scan {
         const int vectors = (last - first + LANES - 1) / LANES;
         const int packed_dim = steps_of(a_.dim, Product<Code>::PER_STEP) * Product<Code>::PER_STEP;
         const int n_blocks = (vectors + 1) / 2 + 1;
-        few_ = a_.n_queries <= FEW_QUERIES;
         terms_ = allocate<float>(4 * chunk_rows_);
         corrections_ = allocate<int>(chunk_rows_ + MOST_ROWS);
         tail_ = allocate<Code>(int64_t(MOST_ROWS) * (packed_dim + 64));
@@ -204,6 +208,7 @@ class Scan {
    private:
     static constexpr int WIDE_ROWS = LANES == 16 ? 6 : 2;
     static constexpr int MOST_ROWS = 12;
+    static constexpr int64_t ROWS_STEP = 48;  // a multiple of every tile's rows
 
     const Code* row(int64_t number) const {
         return static_cast<const Code*>(a_.codes) + number * a_.dim;
@@ -356,11 +361,11 @@ class Scan {
 
     const Arguments& a_;
     float* limits_;
+    const bool few_;
     const int64_t chunk_rows_;
     int32_t* rows_;
     float* upper_;
     float* lower_;
-    bool few_ = false;
     int n_blocks_ = 0;
     Reservoir* reservoirs_ = nullptr;
     Memory<float> terms_;
@@ -550,6 +555,33 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
 }  // namespace
 
 extern "C" {
+
+// Fills the codes of queries and their terms. Returns as elips_search does.
+int elips_code(const Coding* coding) {
+    const Coding& c = *coding;
+    if (c.code_type != 0 && c.code_type != 1) return 2;
+    double mean_length = 0.0;
+    for (int i = 0; c.mean && i < c.dim; ++i) mean_length += double(c.mean[i]) * c.mean[i];
+    mean_length = std::sqrt(mean_length);
+    bool ready = true;
+#pragma omp parallel num_threads(c.n_threads) if (c.n_threads > 1 && c.n_queries > 16)
+    {
+        Memory<double> wide = allocate<double>(c.dim);
+        if (!wide) {
+#pragma omp atomic write
+            ready = false;
+        }
+#pragma omp for
+        for (int64_t q = 0; q < c.n_queries; ++q) {
+            if (!wide) continue;
+            if (c.code_type == 0)
+                code_query<float>(c, q, mean_length, wide.get());
+            else
+                code_query<int8_t>(c, q, mean_length, wide.get());
+        }
+    }
+    return ready ? 0 : 1;
+}
 
 // Fills scores, found, status and counts. Returns 0; 1 where memory ran out, 2 for an unknown type.
 int elips_search(const Arguments* arguments) {
