@@ -62,18 +62,22 @@ def knn_exact(
     ``first_search`` makes the first link of the chain; implementations differ by it.
     """
     n_queries, n_rows = queries.shape[0], database.shape[0]
-    scores = torch.full((n_queries, k), metric.worst, dtype=torch.float32, device=queries.device)
-    rows = torch.full((n_queries, k), -1, dtype=torch.int64, device=queries.device)
     if n_rows == 0 or n_queries == 0:
-        return scores, rows
+        return empty_results(n_queries, k, metric, queries.device)
     found = min(k, n_rows)
     pending: Tensor | None = None
+    scores, rows = torch.empty(0), torch.empty(0)
     for search in _searches(queries, database, k, metric, selection, workspace_bytes, plane, first_search):
         left = []
         step = search.queries_at_once(found, workspace_bytes)
         for start, stop in spans(n_queries if pending is None else pending.numel(), step):
             part: slice | Tensor = slice(start, stop) if pending is None else pending[start:stop]
             result = search.run(queries[part], found, ranks, selection.for_queries(part), workspace_bytes)
+            if pending is None and stop - start == n_queries and found == k and bool(result[2].all()):
+                # The usual end, without a copy.
+                return result[0], result[1]
+            if pending is None and start == 0:
+                scores, rows = empty_results(n_queries, k, metric, queries.device)
             scores[part, :found], rows[part, :found], certified = result
             unsure = (~certified).nonzero()[:, 0]
             left.append(unsure + start if pending is None else pending[start:stop][unsure])
@@ -81,6 +85,12 @@ def knn_exact(
         if not pending.numel():
             break
     return scores, rows
+
+
+def empty_results(n_queries: int, k: int, metric: Metric, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return scores ``(Q, K)`` and rows ``(Q, K)`` of queries for which nothing was found."""
+    scores = torch.full((n_queries, k), metric.worst, dtype=torch.float32, device=device)
+    return scores, torch.full((n_queries, k), -1, dtype=torch.int64, device=device)
 
 
 def _searches(

@@ -34,6 +34,8 @@ _QUERIES = 1024
 # Queries that a thread multiplies with a row at a time. Fewer blocks than so many per thread are
 # shared unevenly; then the threads share the rows.
 _BLOCK, _BLOCKS_PER_THREAD = 64, 4
+# Reading a code takes as long as so many products; below so much work, one thread is faster.
+_READING, _WORTH_THREADS = 10, 10**7
 # The share of rows beyond which another search is cheaper than looking at survivors.
 _MOST_SURVIVORS = 1 / 32
 # Bytes of a kept row, in a thread's reservoir and where it is ranked.
@@ -96,9 +98,9 @@ class NativeSearch:
     def plan(self, n_queries: int, workspace_bytes: int) -> _Plan | None:
         """Return sizes that fit the workspace; None where even a few queries do not."""
         n_rows = self.database.shape[0]
-        threads = native_threads()
-        most = max(int(n_rows * _MOST_SURVIVORS), 4 * self.k)
-        usual = min(most, 6 * self.k + 256)
+        threads = self.threads(n_queries)
+        usual = min(n_rows, 6 * self.k + 256)
+        most = max(int(n_rows * _MOST_SURVIVORS), usual)
         step = min(n_queries, _QUERIES)
         while step:
             blocks = -(-step // _BLOCK)
@@ -110,6 +112,11 @@ class NativeSearch:
                 return _Plan(step, parts, min(most, room // kept))
             step //= 2
         return None
+
+    def threads(self, n_queries: int) -> int:
+        """Return how many threads the work occupies for longer than waking them takes."""
+        cells = self.database.numel() * (n_queries + _READING)
+        return native_threads() if cells > _WORTH_THREADS else 1
 
     def queries_at_once(self, k: int, workspace_bytes: int) -> int:
         """Return how many queries `run` takes; it splits them itself."""
@@ -189,13 +196,16 @@ class NativeSearch:
             n_queries=n_queries,
             k=k,
             capacity=plan.capacity,
-            n_threads=native_threads(),
+            n_threads=self.threads(n_queries),
             n_parts=plan.parts,
             metric=METRICS[self.metric.name],
             code_type=CODE_TYPES[self.plane.codes.dtype],
             vector_type=VECTOR_TYPES[self.database.dtype],
             is_exact=int(coded.is_exact),
         )
+        if not int(status.max()):
+            certified.fill_(True)
+            return
         unsure = (status == UNSURE).nonzero()[:, 0]
         if unsure.numel():
             scores[unsure], rows[unsure] = self._ranked(

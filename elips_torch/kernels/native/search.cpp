@@ -499,7 +499,7 @@ class Ranking {
 template <class Value>
 bool rank(const Arguments& a, Reservoir* reservoirs) {
     bool ready = true;
-#pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1)
+#pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1 && a.n_queries > 1)
     {
         Ranking<Value> ranking(a);
         if (!ranking.is_ready()) {
