@@ -115,11 +115,14 @@ static void pack_queries(const Code* const* queries, int n, int dim, typename Pr
     constexpr int PER_STEP = Product<Code>::PER_STEP;
     const int steps = steps_of(dim, PER_STEP);
     std::memset(out, 0, sizeof(*out) * steps * VECTORS * LANES * PER_STEP);
+    constexpr int STRIDE = VECTORS * LANES * PER_STEP;
     for (int q = 0; q < n; ++q) {
+        const Code* query = queries[q];
         auto* place = out + q * PER_STEP;
-        for (int i = 0; i < dim; ++i)
-            place[(i / PER_STEP) * VECTORS * LANES * PER_STEP + i % PER_STEP] =
-                Product<Code>::pack(queries[q][i]);
+        int i = 0;
+        for (; i + PER_STEP <= dim; i += PER_STEP, place += STRIDE)
+            for (int j = 0; j < PER_STEP; ++j) place[j] = Product<Code>::pack(query[i + j]);
+        for (int j = 0; i < dim; ++i, ++j) place[j] = Product<Code>::pack(query[i]);
     }
 }
 

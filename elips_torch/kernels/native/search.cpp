@@ -24,6 +24,14 @@ struct Arguments {
     const void* codes;
     const float* terms;
     int64_t n_rows;
+    // Inverted lists: null, or (L,) first slot and number of slots of each; (S,) the row in each slot; and
+    // (Q, P) lists that each query searches, -1 for none. Without them all rows are searched.
+    const int64_t* list_starts;
+    const int64_t* list_sizes;
+    const int64_t* slots;
+    const int64_t* probes;
+    int64_t n_lists;
+    int64_t n_probes;
     // The coded queries: (Q, D) codes; (3, Q) scale and factors of residual and norm.
     const void* query_codes;
     const float* query_terms;
@@ -89,9 +97,9 @@ Memory<T> allocate(int64_t n) {
 // Up to 4 vectors of queries as the product takes them, and what bounds their products.
 template <class Code>
 struct Block {
-    int first;    // number of the first query
     int n;        // queries
-    int vectors;  // of LANES queries
+    int vectors;  // of LANES queries; 0 where they are so few that each row is read for one at a time
+    int32_t queries[MOST_VECTORS * LANES];
     typename Product<Code>::Packed* packed;
     float scale[MOST_VECTORS * LANES];
     float residual[MOST_VECTORS * LANES];
@@ -102,12 +110,38 @@ struct Block {
 // Rows of a chunk: what the bounds need of each, one array a term.
 struct Chunk {
     int64_t first;
+    const int64_t* slots;  // rows, from the chunk's first on; null where they follow each other
     int n;
     float* scale;
     float* residual;
     float* norm;
     float* bias;  // with what every bound of the row contains
     int* correction;
+
+    int64_t row(int r) const { return slots ? slots[r] : first + r; }
+};
+
+// The queries of each list, ascending.
+struct ListQueries {
+    Memory<int64_t> starts;  // (L + 1,)
+    Memory<int32_t> queries;
+
+    bool fill(const Arguments& a) {
+        const int64_t pairs = int64_t(a.n_queries) * a.n_probes;
+        starts = allocate<int64_t>(a.n_lists + 1);
+        queries = allocate<int32_t>(pairs);
+        if (!starts || !queries) return false;
+        std::fill(starts.get(), starts.get() + a.n_lists + 1, 0);
+        for (int64_t i = 0; i < pairs; ++i)
+            if (a.probes[i] >= 0) ++starts[a.probes[i] + 1];
+        for (int64_t list = 0; list < a.n_lists; ++list) starts[list + 1] += starts[list];
+        for (int64_t i = pairs - 1; i >= 0; --i)
+            if (a.probes[i] >= 0) queries[--starts[a.probes[i] + 1]] = static_cast<int32_t>(i / a.n_probes);
+        // Filled from behind, each start has come to be that of the list before.
+        for (int64_t list = 0; list < a.n_lists; ++list) starts[list] = starts[list + 1];
+        starts[a.n_lists] = std::count_if(a.probes, a.probes + pairs, [](int64_t list) { return list >= 0; });
+        return true;
+    }
 };
 
 template <class Code>
@@ -116,10 +150,10 @@ class Scan {
     Scan(const Arguments& a, int part, float* limits)
         : a_(a),
           limits_(limits),
-          few_(a.n_queries <= FEW_QUERIES),
-          chunk_rows_(std::clamp<int64_t>((few_ ? LONG_CHUNK_BYTES : CHUNK_BYTES) /
+          chunk_rows_(std::clamp<int64_t>((a.n_queries <= FEW_QUERIES ? LONG_CHUNK_BYTES : CHUNK_BYTES) /
                                               (a.dim * int64_t(sizeof(Code))) / ROWS_STEP * ROWS_STEP,
-                                          ROWS_STEP, MOST_CHUNK_ROWS)) {
+                                          ROWS_STEP, MOST_CHUNK_ROWS)),
+          packed_dim_(steps_of(a.dim, Product<Code>::PER_STEP) * Product<Code>::PER_STEP) {
         const int64_t q = a.n_queries, c = a.capacity + SPARE;
         rows_ = a.reservoir_rows + part * q * c;
         upper_ = a.reservoir_upper + part * q * c;
@@ -128,16 +162,15 @@ class Scan {
 
     int64_t n_chunks() const { return (a_.n_rows + chunk_rows_ - 1) / chunk_rows_; }
 
+    // Make ready for the queries from `first` to `last`.
     bool prepare(Reservoir* reservoirs, int first, int last) {
         reservoirs_ = reservoirs;
-        const int vectors = (last - first + LANES - 1) / LANES;
-        const int packed_dim = steps_of(a_.dim, Product<Code>::PER_STEP) * Product<Code>::PER_STEP;
-        const int n_blocks = (vectors + 1) / 2 + 1;
+        const int64_t vectors = (last - first + LANES - 1) / LANES;
         terms_ = allocate<float>(4 * chunk_rows_);
         corrections_ = allocate<int>(chunk_rows_ + MOST_ROWS);
-        tail_ = allocate<Code>(int64_t(MOST_ROWS) * (packed_dim + 64));
-        blocks_ = allocate<Block<Code>>(n_blocks);
-        packed_ = allocate<typename Product<Code>::Packed>(int64_t(vectors) * LANES * packed_dim);
+        tail_ = allocate<Code>(packed_dim_ + 64);
+        blocks_ = allocate<Block<Code>>(vectors + 1);
+        packed_ = allocate<typename Product<Code>::Packed>(vectors * LANES * packed_dim_);
         if (!terms_ || !corrections_ || !tail_ || !blocks_ || !packed_) return false;
         for (int q = first; q < last; ++q) {
             Reservoir& r = reservoirs_[q];
@@ -151,64 +184,75 @@ class Scan {
             r.start();
             if (!a_.usable[q]) r.fail();
         }
+        return true;
+    }
+
+    // Take the queries that are to meet the rows that follow: n numbers, or n in a row from `first`.
+    void take(const int32_t* queries, int first, int n) {
         auto* packed = packed_.get();
         n_blocks_ = 0;
-        for (int q = first; q < last;) {
-            const int left = (last - q + LANES - 1) / LANES;
-            const int width = few_ ? 1 : std::min(left, MOST_VECTORS);
+        const bool few = n <= FEW_QUERIES;
+        for (int i = 0; i < n;) {
             Block<Code>& block = blocks_[n_blocks_++];
-            block.first = q;
-            block.n = std::min(last - q, width * LANES);
-            block.vectors = width;
+            block.vectors = few ? 0 : std::min((n - i + LANES - 1) / LANES, MOST_VECTORS);
+            block.n = std::min(n - i, std::max(block.vectors, 1) * LANES);
+            for (int j = 0; j < block.n; ++j) block.queries[j] = queries ? queries[i + j] : first + i + j;
             block.packed = packed;
             fill(block);
-            packed += int64_t(width) * LANES * packed_dim;
-            q += block.n;
+            packed += int64_t(block.vectors) * LANES * packed_dim_;
+            i += block.n;
         }
-        return true;
     }
 
     void chunk(int64_t number) {
         const int64_t first = number * chunk_rows_;
-        Chunk c;
-        c.first = first;
-        c.n = static_cast<int>(std::min(chunk_rows_, a_.n_rows - first));
-        c.scale = terms_.get();
-        c.residual = c.scale + chunk_rows_;
-        c.norm = c.residual + chunk_rows_;
-        c.bias = c.norm + chunk_rows_;
-        c.correction = corrections_.get();
-        const float* terms = a_.terms + 4 * first;
-        for (int r = 0; r < c.n; ++r) {
-            c.scale[r] = terms[4 * r];
-            c.residual[r] = terms[4 * r + 1];
-            c.norm[r] = terms[4 * r + 2];
-            const float rest = a_.slack == 0.0f ? 0.0f : terms[4 * r + 2] * terms[4 * r + 2] * a_.slack;
-            c.bias[r] = terms[4 * r + 3] + (rest + FLOOR);
-        }
-        if (!few_)
-            for (int r = 0; r < c.n; ++r) c.correction[r] = Product<Code>::correction(row(first + r), a_.dim);
-        for (int b = 0; b < n_blocks_; ++b) {
-            Block<Code>& block = blocks_[b];
-            refresh(block);
-            if (few_) {
-                dots(c, block);
-            } else if (block.vectors == 4) {
-                tiles<WIDE_ROWS, 4>(c, block);
-            } else if (block.vectors == 3) {
-                tiles<8 * LANES / 16, 3>(c, block);
-            } else if (block.vectors == 2) {
-                tiles<8 * LANES / 16, 2>(c, block);
-            } else {
-                tiles<12 * LANES / 16, 1>(c, block);
-            }
-        }
+        chunk(first, nullptr, static_cast<int>(std::min(chunk_rows_, a_.n_rows - first)));
+    }
+
+    void list(int64_t number) {
+        const int64_t size = a_.list_sizes[number];
+        for (int64_t done = 0; done < size; done += chunk_rows_)
+            chunk(0, a_.slots + a_.list_starts[number] + done,
+                  static_cast<int>(std::min(chunk_rows_, size - done)));
     }
 
    private:
     static constexpr int WIDE_ROWS = LANES == 16 ? 6 : 2;
     static constexpr int MOST_ROWS = 12;
     static constexpr int64_t ROWS_STEP = 48;  // a multiple of every tile's rows
+
+    void chunk(int64_t first, const int64_t* slots, int n) {
+        Chunk c;
+        c.first = first;
+        c.slots = slots;
+        c.n = n;
+        c.scale = terms_.get();
+        c.residual = c.scale + chunk_rows_;
+        c.norm = c.residual + chunk_rows_;
+        c.bias = c.norm + chunk_rows_;
+        c.correction = corrections_.get();
+        for (int r = 0; r < n; ++r) {
+            const float* terms = a_.terms + 4 * c.row(r);
+            c.scale[r] = terms[0];
+            c.residual[r] = terms[1];
+            c.norm[r] = terms[2];
+            const float rest = a_.slack == 0.0f ? 0.0f : terms[2] * terms[2] * a_.slack;
+            c.bias[r] = terms[3] + (rest + FLOOR);
+        }
+        if (n_blocks_ && blocks_[0].vectors)
+            for (int r = 0; r < n; ++r) c.correction[r] = Product<Code>::correction(row(c.row(r)), a_.dim);
+        for (int b = 0; b < n_blocks_; ++b) {
+            Block<Code>& block = blocks_[b];
+            refresh(block);
+            switch (block.vectors) {
+                case 0: dots(c, block); break;
+                case 1: tiles<12 * LANES / 16, 1>(c, block); break;
+                case 2: tiles<8 * LANES / 16, 2>(c, block); break;
+                case 3: tiles<8 * LANES / 16, 3>(c, block); break;
+                default: tiles<WIDE_ROWS, 4>(c, block);
+            }
+        }
+    }
 
     const Code* row(int64_t number) const {
         return static_cast<const Code*>(a_.codes) + number * a_.dim;
@@ -217,16 +261,16 @@ class Scan {
     void fill(Block<Code>& block) {
         const auto* codes = static_cast<const Code*>(a_.query_codes);
         const Code* queries[MOST_VECTORS * LANES];
-        for (int i = 0; i < block.n; ++i) queries[i] = codes + int64_t(block.first + i) * a_.dim;
+        for (int i = 0; i < block.n; ++i) queries[i] = codes + int64_t(block.queries[i]) * a_.dim;
         switch (block.vectors) {
             case 4: pack_queries<Code, 4>(queries, block.n, a_.dim, block.packed); break;
             case 3: pack_queries<Code, 3>(queries, block.n, a_.dim, block.packed); break;
             case 2: pack_queries<Code, 2>(queries, block.n, a_.dim, block.packed); break;
-            default: pack_queries<Code, 1>(queries, block.n, a_.dim, block.packed);
+            case 1: pack_queries<Code, 1>(queries, block.n, a_.dim, block.packed); break;
         }
         for (int i = 0; i < MOST_VECTORS * LANES; ++i) {
             const bool real = i < block.n;
-            const int64_t q = block.first + i;
+            const int64_t q = real ? block.queries[i] : 0;
             block.scale[i] = real ? a_.query_terms[q] : 0.0f;
             block.residual[i] = real ? a_.query_terms[a_.n_queries + q] : 0.0f;
             block.norm[i] = real ? a_.query_terms[2 * int64_t(a_.n_queries) + q] : 0.0f;
@@ -239,8 +283,8 @@ class Scan {
         if (!limits_) return;
         for (int i = 0; i < block.n; ++i) {
             float other;
-            __atomic_load(limits_ + block.first + i, &other, __ATOMIC_RELAXED);
-            Reservoir& r = reservoirs_[block.first + i];
+            __atomic_load(limits_ + block.queries[i], &other, __ATOMIC_RELAXED);
+            Reservoir& r = reservoirs_[block.queries[i]];
             if (other > r.limit) block.limit[i] = r.limit = other;
         }
     }
@@ -252,8 +296,9 @@ class Scan {
     }
 
     void keep(const Chunk& c, int r, Block<Code>& block, int i, float upper) {
-        const int64_t q = block.first + i;
-        if (i >= block.n || !sees(q, c.first + r)) return;
+        if (i >= block.n) return;
+        const int64_t q = block.queries[i], row = c.row(r);
+        if (!sees(q, row)) return;
         const float rest = a_.slack == 0.0f ? 0.0f : c.norm[r] * c.norm[r] * a_.slack;
         const float error =
             (block.residual[i] * c.residual[r] + block.norm[i] * c.norm[r] + (rest + FLOOR)) * (1.0f + 1e-6f);
@@ -261,7 +306,7 @@ class Scan {
         if (!(lower > LOWEST)) lower = LOWEST;
         Reservoir& reservoir = reservoirs_[q];
         if (reservoir.failed) return;
-        if (reservoir.push(static_cast<int32_t>(c.first + r), upper, lower)) {
+        if (reservoir.push(static_cast<int32_t>(row), upper, lower)) {
             block.limit[i] = reservoir.limit;
             if (limits_) {
                 float other;
@@ -281,10 +326,10 @@ class Scan {
             const int n = std::min(ROWS, c.n - first);
             for (int r = 0; r < ROWS; ++r) {
                 const int place = first + std::min(r, n - 1);
-                rows[r] = row(c.first + place);
+                rows[r] = row(c.row(place));
                 corrections[r] = c.correction[place];
             }
-            if (a_.dim % Product<Code>::PER_STEP && c.first + first + n == a_.n_rows) copy_tail(rows, ROWS);
+            if (a_.dim % Product<Code>::PER_STEP) copy_last(rows, ROWS);
             typename Product<Code>::Sums sums[ROWS][VECTORS];
             multiply<Code, ROWS, VECTORS>(rows, corrections, block.packed, a_.dim, sums);
 #pragma GCC unroll 16
@@ -301,7 +346,7 @@ class Scan {
                     bound = times_plus(residual, all(c.residual[place]), bound);
                     bound = times_plus(norm, all(c.norm[place]), bound);
                     const unsigned reached = not_below(bound, limit);
-                    if (__builtin_expect(reached != 0, 0) && r < n && !hidden(c.first + place))
+                    if (__builtin_expect(reached != 0, 0) && r < n && !hidden(c.row(place)))
                         keep_all(c, place, block, v, reached, bound);
                 }
             }
@@ -320,26 +365,26 @@ class Scan {
     }
 
     // The last step of the last row would read past the end of the codes.
-    void copy_tail(const Code** rows, int n) {
-        const int64_t stride = a_.dim + 8;
+    void copy_last(const Code** rows, int n) {
+        const Code* last = row(a_.n_rows - 1);
         for (int r = 0; r < n; ++r) {
-            std::memcpy(tail_.get() + r * stride, rows[r], a_.dim * sizeof(Code));
-            rows[r] = tail_.get() + r * stride;
+            if (rows[r] != last) continue;
+            std::memcpy(tail_.get(), last, a_.dim * sizeof(Code));
+            rows[r] = tail_.get();
         }
     }
 
     void dots(const Chunk& c, Block<Code>& block) {
         for (int i = 0; i < block.n; ++i) {
-            const Code* query = static_cast<const Code*>(a_.query_codes) + int64_t(block.first + i) * a_.dim;
+            const Code* query = static_cast<const Code*>(a_.query_codes) + int64_t(block.queries[i]) * a_.dim;
             const int correction = Product<Code>::query_correction(query, a_.dim);
             alignas(64) float products[LANES];
             const Floats scale = all(block.scale[i]), residual = all(block.residual[i]);
             const Floats norm = all(block.norm[i]);
             for (int first = 0; first < c.n; first += LANES) {
                 const int n = std::min(LANES, c.n - first);
-                const Code* rows = row(c.first + first);
                 for (int r = 0; r < n; ++r)
-                    products[r] = Product<Code>::dot(rows + int64_t(r) * a_.dim, query, a_.dim, correction);
+                    products[r] = Product<Code>::dot(row(c.row(first + r)), query, a_.dim, correction);
                 for (int r = n; r < LANES; ++r) products[r] = 0.0f;
                 Floats bound = times(load(products), scale);
                 bound = times_plus(bound, load_first(c.scale + first, n), load_first(c.bias + first, n));
@@ -352,7 +397,7 @@ class Scan {
                 store(bounds, bound);
                 for (; reached; reached &= reached - 1) {
                     const int r = __builtin_ctz(reached);
-                    if (!(bounds[r] < block.limit[i]) && !hidden(c.first + first + r))
+                    if (!(bounds[r] < block.limit[i]) && !hidden(c.row(first + r)))
                         keep(c, first + r, block, i, bounds[r]);
                 }
             }
@@ -361,8 +406,8 @@ class Scan {
 
     const Arguments& a_;
     float* limits_;
-    const bool few_;
     const int64_t chunk_rows_;
+    const int packed_dim_;
     int32_t* rows_;
     float* upper_;
     float* lower_;
@@ -515,6 +560,8 @@ bool rank(const Arguments& a, Reservoir* reservoirs) {
 
 template <class Code>
 bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
+    ListQueries lists;
+    if (a.probes && !lists.fill(a)) return false;
     bool ready = true;
     int64_t next = 0;
 #pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1)
@@ -524,7 +571,7 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
         int first = 0, last = a.n_queries;
         if (!splits_rows) {
             // Whole blocks of queries, as evenly as they go.
-            const int64_t wide = MOST_VECTORS * LANES, blocks = (a.n_queries + wide - 1) / wide;
+            const int64_t wide = a.probes ? 1 : MOST_VECTORS * LANES, blocks = (a.n_queries + wide - 1) / wide;
             first = static_cast<int>(std::min<int64_t>(a.n_queries, blocks * thread / n_threads * wide));
             last = static_cast<int>(std::min<int64_t>(a.n_queries, blocks * (thread + 1) / n_threads * wide));
         }
@@ -536,17 +583,28 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
 #pragma omp atomic write
             ready = false;
         }
-        const int64_t n = work.n_chunks(), stride = stride_of(n);
-        if (prepared && mine) {
-            for (int64_t i = 0;; ++i) {
-                int64_t number = i;
-                if (splits_rows) {
+        const int64_t n = a.probes ? a.n_lists : work.n_chunks(), stride = stride_of(n);
+        if (prepared && mine && !a.probes) work.take(nullptr, first, last - first);
+        for (int64_t i = 0; prepared && mine; ++i) {
+            int64_t number = i;
+            if (splits_rows) {
 #pragma omp atomic capture
-                    number = next++;
-                }
-                if (number >= n) break;
-                work.chunk(static_cast<int64_t>((static_cast<__int128>(number) * stride) % n));
+                number = next++;
             }
+            if (number >= n) break;
+            if (!a.probes) {
+                work.chunk(static_cast<int64_t>((static_cast<__int128>(number) * stride) % n));
+                continue;
+            }
+            const int32_t* begin = lists.queries.get() + lists.starts[number];
+            const int32_t* end = lists.queries.get() + lists.starts[number + 1];
+            if (!splits_rows) {
+                begin = std::lower_bound(begin, end, first);
+                end = std::lower_bound(begin, end, last);
+            }
+            if (begin == end || !a.list_sizes[number]) continue;
+            work.take(begin, 0, static_cast<int>(end - begin));
+            work.list(number);
         }
     }
     return ready;
