@@ -15,6 +15,7 @@ BUILT_IN = {
     "UnknownIdError": KeyError,
     "MetricError": ValueError,
     "ParameterError": TypeError,
+    "NotFittedError": RuntimeError,
     "ImplementationError": RuntimeError,
     "IndexFileError": ValueError,
 }
