@@ -173,7 +173,14 @@ CASES = {
     "much within": {"operation": "range_search", "n": 20_000, "n_queries": 60, "radius": 10.0},
     "lists": {"operation": "ivf", "n": 200_000, "n_queries": 2000, "k": 10, "nlist": 200, "nprobe": 8},
     "one list": {"operation": "ivf", "n": 200_000, "n_queries": 600, "k": 10, "nlist": 1, "nprobe": 1},
-    "lists, few queries": {"operation": "ivf", "n": 200_000, "n_queries": 2, "k": 10, "nlist": 4, "nprobe": 4},
+    "lists, few queries": {
+        "operation": "ivf",
+        "n": 200_000,
+        "n_queries": 2,
+        "k": 10,
+        "nlist": 4,
+        "nprobe": 4,
+    },
     "lists, many neighbours": {
         "operation": "ivf",
         "n": 50_000,
