@@ -13,6 +13,8 @@ from elips_torch.core.errors import (
     IndexFileError,
     MetricError,
     NonFiniteError,
+    NotEmptyError,
+    NotFittedError,
     ParameterError,
     ShapeError,
     UnknownIdError,
@@ -23,10 +25,12 @@ from elips_torch.distributed import prepare_for_ddp
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.catalog import load_index
 from elips_torch.indexes.flat import FlatIndex
+from elips_torch.indexes.ivf_flat import IVFFlatIndex
 from elips_torch.ops.explain import explain
 from elips_torch.ops.knn import knn
 from elips_torch.ops.pairwise_distance import pairwise_distance
 from elips_torch.ops.range_search import range_search
+from elips_torch.quantizers.kmeans import KMeans
 
 try:
     __version__ = version("elips-torch")
@@ -42,11 +46,15 @@ __all__ = [
     "ElipsError",
     "Explanation",
     "FlatIndex",
+    "IVFFlatIndex",
     "ImplementationError",
     "Index",
     "IndexFileError",
+    "KMeans",
     "MetricError",
     "NonFiniteError",
+    "NotEmptyError",
+    "NotFittedError",
     "ParameterError",
     "RangeResult",
     "SearchResult",

@@ -48,6 +48,14 @@ class ParameterError(ElipsError, TypeError):
     """A search parameter does not exist for this index."""
 
 
+class NotFittedError(ElipsError, RuntimeError):
+    """`fit` has not been called yet."""
+
+
+class NotEmptyError(ElipsError, RuntimeError):
+    """`fit` is called on an index that holds vectors, which what it learned before has encoded."""
+
+
 class ImplementationError(ElipsError, RuntimeError):
     """No implementation, or not the requested one, can serve the call."""
 

@@ -28,6 +28,40 @@ def n_candidates(k: int) -> int:
     return k + 16 + k // 8
 
 
+def certified_best(
+    metric: Metric,
+    dtype: torch.dtype,
+    k: int,
+    ranks: Tensor | None,  # (N,) int64, rank of each row's id; None: rows are in the order of ids
+    rows: Tensor,  # (Q, C) int64, the candidates; -1 where there are fewer
+    values: Tensor,  # (Q, C), their approximate scores in dtype
+    scores: Tensor,  # (Q, C) float32, their scores
+    all_seen: Tensor,  # (Q,) bool, the candidates are all that there is
+    query_norms: Tensor,  # (Q, 1) float64
+    largest_norm: Tensor,  # () or (Q, 1), of the rows that the candidates were selected from
+    dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64, (Q,) bool
+    """Return the scores and rows of the k best candidates, and for which queries they are the k best rows."""
+    candidate_ranks = rows if ranks is None else ranks[rows.clamp_min(0)]
+    keys = order_keys(scores, candidate_ranks.clamp_min(0), metric.higher_is_better)
+    keys = keys.masked_fill_(rows < 0, EMPTY_KEY)
+    keys, best = keys.topk(k, dim=1, largest=False)
+    scores = scores.gather(1, best).masked_fill_(keys == EMPTY_KEY, metric.worst)
+    found = rows.gather(1, best)
+
+    last = values.amin(1, True) if metric.higher_is_better else values.amax(1, True)
+    bound = error_bound(metric, last, query_norms, largest_norm, dim, dtype)
+    limit = last.double() + query_offset(metric, query_norms)
+    kth = scores[:, -1:]
+    # The best that a row outside the candidates could score, against the k-th: a tie is not
+    # certified, because the lower id wins it. NaN compares False.
+    if metric.higher_is_better:
+        certified = (limit + bound).float() < kth
+    else:
+        certified = (limit - bound).float() > kth
+    return scores, found, certified.squeeze(1) | all_seen
+
+
 class ApproximatedSearch:
     """Select by the approximation, rescore, certify."""
 
@@ -72,25 +106,19 @@ class ApproximatedSearch:
         values, rows, largest_norm, all_seen = self._select(prepared, selection, workspace_bytes)
         rest = int(workspace_bytes * (1 - TILE_SHARE))
         scores = score_candidates(metric, queries, self.database, rows.clamp_min(0), rest)
-        candidate_ranks = rows if ranks is None else ranks[rows.clamp_min(0)]
-        keys = order_keys(scores, candidate_ranks.clamp_min(0), metric.higher_is_better)
-        keys = keys.masked_fill_(rows < 0, EMPTY_KEY)
-        keys, best = keys.topk(k, dim=1, largest=False)
-        scores = scores.gather(1, best).masked_fill_(keys == EMPTY_KEY, metric.worst)
-        found = rows.gather(1, best)
-
-        last = values.amin(1, True) if metric.higher_is_better else values.amax(1, True)
-        dim = queries.shape[1]
-        bound = error_bound(metric, last, query_norms, largest_norm, dim, self.dtype)
-        limit = last.double() + query_offset(metric, query_norms)
-        kth = scores[:, -1:]
-        # The best that a row outside the candidates could score, against the k-th: a tie is not
-        # certified, because the lower id wins it. NaN compares False.
-        if metric.higher_is_better:
-            certified = (limit + bound).float() < kth
-        else:
-            certified = (limit - bound).float() > kth
-        return scores, found, certified.squeeze(1) | all_seen
+        return certified_best(
+            metric,
+            self.dtype,
+            k,
+            ranks,
+            rows,
+            values,
+            scores,
+            all_seen,
+            query_norms,
+            largest_norm,
+            queries.shape[1],
+        )
 
     def _select(
         self, prepared: Tensor, selection: Selection, workspace_bytes: int

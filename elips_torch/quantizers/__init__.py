@@ -1,0 +1,1 @@
+"""Modules that learn a coarser form of vectors: clusters, codes, linear maps."""
