@@ -1,7 +1,6 @@
 """Exact search over vectors stored as they are."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from elips_torch.core.dispatch import Explanation, Request
 from elips_torch.core.errors import DtypeError
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import FLOAT_DTYPES, check_k, check_vectors, check_workspace
-from elips_torch.indexes.base import Index
+from elips_torch.indexes.screened_vectors import ScreenedVectors
 from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.storage import durable
 from elips_torch.kernels.screen_choice import check_screen
@@ -20,7 +19,7 @@ from elips_torch.ops.knn import run_knn
 from elips_torch.ops.range_search import run_range_search
 
 
-class FlatIndex(Index):
+class FlatIndex(ScreenedVectors):
     """Exact search over vectors stored as they are.
 
     Args:
@@ -127,8 +126,7 @@ class FlatIndex(Index):
             "metric": self.metric,
             "k": self.k,
             "dtype": str(self.dtype).removeprefix("torch."),
-            # Vectors in float64 keep no plane.
-            "screen": "auto" if self.dtype == torch.float64 else self.screen,
+            "screen": self._kept_screen(),
             "learnable": self.learnable,
             "p": self.p,
             "index_in_state_dict": self.index_in_state_dict,
@@ -197,52 +195,6 @@ class FlatIndex(Index):
 
     def _candidate_dtype(self) -> torch.dtype:
         return self._dtype
-
-    # The plane follows changes of vectors that it knows; else the next search makes it anew.
-
-    def _append_rows(self, rows: dict[str, Tensor]) -> None:
-        known = self.plane.knows(self.vectors)
-        super()._append_rows(rows)
-        self._follow(known, self.plane.append, rows["vectors"])
-
-    def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
-        known = self.plane.knows(self.vectors)
-        super()._overwrite_rows(where, rows)
-        self._follow(known, self.plane.overwrite, where, rows["vectors"])
-
-    def _keep_rows(self, keep: Tensor) -> None:
-        known = self.plane.knows(self.vectors)
-        super()._keep_rows(keep)
-        self._follow(known, self.plane.keep, keep)
-
-    def _follow(self, known: bool, change: Callable[..., None], *what: Tensor) -> None:
-        if not known:
-            self.plane.forget()
-            return
-        try:
-            change(*what, self.vectors)
-        except (MemoryError, RuntimeError):
-            # The vectors have changed; the plane is derived from them and can wait for memory.
-            self.plane.forget()
-
-    def _drop_reserves(self) -> None:
-        known = self.plane.knows(self.vectors)
-        super()._drop_reserves()
-        if known:
-            self.plane.accept(self.vectors)
-
-    def _load_rows(self, rows: dict[str, Tensor], *, assign: bool) -> None:
-        super()._load_rows(rows, assign=assign)
-        self.plane.rebuild(self.vectors)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        known, dtype = self.plane.knows(self.vectors), self.vectors.dtype
-        super()._apply(fn, recurse)
-        if known:
-            self.plane.follow(self.vectors, dtype)
-        else:
-            self.plane.rebuild(self.vectors)
-        return self
 
     def _rows_changed(self) -> None:
         # Compiled code asks for the dtype and must not touch the vectors, whose size changes.

@@ -10,11 +10,14 @@ from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import FLOAT_DTYPES
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.ivf import IVFIndex
+from elips_torch.indexes.screened_vectors import ScreenedVectors
+from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.storage import durable
 from elips_torch.kernels.list_layout import RowDecoder, StoredRows
+from elips_torch.kernels.screen_choice import check_screen
 
 
-class IVFFlatIndex(IVFIndex):
+class IVFFlatIndex(ScreenedVectors, IVFIndex):
     """Search of the lists whose centroids are nearest to the query, over vectors stored as they are.
 
     `fit` clusters vectors; `add` puts each vector into the list of its nearest centroid. A search scores
@@ -34,6 +37,7 @@ class IVFFlatIndex(IVFIndex):
             set later (``index.nprobe = 32``) and for one call (``index.search(queries, nprobe=64)``).
         k: number of neighbours that `search` returns by default.
         dtype: how vectors are stored: float32, float16, bfloat16 or float64.
+        screen: the low-precision copy of the vectors that is kept beside them; see `FlatIndex`.
         coarse: an empty index that is to hold the centroids, or one that holds them under the ids 0 to
             ``nlist - 1``. Default: a `FlatIndex`.
         niter: passes of k-means over the training vectors.
@@ -75,6 +79,7 @@ class IVFFlatIndex(IVFIndex):
         nprobe: int = 8,
         k: int = 10,
         dtype: torch.dtype = torch.float32,
+        screen: str = "auto",
         coarse: Index | None = None,
         niter: int = 20,
         seed: int = 0,
@@ -106,6 +111,9 @@ class IVFFlatIndex(IVFIndex):
         with durable():
             self.register_buffer("vectors", torch.empty(0, dim, dtype=dtype, device=device))
         self._dtype = dtype
+        self.screen = check_screen(screen, self._metric, dtype, dim)
+        self.plane = ScreeningPlane(self._metric, dim, screen, device)
+        self.plane.rebuild(self.vectors)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,7 +127,8 @@ class IVFFlatIndex(IVFIndex):
 
     def config(self) -> dict[str, Any]:
         """Return the constructor keywords that make an empty index like this one, for JSON."""
-        return {**super().config(), "dtype": str(self.dtype).removeprefix("torch.")}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**super().config(), "dtype": dtype, "screen": self._kept_screen()}
 
     def _encode_payload(self, vectors: Tensor, assignments: Tensor) -> dict[str, Tensor]:
         return {"vectors": vectors}
@@ -128,7 +137,7 @@ class IVFFlatIndex(IVFIndex):
         return self.vectors.detach().index_select(0, rows)
 
     def _decoder(self) -> RowDecoder:
-        return StoredRows(self.vectors.detach())
+        return StoredRows(self.vectors.detach(), self.plane.current(self.vectors))
 
     def _candidate_dtype(self) -> torch.dtype:
         return self._dtype

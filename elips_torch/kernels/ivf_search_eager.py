@@ -53,7 +53,7 @@ def choose_tiling(n_queries: int, n_probes: int, layout: ListLayout, dim: int) -
     return list_major_tiles if by_list < by_query else query_major_tiles
 
 
-class _Step(Protocol):
+class Step(Protocol):
     """One of the searches that are tried in turn."""
 
     def queries_at_once(self, k: int, workspace_bytes: int) -> int: ...
@@ -67,6 +67,11 @@ class _Step(Protocol):
         selection: Selection,
         workspace_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+# Makes the first step of a search from the layout, the decoder, the metric, k, the number of rows excluded
+# per query, and the workspace; None where it cannot serve.
+FirstStep = Callable[[ListLayout, RowDecoder, Metric, int, int, int], Step | None]
 
 
 class _ApproximatedLists:
@@ -244,6 +249,7 @@ def ivf_search_eager(
     ranks: Tensor | None,  # (N,) int64, rank of each row's id; None: rows are in the order of ids
     selection: Selection,
     workspace_bytes: int,
+    first_step: FirstStep | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Return the scores and rows of the k best rows of the probed lists; -1 where there are fewer."""
     n_queries, n_rows = queries.shape[0], layout.n_rows
@@ -253,13 +259,20 @@ def ivf_search_eager(
         return scores, rows
     found = min(k, n_rows)
     pending: Tensor | None = None
-    for step in _steps(queries, probes, layout, decode, k, metric):
+    steps = _steps(queries, probes, layout, decode, k, metric)
+    if first_step is not None:
+        first = first_step(layout, decode, metric, k, selection.n_excluded, workspace_bytes)
+        steps = steps if first is None else [first, *steps]
+    for step in steps:
         left = []
         at_once = step.queries_at_once(found, workspace_bytes)
         for start, stop in spans(n_queries if pending is None else pending.numel(), at_once):
             part: slice | Tensor = slice(start, stop) if pending is None else pending[start:stop]
             chosen = selection.for_queries(part)
             result = step.run(queries[part], probes[part], found, ranks, chosen, workspace_bytes)
+            if pending is None and stop - start == n_queries and found == k and bool(result[2].all()):
+                # The usual end, without a copy.
+                return result[0], result[1]
             scores[part, :found], rows[part, :found], certified = result
             unsure = (~certified).nonzero()[:, 0]
             left.append(unsure + start if pending is None else pending[start:stop][unsure])
@@ -271,10 +284,10 @@ def ivf_search_eager(
 
 def _steps(
     queries: Tensor, probes: Tensor, layout: ListLayout, decode: RowDecoder, k: int, metric: Metric
-) -> list[_Step]:
+) -> list[Step]:
     """Return the searches to try in turn; the last one certifies every query."""
     tiling = choose_tiling(queries.shape[0], probes.shape[1], layout, decode.dim)
-    steps: list[_Step] = []
+    steps: list[Step] = []
     rows_per_query = probes.shape[1] * layout.n_rows / layout.nlist
     small = queries.shape[0] * rows_per_query * decode.dim <= _FEW_FEATURES
     if 2 * n_candidates(k) <= rows_per_query and not small:

@@ -14,6 +14,7 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.native import native_threads
 from elips_torch.core.tiling import even_cuts
 from elips_torch.kernels.definition import score_pairs
+from elips_torch.kernels.list_layout import ListLayout
 from elips_torch.kernels.plane import LARGEST_NORM, Plane
 from elips_torch.kernels.ranking import rank_pairs
 from elips_torch.kernels.screen import CodedQueries, code_queries, norm_square_slack, rounded_units
@@ -24,6 +25,7 @@ from elips_torch.kernels.search_native import (
     SPARE,
     UNSURE,
     VECTOR_TYPES,
+    library_compiles,
     native_code,
     native_search,
 )
@@ -39,13 +41,15 @@ _READING, _WORTH_THREADS = 10, 10**7
 # The share of rows beyond which another search is cheaper than looking at survivors.
 _MOST_SURVIVORS = 1 / 32
 # Bytes of a kept row, in a thread's reservoir and where it is ranked.
-_KEPT_BYTES, _RANKED_BYTES = 12, 28
+_KEPT_BYTES, _RANKED_BYTES = 12, 32
+# Queries that a list must have, on average, for threads to take queries rather than lists.
+_QUERIES_PER_LIST = 16
 # Bytes per query and feature: as float64, as code and packed, with the temporaries of coding.
 _FEATURE_BYTES = 44
 # Bytes of a row number that is left out, sorted beside the others.
 _EXCLUDED_BYTES = 24
-# Fewer rows per neighbour than this leave nothing to screen.
-_ROWS_PER_NEIGHBOUR = 8
+# Fewer rows per neighbour than this leave nothing to screen; a few rows are all kept.
+_ROWS_PER_NEIGHBOUR, _FEW_ROWS = 8, 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +67,52 @@ class _Plan:
     capacity: int
 
 
+@dataclasses.dataclass(frozen=True)
+class ProbedLists:
+    """The lists that each query searches, instead of all rows.
+
+    Attributes:
+        layout: the rows of each list.
+        probes: ``(Q, P)`` int64, the lists of each query, each once; -1 for none.
+    """
+
+    layout: ListLayout
+    probes: Tensor
+
+    def narrowed(self, start: int, stop: int) -> "ProbedLists":
+        """Return the lists of the queries from ``start`` to ``stop``."""
+        return ProbedLists(self.layout, self.probes[start:stop])
+
+    @property
+    def rows_per_query(self) -> float:
+        """Number of rows that a query meets, about."""
+        return self.probes.shape[1] * self.layout.n_rows / self.layout.nlist
+
+    def shares_queries(self, threads: int) -> bool:
+        """Whether each of so many threads finds enough queries of its own in every list."""
+        return self.probes.numel() >= _QUERIES_PER_LIST * self.layout.nlist * threads
+
+
 def native_first(
     database: Tensor, metric: Metric, plane: Plane | None, k: int, n_excluded: int, workspace_bytes: int
 ) -> "NativeSearch | None":
     """Return a search in C++ by a plane, or None where it cannot serve."""
-    if plane is None or plane.codes.dtype not in CODE_TYPES or database.dtype not in VECTOR_TYPES:
+    if plane is None or not native_serves(database, plane):
         return None
-    if plane.codes.dtype == torch.int8 and not device_facts("cpu").vnni:
-        return None
-    if not _ROWS_PER_NEIGHBOUR * k <= database.shape[0] < 2**31 or not database.is_contiguous():
+    n_rows = database.shape[0]
+    if n_rows > _FEW_ROWS and n_rows < _ROWS_PER_NEIGHBOUR * k:
         return None
     search = NativeSearch(database, metric, plane, k, n_excluded)
     return search if search.plan(_BLOCK, workspace_bytes) else None
+
+
+def native_serves(database: Tensor, plane: Plane) -> bool:
+    """Whether there is code for a database and its plane here."""
+    if plane.codes.dtype not in CODE_TYPES or database.dtype not in VECTOR_TYPES:
+        return False
+    if plane.codes.dtype == torch.int8 and not device_facts("cpu").vnni:
+        return False
+    return database.shape[0] < 2**31 and database.is_contiguous() and library_compiles()
 
 
 class NativeSearch:
@@ -86,25 +124,39 @@ class NativeSearch:
         plane: int8 or float32 codes of the database.
         k: number of neighbours.
         n_excluded: rows that are left out for each query, at most.
+        names: ``(N,)`` int64, the number by which masks, ranks and results know each row; None where the
+            rows are numbered from 0.
     """
 
-    def __init__(self, database: Tensor, metric: Metric, plane: Plane, k: int, n_excluded: int) -> None:
+    def __init__(
+        self,
+        database: Tensor,
+        metric: Metric,
+        plane: Plane,
+        k: int,
+        n_excluded: int,
+        names: Tensor | None = None,
+    ) -> None:
         self.database = database
         self.metric = metric
         self.plane = plane
         self.k = k
+        self.names = names
         self.query_bytes = database.shape[1] * _FEATURE_BYTES + n_excluded * _EXCLUDED_BYTES
 
-    def plan(self, n_queries: int, workspace_bytes: int) -> _Plan | None:
+    def plan(self, n_queries: int, workspace_bytes: int, lists: ProbedLists | None = None) -> _Plan | None:
         """Return sizes that fit the workspace; None where even a few queries do not."""
         n_rows = self.database.shape[0]
-        threads = self.threads(n_queries)
+        threads = self.threads(n_queries, lists)
         usual = min(n_rows, 6 * self.k + 256)
         most = max(int(n_rows * _MOST_SURVIVORS), usual)
         step = min(n_queries, _QUERIES)
         while step:
             blocks = -(-step // _BLOCK)
-            shares_queries = blocks >= _BLOCKS_PER_THREAD * threads or blocks % threads == 0
+            if lists is not None:
+                shares_queries = lists.narrowed(0, step).shares_queries(threads)
+            else:
+                shares_queries = blocks >= _BLOCKS_PER_THREAD * threads or blocks % threads == 0
             parts = 1 if shares_queries else threads
             kept = parts * _KEPT_BYTES * step + threads * _RANKED_BYTES * parts
             room = workspace_bytes - step * self.query_bytes - SPARE * kept
@@ -113,21 +165,33 @@ class NativeSearch:
             step //= 2
         return None
 
-    def threads(self, n_queries: int) -> int:
+    def threads(self, n_queries: int, lists: ProbedLists | None = None) -> int:
         """Return how many threads the work occupies for longer than waking them takes."""
-        cells = self.database.numel() * (n_queries + _READING)
-        return native_threads() if cells > _WORTH_THREADS else 1
+        n_rows, dim = self.database.shape
+        if lists is None:
+            cells: float = n_rows * (n_queries + _READING)
+        else:
+            # Several queries may share a list.
+            met = n_queries * lists.rows_per_query
+            cells = met + _READING * min(n_rows, met)
+        return native_threads() if cells * dim > _WORTH_THREADS else 1
 
     def queries_at_once(self, k: int, workspace_bytes: int) -> int:
         """Return how many queries `run` takes; it splits them itself."""
         return 16 * _QUERIES
 
     def run(
-        self, queries: Tensor, k: int, ranks: Tensor | None, selection: Selection, workspace_bytes: int
+        self,
+        queries: Tensor,
+        k: int,
+        ranks: Tensor | None,
+        selection: Selection,
+        workspace_bytes: int,
+        lists: ProbedLists | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
         n_queries = queries.shape[0]
-        plan = self.plan(n_queries, workspace_bytes)
+        plan = self.plan(n_queries, workspace_bytes, lists)
         scores = torch.empty(n_queries, k, dtype=torch.float32)
         rows = torch.empty(n_queries, k, dtype=torch.int64)
         certified = torch.zeros(n_queries, dtype=torch.bool)
@@ -136,7 +200,8 @@ class NativeSearch:
         for start, stop in even_cuts(n_queries, plan.queries):
             results = scores[start:stop], rows[start:stop], certified[start:stop]
             part = selection.narrowed(start, stop)
-            self._run(queries[start:stop], k, ranks, part, plan, results, workspace_bytes)
+            own = None if lists is None else lists.narrowed(start, stop)
+            self._run(queries[start:stop], k, ranks, part, plan, results, workspace_bytes, own)
         return scores, rows, certified
 
     def _run(
@@ -148,6 +213,7 @@ class NativeSearch:
         plan: _Plan,
         results: tuple[Tensor, Tensor, Tensor],
         workspace_bytes: int,
+        lists: ProbedLists | None,
     ) -> None:
         n_queries = queries.shape[0]
         wide = queries.double().contiguous()
@@ -167,10 +233,19 @@ class NativeSearch:
         # Named, so that they live as long as the call.
         rounding, offsets = coded.rounding.contiguous(), coded.offsets
         query_codes, query_terms, usable = coded.codes.contiguous(), coded.terms.contiguous(), coded.usable
+        layout = None if lists is None else lists.layout
+        probes = None if lists is None else lists.probes.contiguous()
         native_search(
             codes=self.plane.codes,
             terms=self.plane.terms,
+            names=self.names,
             n_rows=self.plane.n_rows,
+            list_starts=None if layout is None else layout.starts,
+            list_sizes=None if layout is None else layout.sizes,
+            slots=None if layout is None else layout.slots,
+            probes=probes,
+            n_lists=0 if layout is None else layout.nlist,
+            n_probes=0 if probes is None else probes.shape[1],
             query_codes=query_codes,
             query_terms=query_terms,
             rounding=rounding,
@@ -196,7 +271,7 @@ class NativeSearch:
             n_queries=n_queries,
             k=k,
             capacity=plan.capacity,
-            n_threads=self.threads(n_queries),
+            n_threads=self.threads(n_queries, lists),
             n_parts=plan.parts,
             metric=METRICS[self.metric.name],
             code_type=CODE_TYPES[self.plane.codes.dtype],
@@ -228,6 +303,7 @@ class NativeSearch:
         owners = torch.repeat_interleave(torch.arange(chosen.numel()), counts[chosen])
         rows = torch.cat([kept[query, : int(counts[query])] for query in chosen]).long()
         scores = score_pairs(self.metric, queries, self.database, chosen[owners], rows, workspace_bytes // 4)
+        rows = rows if self.names is None else self.names[rows]
         return rank_pairs(self.metric, owners, rows, scores, chosen.numel(), k, ranks)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.tiling import spans
+from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.selection import Selection
 
 
@@ -62,9 +63,15 @@ class RowDecoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StoredRows:
-    """The decoder of vectors ``(N, D)`` that are stored as they are."""
+    """The decoder of vectors ``(N, D)`` that are stored as they are.
+
+    Attributes:
+        vectors: ``(N, D)``.
+        plane: their codes to screen with, where there are some.
+    """
 
     vectors: Tensor
+    plane: Plane | None = None
 
     @property
     def dtype(self) -> torch.dtype:

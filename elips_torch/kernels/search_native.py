@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elips_torch.core.errors import ImplementationError
 from elips_torch.core.hardware import device_facts
-from elips_torch.core.native import NativeLibrary, instruction_options
+from elips_torch.core.native import NativeLibrary, instruction_options, native_reasons
 
 METRICS = {"l2": 0, "ip": 1, "cosine": 2}
 CODE_TYPES = {torch.float32: 0, torch.int8: 1}
@@ -20,6 +20,26 @@ CERTIFIED, UNCERTIFIED, UNSURE = range(3)
 
 LIBRARY = NativeLibrary(Path(__file__).parent / "native" / "search.cpp")
 
+
+def library_reasons(device: torch.device) -> list[str]:
+    """Return why the C++ code cannot serve tensors on a device; empty where it can."""
+    facts = device_facts(device)
+    reasons = native_reasons(facts)
+    if not reasons and LIBRARY.has_failed(instruction_options(facts)):
+        reasons.append("its C++ code does not compile here; see the log")
+    return reasons
+
+
+def library_is_ready(device: torch.device) -> bool:
+    """Whether the code need not be compiled first."""
+    return LIBRARY.is_ready(instruction_options(device_facts(device)))
+
+
+def library_compiles() -> bool:
+    """Compile the code where that has not been done, and return whether it could be."""
+    return LIBRARY.load(instruction_options(device_facts("cpu"))) is not None
+
+
 _FAILURES = {1: "there is not enough memory", 2: "a type is not known"}
 
 
@@ -29,6 +49,7 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         ("codes", ctypes.c_void_p),
         ("terms", ctypes.c_void_p),
+        ("names", ctypes.c_void_p),
         ("n_rows", ctypes.c_int64),
         ("list_starts", ctypes.c_void_p),
         ("list_sizes", ctypes.c_void_p),

@@ -1,5 +1,7 @@
 """Search of the inverted lists that each query probes; the entry that the IVF families share."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -8,12 +10,37 @@ from elips_torch.core.execution import plain_arithmetic
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import bad_queries
+from elips_torch.kernels.ivf_native import native_lists
 from elips_torch.kernels.ivf_range_search_eager import ivf_range_search_eager
 from elips_torch.kernels.ivf_search_eager import ivf_search_eager
 from elips_torch.kernels.list_layout import ListLayout, RowDecoder
+from elips_torch.kernels.search_native import library_is_ready, library_reasons
 from elips_torch.kernels.selection import Selection
+from elips_torch.ops.knn import small_reasons
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Implementation("eager", ivf_search_eager, float64_reasons),)
+
+def _native_reasons(request: Request) -> list[str]:
+    reasons = library_reasons(request.device)
+    if request.metric.form != "product":
+        reasons.append(f"C++ code screens by products, metric {request.metric.name!r} is none")
+    if request.dtype == torch.float64:
+        reasons.append("C++ code takes float32, bfloat16 and float16 vectors")
+    return reasons
+
+
+def _uncompiled_reasons(request: Request) -> list[str]:
+    return [] if library_is_ready(request.device) else small_reasons(request)
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation(
+        "native",
+        functools.partial(ivf_search_eager, first_step=native_lists),
+        _native_reasons,
+        _uncompiled_reasons,
+    ),
+    Implementation("eager", ivf_search_eager, float64_reasons),
+)
 RANGE_IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("eager", ivf_range_search_eager, float64_reasons),
 )

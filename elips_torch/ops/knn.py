@@ -12,7 +12,6 @@ from elips_torch.core.dispatch import Implementation, Request, choose, float64_r
 from elips_torch.core.execution import plain_arithmetic, refuse_second_derivative, runs_directly
 from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import Metric, metric_of, resolve_metric
-from elips_torch.core.native import instruction_options, native_reasons
 from elips_torch.core.results import SearchResult
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import (
@@ -25,11 +24,11 @@ from elips_torch.core.validation import (
 )
 from elips_torch.kernels.candidate_gradient import database_gradient
 from elips_torch.kernels.knn_blocks import knn_blocks
-from elips_torch.kernels.knn_exact import compiled_first, eager_first, knn_exact
+from elips_torch.kernels.knn_exact import compiled_first, knn_exact
 from elips_torch.kernels.knn_native import native_first
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
-from elips_torch.kernels.search_native import LIBRARY
+from elips_torch.kernels.search_native import library_is_ready, library_reasons
 from elips_torch.kernels.selection import Selection
 
 # From so many queries on, making a plane for one call repays.
@@ -71,35 +70,15 @@ def _triton_reasons(request: Request) -> list[str]:
     return reasons
 
 
-def _native(
-    queries: Tensor,
-    database: Tensor,
-    k: int,
-    metric: Metric,
-    ranks: Tensor | None,
-    selection: Selection,
-    workspace_bytes: int,
-    plane: Plane | None,
-) -> tuple[Tensor, Tensor]:
-    compiles = LIBRARY.load(instruction_options(device_facts("cpu"))) is not None
-    first = native_first if compiles else eager_first
-    return knn_exact(queries, database, k, metric, ranks, selection, workspace_bytes, plane, first)
-
-
 def _native_reasons(request: Request) -> list[str]:
-    facts = device_facts(request.device)
-    reasons = native_reasons(facts)
-    if not reasons and LIBRARY.has_failed(instruction_options(facts)):
-        reasons.append("its C++ code does not compile here; see the log")
+    reasons = library_reasons(request.device)
     if request.screen not in ("int8", "fp32"):
         reasons.append("there is no screening plane in int8 or float32 to run C++ code on")
     return reasons
 
 
 def _uncompiled_reasons(request: Request) -> list[str]:
-    if LIBRARY.is_ready(instruction_options(device_facts(request.device))):
-        return []
-    return _small_reasons(request)
+    return [] if library_is_ready(request.device) else small_reasons(request)
 
 
 def _compiled_reasons(request: Request) -> list[str]:
@@ -115,7 +94,8 @@ def _compiled_reasons(request: Request) -> list[str]:
     return reasons
 
 
-def _small_reasons(request: Request) -> list[str]:
+def small_reasons(request: Request) -> list[str]:
+    """Return why compiling does not repay for a call; empty where it does."""
     work = _eager_milliseconds(request)
     if work < _WORTH_COMPILING:
         return [f"about {work:.2g} ms of eager work do not repay compiling"]
@@ -124,12 +104,17 @@ def _small_reasons(request: Request) -> list[str]:
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", _triton, _triton_reasons),
-    Implementation("native", _native, _native_reasons, _uncompiled_reasons),
+    Implementation(
+        "native",
+        functools.partial(knn_exact, first_search=native_first),
+        _native_reasons,
+        _uncompiled_reasons,
+    ),
     Implementation(
         "compiled",
         functools.partial(knn_exact, first_search=compiled_first),
         _compiled_reasons,
-        _small_reasons,
+        small_reasons,
     ),
     Implementation("eager", knn_exact, float64_reasons),
 )

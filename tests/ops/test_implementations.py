@@ -31,7 +31,7 @@ def automatic(call):
 
 
 def no_native(monkeypatch):
-    monkeypatch.setattr("elips_torch.ops.knn.native_reasons", lambda facts: ["no C++ here"])
+    monkeypatch.setattr("elips_torch.ops.knn.library_reasons", lambda device: ["no C++ here"])
 
 
 def test_small_searches_never_compile_and_large_ones_do(monkeypatch):
@@ -67,7 +67,7 @@ def test_native_code_says_why_it_cannot_serve(monkeypatch):
 def test_native_code_that_does_not_compile_leaves_the_search_to_torch(monkeypatch, caplog, tmp_path):
     (tmp_path / "search.cpp").write_text("this is no C++\n")
     monkeypatch.setattr("elips_torch.core.native.cache_folder", lambda: tmp_path)
-    monkeypatch.setattr("elips_torch.ops.knn.LIBRARY", NativeLibrary(tmp_path / "search.cpp"))
+    monkeypatch.setattr("elips_torch.kernels.search_native.LIBRARY", NativeLibrary(tmp_path / "search.cpp"))
     queries, database = data(n_rows=30_000, n_queries=600)
     index = FlatIndex(24)
     index.add(database)

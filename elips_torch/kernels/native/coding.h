@@ -11,7 +11,7 @@ extern "C" {
 // All pointers are to contiguous memory that outlives the call.
 struct Coding {
     const double* queries;  // (Q, D)
-    const float* mean;      // (D,), or null where it is zero
+    const float* mean;      // (D,)
     // Results: (Q, D) codes, float32 or int8; (3, Q) scale and factors of residual and norm; (Q,) each.
     void* codes;
     float* terms;
@@ -28,9 +28,11 @@ struct Coding {
 };
 }
 
-static inline float coded(double value, double, float*) { return static_cast<float>(value); }
-static inline int8_t coded(double value, double scale, int8_t*) {
-    return static_cast<int8_t>(std::min(127.0, std::max(-128.0, std::nearbyint(value / scale))));
+// The code that a value becomes, as a number.
+static inline double coded(double value, double, float*) { return static_cast<float>(value); }
+static inline double coded(double value, double scale, int8_t*) {
+    const double code = std::rint(value / scale);
+    return code > 127.0 ? 127.0 : code < -128.0 ? -128.0 : code;
 }
 
 template <class Code>
@@ -39,36 +41,45 @@ static void code_query(const Coding& c, int64_t q, double mean_length, double* w
     constexpr double SMALLEST_SCALE = 1.0 / (1ull << 60);
     constexpr double LEAST_FACTOR = SMALLEST_SCALE * SMALLEST_SCALE;
     const double* query = c.queries + q * c.dim;
+    const int dim = c.dim;
     double size = 1.0;
     if (c.metric == COSINE) {
         double square = 0.0;
-        for (int i = 0; i < c.dim; ++i) square += query[i] * query[i];
+#pragma omp simd reduction(+ : square)
+        for (int i = 0; i < dim; ++i) square += query[i] * query[i];
         size = std::sqrt(square);
     }
-    double square = 0.0, product = 0.0, largest = 0.0;
-    bool usable = true;
-    for (int i = 0; i < c.dim; ++i) {
-        double value = query[i];
-        const double mean = c.mean ? c.mean[i] : 0.0;
-        if (c.metric == COSINE) value = size > 0.0 ? value / size : 0.0;
-        if (c.metric == L2) value -= mean;
-        product += value * mean;
-        square += value * value;
-        largest = std::max(largest, std::fabs(value));
-        usable &= std::fabs(value) < c.largest;  // NaN is not
-        wide[i] = value;
+    for (int i = 0; i < dim; ++i) {
+        if (c.metric == COSINE)
+            wide[i] = size > 0.0 ? query[i] / size : 0.0;
+        else
+            wide[i] = c.metric == L2 ? query[i] - c.mean[i] : query[i];
     }
+    double square = 0.0, product = 0.0, largest = 0.0;
+    int unusable = 0;
+#pragma omp simd reduction(+ : square, product, unusable) reduction(max : largest)
+    for (int i = 0; i < dim; ++i) {
+        const double value = std::fabs(wide[i]);
+        product += wide[i] * c.mean[i];
+        square += value * value;
+        largest = value > largest ? value : largest;
+        unusable += value < c.largest ? 0 : 1;  // NaN is not below
+    }
+    const bool usable = unusable == 0;
     const float scale =
         IS_INT8 && usable ? static_cast<float>(std::max(largest / 127.0, SMALLEST_SCALE)) : 1.0f;
-    Code* codes = static_cast<Code*>(c.codes) + q * c.dim;
+    Code* codes = static_cast<Code*>(c.codes) + q * dim;
+    if (!usable) std::fill(wide, wide + dim, 0.0);
     double length = 0.0, residual = 0.0;
-    for (int i = 0; i < c.dim; ++i) {
-        const double value = usable ? wide[i] : 0.0;
-        codes[i] = coded(value, scale, static_cast<Code*>(nullptr));
-        const double code = codes[i] * static_cast<double>(scale);
+    const double step = scale;
+#pragma omp simd reduction(+ : length, residual)
+    for (int i = 0; i < dim; ++i) {
+        const double code = coded(wide[i], step, static_cast<Code*>(nullptr)) * step;
         length += code * code;
-        residual += (value - code) * (value - code);
+        residual += (wide[i] - code) * (wide[i] - code);
     }
+    for (int i = 0; i < dim; ++i)
+        codes[i] = static_cast<Code>(coded(wide[i], step, static_cast<Code*>(nullptr)));
     length = std::sqrt(length);
     residual = std::sqrt(residual);
     const double unit = 1.0 / 16777216.0, lost = c.rounded * unit;

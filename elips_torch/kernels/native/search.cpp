@@ -23,6 +23,7 @@ struct Arguments {
     // The plane: (N, D) codes, float32 or int8, and (N, 4) scale, residual, norm and bias.
     const void* codes;
     const float* terms;
+    const int64_t* names;  // (N,), what callers call each row; null where that is its number
     int64_t n_rows;
     // Inverted lists: null, or (L,) first slot and number of slots of each; (S,) the row in each slot; and
     // (Q, P) lists that each query searches, -1 for none. Without them all rows are searched.
@@ -38,14 +39,14 @@ struct Arguments {
     const double* rounding;  // (Q,)
     const double* offsets;   // (Q,)
     const uint8_t* usable;   // (Q,)
-    // What a query may see: null for everything, else bytes (N,) or, by rows of a matrix, (*, N); and
+    // What a query may see, by the rows' names: null for everything, else bytes (N,) or, by rows of a matrix, (*, N); and
     // (Q, M) row numbers to leave out, ascending.
     const uint8_t* mask;
     const int64_t* mask_rows;  // (Q,), which row of the mask; null where all share one
     int64_t mask_stride;       // bytes between rows of the mask
     const int64_t* exclude;
     int64_t n_excluded;
-    // The vectors: (N, D) float32, float16 or bfloat16; (Q, D) float64; (N,) or null, order of ties.
+    // The vectors: (N, D) float32, float16 or bfloat16; (Q, D) float64; order of ties by name, or null.
     const void* vectors;
     const double* queries;
     const int64_t* ranks;
@@ -73,6 +74,8 @@ struct Arguments {
 
 enum Status : uint8_t { CERTIFIED = 0, UNCERTIFIED = 1, UNSURE = 2 };
 }
+
+static inline int64_t name_of(const Arguments& a, int64_t row) { return a.names ? a.names[row] : row; }
 
 namespace {
 
@@ -298,7 +301,7 @@ class Scan {
     void keep(const Chunk& c, int r, Block<Code>& block, int i, float upper) {
         if (i >= block.n) return;
         const int64_t q = block.queries[i], row = c.row(r);
-        if (!sees(q, row)) return;
+        if (!sees(q, name_of(a_, row))) return;
         const float rest = a_.slack == 0.0f ? 0.0f : c.norm[r] * c.norm[r] * a_.slack;
         const float error =
             (block.residual[i] * c.residual[r] + block.norm[i] * c.norm[r] + (rest + FLOOR)) * (1.0f + 1e-6f);
@@ -316,7 +319,7 @@ class Scan {
         }
     }
 
-    bool hidden(int64_t row) const { return a_.mask && !a_.mask_rows && !a_.mask[row]; }
+    bool hidden(int64_t row) const { return a_.mask && !a_.mask_rows && !a_.mask[name_of(a_, row)]; }
 
     template <int ROWS, int VECTORS>
     void tiles(const Chunk& c, Block<Code>& block) {
@@ -434,7 +437,7 @@ int64_t stride_of(int64_t n) {
 struct Found {
     float key;  // ascends
     int64_t rank;
-    int32_t row;
+    int64_t name;
     bool operator<(const Found& other) const {
         return key < other.key || (key == other.key && rank < other.rank);
     }
@@ -484,7 +487,8 @@ class Ranking {
                 sure &= result.sure;
             }
             all.upper[i] = value;
-            found_[i] = {descends ? -value : value, a_.ranks ? a_.ranks[row] : row, all.rows[i]};
+            const int64_t name = name_of(a_, row);
+            found_[i] = {descends ? -value : value, a_.ranks ? a_.ranks[name] : name, name};
         }
         const int n = std::min(all.n, a_.k);
         Found* last = found_.get() + all.n;
@@ -492,7 +496,7 @@ class Ranking {
         std::sort(found_.get(), found_.get() + n);
         for (int i = 0; i < n; ++i) {
             scores[i] = (descends ? -found_[i].key : found_[i].key) + 0.0f;
-            found[i] = found_[i].row;
+            found[i] = found_[i].name;
         }
         a_.status[q] = sure ? CERTIFIED : UNSURE;
     }
@@ -619,7 +623,7 @@ int elips_code(const Coding* coding) {
     const Coding& c = *coding;
     if (c.code_type != 0 && c.code_type != 1) return 2;
     double mean_length = 0.0;
-    for (int i = 0; c.mean && i < c.dim; ++i) mean_length += double(c.mean[i]) * c.mean[i];
+    for (int i = 0; i < c.dim; ++i) mean_length += double(c.mean[i]) * c.mean[i];
     mean_length = std::sqrt(mean_length);
     bool ready = true;
 #pragma omp parallel num_threads(c.n_threads) if (c.n_threads > 1 && c.n_queries > 16)
