@@ -28,7 +28,11 @@ from elips_torch.ops.explain import explain
 from elips_torch.ops.knn import knn
 from elips_torch.ops.pairwise_distance import pairwise_distance
 from elips_torch.ops.range_search import range_search
+from elips_torch.quantizers.itq import ITQ
 from elips_torch.quantizers.kmeans import KMeans
+from elips_torch.quantizers.opq import OPQ
+from elips_torch.quantizers.pca import PCA
+from elips_torch.quantizers.transforms import L2Normalize, RandomRotation
 
 try:
     __version__ = version("elips-torch")
@@ -36,7 +40,10 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "ITQ",
     "METRICS",
+    "OPQ",
+    "PCA",
     "ArgumentError",
     "DeviceError",
     "DtypeError",
@@ -48,10 +55,12 @@ __all__ = [
     "Index",
     "IndexFileError",
     "KMeans",
+    "L2Normalize",
     "MetricError",
     "NonFiniteError",
     "NotFittedError",
     "ParameterError",
+    "RandomRotation",
     "RangeResult",
     "SearchResult",
     "ShapeError",
