@@ -24,6 +24,8 @@ from elips_torch.distributed import prepare_for_ddp
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.catalog import load_index
 from elips_torch.indexes.flat import FlatIndex
+from elips_torch.indexes.refine import RefineIndex
+from elips_torch.indexes.wrappers import PreTransformIndex
 from elips_torch.ops.explain import explain
 from elips_torch.ops.knn import knn
 from elips_torch.ops.pairwise_distance import pairwise_distance
@@ -60,8 +62,10 @@ __all__ = [
     "NonFiniteError",
     "NotFittedError",
     "ParameterError",
+    "PreTransformIndex",
     "RandomRotation",
     "RangeResult",
+    "RefineIndex",
     "SearchResult",
     "ShapeError",
     "UnknownIdError",
