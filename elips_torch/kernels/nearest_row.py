@@ -82,8 +82,8 @@ class _Tables:
         self.base[:n] = base
 
     def costs(self, queries: Tensor, start: int, stop: int) -> Tensor:
-        """Return approximate costs ``(Q, stop - start)`` of centred queries."""
-        return torch.addmm(self.base[None, start:stop], queries, self.weights[start:stop].T)
+        """Return approximate costs ``(stop - start, Q)`` of centred queries."""
+        return torch.addmm(self.base[start:stop, None], self.weights[start:stop], queries.T)
 
     def centred(self, queries: Tensor) -> Tensor:
         """Return the queries as `costs` takes them."""
@@ -115,15 +115,17 @@ class _Tables:
 
     def _smallest(self, centred: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the smallest and the second smallest cost of some rows, and the row of the smallest."""
-        costs = self.costs(centred, start, stop).view(len(centred), self.group, -1)
+        # Minima over the first axis run along the queries, which lie side by side.
+        costs = self.costs(centred, start, stop).view(-1, self.group, len(centred))
         minima = costs.amin(1)
-        best, column = minima.min(1, keepdim=True)
-        members = costs.gather(2, column[:, None].expand(-1, self.group, 1))[:, :, 0]
-        member = members.argmin(1, keepdim=True)
-        elsewhere = minima.scatter_(1, column, torch.inf).amin(1)
-        second = torch.minimum(elsewhere, members.scatter_(1, member, torch.inf).amin(1))
-        nearest = start + member * minima.shape[1] + column
-        return best[:, 0], second, nearest[:, 0]
+        best, group = minima.min(0, keepdim=True)
+        members = costs.gather(0, group[:, None].expand(-1, self.group, -1))[0]
+        # The same as `argmin`, and several times faster.
+        member = members.min(0, keepdim=True).indices
+        elsewhere = minima.scatter_(0, group, torch.inf).amin(0)
+        second = torch.minimum(elsewhere, members.scatter_(0, member, torch.inf).amin(0))
+        nearest = start + group * self.group + member
+        return best[0], second, nearest[0]
 
     def decide(self, queries: Tensor, limit: Tensor, workspace_bytes: int) -> Tensor:
         """Return the nearest row ``(Q,)`` by the definition, among those within the limit."""
@@ -141,8 +143,8 @@ class _Tables:
             centred = self.centred(part)
             for start, stop in spans(len(self.database), tiles.rows):
                 costs = self.costs(centred, start, stop)
-                # Not another product: it may err otherwise by its shape, within the same bound.
-                owner, row = (~(costs > limit[first:last, None])).nonzero().unbind(1)
+                # This product may round otherwise than the one before, within the same bound.
+                row, owner = (~(costs > limit[None, first:last])).nonzero().unbind(1)
                 row = row + start
                 scores = score_pairs(self.metric, part, self.database, owner, row, workspace_bytes // 2)
                 found = order_keys(scores, row, self.metric.higher_is_better)
