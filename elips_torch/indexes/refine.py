@@ -30,7 +30,7 @@ class RefineIndex(WrapperIndex):
         k_factor: how many times k candidates the inner index is asked for, at least 1.
         dtype: how originals are stored: float32, float16, bfloat16 or float64.
         refine_device: where the originals lie, whatever device the rest moves to; default is with the
-            rest. Candidates then travel at each search.
+            rest. Candidates then travel at each search. Files do not say it.
 
     Attributes:
         index: the inner index; what it knows, such as ``index.list_sizes()``, is asked there.
@@ -94,7 +94,6 @@ class RefineIndex(WrapperIndex):
             "index": self._inner_config(),
             "k_factor": self.k_factor,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "refine_device": None if self.refine_device is None else str(self.refine_device),
         }
 
     @classmethod
@@ -103,7 +102,7 @@ class RefineIndex(WrapperIndex):
         if name not in known_indexes():
             raise IndexFileError(f"there is no class {name}; import it first")
         index = known_indexes()[name]._from_config(inner, device)
-        return cls(index, config["k_factor"], dtype, refine_device=config["refine_device"])
+        return cls(index, config["k_factor"], dtype)
 
     # Rows: the inner index changes first, because it may refuse.
 
@@ -125,12 +124,7 @@ class RefineIndex(WrapperIndex):
         """Store vectors under new ids; see `Index.add`."""
         originals = self._originals(vectors)
         labels = self.index.add(vectors, ids)
-        if labels.numel():
-            try:
-                self._append_rows({"vectors": originals})
-            except (MemoryError, RuntimeError):
-                self.index.remove(labels)
-                raise
+        self._append_originals(originals, labels)
         return labels
 
     @untraced
@@ -141,13 +135,22 @@ class RefineIndex(WrapperIndex):
         rows = self._rows_of(labels).to(originals.device)
         self.index.upsert(vectors, labels)
         new = rows < 0
-        if bool(new.any()):
-            self._append_rows({"vectors": originals[new]})
+        self._append_originals(originals[new], labels[new.to(labels.device)])
         self._overwrite_rows(rows[~new], {"vectors": originals[~new]})
         return labels
 
     def _originals(self, vectors: Tensor) -> Tensor:
         return self._check_new(vectors).to(self.vectors.device)
+
+    def _append_originals(self, originals: Tensor, labels: Tensor) -> None:
+        if not labels.numel():
+            return
+        try:
+            self._append_rows({"vectors": originals})
+        except (MemoryError, RuntimeError):
+            # The inner index has them already.
+            self.index.remove(labels)
+            raise
 
     # Searches.
 

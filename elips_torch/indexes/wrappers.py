@@ -163,7 +163,7 @@ class PreTransformIndex(WrapperIndex):
 
     Vectors and queries go through the transform; scores are those of the transformed. With gradients they
     reach the queries through it. `reconstruct` gives `transform.reverse` of what the inner index
-    stores: what the transform leaves out does not come back.
+    stores: what the transform leaves out does not come back. Before training the transform anew, `reset`.
 
     Args:
         transform: a `PCA`, `OPQ`, `RandomRotation`, `ITQ` or `L2Normalize`, or a class of your own. `fit`

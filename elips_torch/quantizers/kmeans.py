@@ -12,7 +12,7 @@ from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, spans
 from elips_torch.core.validation import check_k, check_values, check_vectors, check_workspace
 from elips_torch.ops.assign import assign
-from elips_torch.quantizers.learned import Learned, check_count, learning
+from elips_torch.quantizers.learned import Learned, check_count, in_float32, learning
 from elips_torch.quantizers.lloyd import (
     batch_step,
     full_step,
@@ -147,7 +147,7 @@ class KMeans(Learned):
             NotFittedError: before `fit`.
             ElipsError: the vectors do not fit.
         """
-        self._check(vectors)
+        vectors = self._checked(vectors)
         return assign(vectors, self.centroids, self.metric, self.workspace_bytes)
 
     def quantization_error(self, vectors: Tensor) -> float:
@@ -177,6 +177,7 @@ class KMeans(Learned):
             NonFiniteError: NaN or infinity.
         """
         check_vectors("vectors", vectors)
+        vectors = in_float32(vectors)
         n, dim = vectors.shape
         if n < self.k:
             raise ArgumentError(f"vectors has {n} rows, expected at least k = {self.k}")
@@ -196,7 +197,7 @@ class KMeans(Learned):
                 stacklevel=2,
             )
         with learning(vectors.device):
-            learned, history = self._learn(vectors.detach(), centroids)
+            learned, history = self._learn(vectors, centroids)
         self.centroids, self.history = learned, history
         return self
 
@@ -278,12 +279,14 @@ class KMeans(Learned):
         vectors = vectors.float().contiguous()
         return normalised(vectors, vectors) if self.metric == "cosine" else vectors
 
-    def _check(self, vectors: Tensor) -> None:
+    def _checked(self, vectors: Tensor) -> Tensor:
         if not self.is_trained:
             raise NotFittedError("KMeans has no centroids yet; call fit(vectors) first")
         check_vectors("vectors", vectors, dim=self.dim, owner="KMeans", device=self.centroids.device)
+        vectors = in_float32(vectors)
         if vectors.device.type == "cpu" and not torch.compiler.is_compiling():
             check_values("vectors", vectors, self._metric)
+        return vectors
 
 
 def _ticks(total: int, show: bool) -> Iterable[int]:

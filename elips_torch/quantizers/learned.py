@@ -102,6 +102,12 @@ def check_count(name: str, value: int, least: int = 1) -> int:
     return value
 
 
+def in_float32(vectors: Tensor) -> Tensor:
+    """Return vectors without their history, float64 rounded: what float32 cannot hold becomes infinite."""
+    vectors = vectors.detach()
+    return vectors.float() if vectors.dtype == torch.float64 else vectors
+
+
 @contextmanager
 def learning(device: torch.device) -> Iterator[None]:
     """Compute what is learned free of the caller's modes: gradients, inference mode, autocast.

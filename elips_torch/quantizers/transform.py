@@ -10,7 +10,7 @@ from elips_torch.core.errors import NotFittedError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.validation import check_device, check_values, check_vectors
 from elips_torch.ops.linear_map import apply_linear_map
-from elips_torch.quantizers.learned import Learned, check_count, learning
+from elips_torch.quantizers.learned import Learned, check_count, in_float32, learning
 from elips_torch.quantizers.seeding import sample_rows
 
 # Any finite value can be transformed.
@@ -68,9 +68,10 @@ class Transform(Learned, ABC):
             ElipsError: vectors of wrong type, shape, dtype or value, or too few.
         """
         check_vectors("vectors", vectors, dim=self.dim_in, owner=type(self).__name__)
+        vectors = in_float32(vectors)
         check_values("vectors", vectors, _ANY_FINITE)
         with learning(vectors.device):
-            self._buffers.update(self._learn(vectors.detach().float()))
+            self._buffers.update(self._learn(vectors.float()))
         return self
 
     def forward(self, vectors: Tensor) -> Tensor:
