@@ -26,11 +26,17 @@ from elips_torch.indexes.base import Index
 from elips_torch.indexes.catalog import load_index
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.ivf_flat import IVFFlatIndex
+from elips_torch.indexes.refine import RefineIndex
+from elips_torch.indexes.wrappers import PreTransformIndex
 from elips_torch.ops.explain import explain
 from elips_torch.ops.knn import knn
 from elips_torch.ops.pairwise_distance import pairwise_distance
 from elips_torch.ops.range_search import range_search
+from elips_torch.quantizers.itq import ITQ
 from elips_torch.quantizers.kmeans import KMeans
+from elips_torch.quantizers.opq import OPQ
+from elips_torch.quantizers.pca import PCA
+from elips_torch.quantizers.transforms import L2Normalize, RandomRotation
 
 try:
     __version__ = version("elips-torch")
@@ -38,7 +44,10 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "ITQ",
     "METRICS",
+    "OPQ",
+    "PCA",
     "ArgumentError",
     "DeviceError",
     "DtypeError",
@@ -51,12 +60,16 @@ __all__ = [
     "Index",
     "IndexFileError",
     "KMeans",
+    "L2Normalize",
     "MetricError",
     "NonFiniteError",
     "NotEmptyError",
     "NotFittedError",
     "ParameterError",
+    "PreTransformIndex",
+    "RandomRotation",
     "RangeResult",
+    "RefineIndex",
     "SearchResult",
     "ShapeError",
     "UnknownIdError",

@@ -9,9 +9,11 @@ from elips_torch.indexes.base import Index, known_indexes
 from elips_torch.indexes.files import read_index_file
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.ivf_flat import IVFFlatIndex
+from elips_torch.indexes.refine import RefineIndex
+from elips_torch.indexes.wrappers import PreTransformIndex
 
 # The library's own; importing this module makes all of them known.
-INDEXES: tuple[type[Index], ...] = (FlatIndex, IVFFlatIndex)
+INDEXES: tuple[type[Index], ...] = (FlatIndex, IVFFlatIndex, PreTransformIndex, RefineIndex)
 
 
 def load_index(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Index:
