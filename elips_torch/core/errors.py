@@ -48,6 +48,10 @@ class ParameterError(ElipsError, TypeError):
     """A search parameter does not exist for this index."""
 
 
+class NotFittedError(ElipsError, RuntimeError):
+    """`fit` has not been called yet."""
+
+
 class ImplementationError(ElipsError, RuntimeError):
     """No implementation, or not the requested one, can serve the call."""
 

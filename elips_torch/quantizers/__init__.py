@@ -1,0 +1,1 @@
+"""Modules that learn a code for vectors: centroids, codebooks, ranges."""
