@@ -13,6 +13,7 @@ from elips_torch.core.errors import (
     IndexFileError,
     MetricError,
     NonFiniteError,
+    NotEmptyError,
     NotFittedError,
     ParameterError,
     ShapeError,
@@ -24,6 +25,7 @@ from elips_torch.distributed import prepare_for_ddp
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.catalog import load_index
 from elips_torch.indexes.flat import FlatIndex
+from elips_torch.indexes.sq import SQIndex
 from elips_torch.ops.explain import explain
 from elips_torch.ops.knn import knn
 from elips_torch.ops.pairwise_distance import pairwise_distance
@@ -48,9 +50,11 @@ __all__ = [
     "IndexFileError",
     "MetricError",
     "NonFiniteError",
+    "NotEmptyError",
     "NotFittedError",
     "ParameterError",
     "RangeResult",
+    "SQIndex",
     "SearchResult",
     "ShapeError",
     "UnknownIdError",

@@ -52,6 +52,10 @@ class NotFittedError(ElipsError, RuntimeError):
     """`fit` has not been called yet."""
 
 
+class NotEmptyError(ElipsError, RuntimeError):
+    """`fit` is called on an index that holds vectors, which what it learned before has encoded."""
+
+
 class ImplementationError(ElipsError, RuntimeError):
     """No implementation, or not the requested one, can serve the call."""
 

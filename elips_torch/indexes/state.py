@@ -154,11 +154,15 @@ class RowState(RowTensors):
         self._id_map.rebuild(self.ids)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        ids = self.ids
+        tensors = {name: getattr(self, name) for name in self.row_tensors}
+        integers = {name: each for name, each in tensors.items() if not each.is_floating_point()}
+        # Nothing else may keep memory that is on its way out.
+        del tensors
         super()._apply(fn, recurse)
-        if self.ids.dtype != torch.int64:
-            # `Module.type` casts every tensor; a label is no number to round.
-            self._buffers["ids"] = ids.to(self.ids.device)
+        for name, tensor in integers.items():
+            if getattr(self, name).dtype != tensor.dtype:
+                # `Module.type` casts every tensor; a label or a code is no number to round.
+                self._buffers[name] = tensor.to(self.ids.device)
         self._id_map.move(self.ids)
         return self
 

@@ -1,0 +1,235 @@
+"""Search among vectors that are stored as codes.
+
+A score is the metric's definition on the decoded vector, so every implementation gives the same result:
+that of exact search among the decoded vectors.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.dispatch import (
+    Explanation,
+    Implementation,
+    Request,
+    choose,
+    explain_choice,
+    float64_reasons,
+)
+from elips_torch.core.execution import plain_arithmetic
+from elips_torch.core.metric import Metric
+from elips_torch.core.ordering import order_keys
+from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, spans
+from elips_torch.core.validation import bad_queries
+from elips_torch.kernels.coded_rows import Decoder
+from elips_torch.kernels.knn_blocks import merge_results
+from elips_torch.kernels.selection import Selection
+from elips_torch.ops.knn import run_knn, screen_for_call
+from elips_torch.ops.range_search import run_range_search
+
+# Share of the workspace for the vectors of a block and for decoding them; the rest is for searching it.
+_BLOCK_SHARE = 0.5
+# Bytes that decoding takes per feature: the vector and temporaries.
+_FEATURE_BYTES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedRequest(Request):
+    """A search among codes as the choice of an implementation sees it.
+
+    Attributes:
+        code_size: bytes per code.
+    """
+
+    code_size: int = 0
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, in {self.code_size} bytes a vector"
+
+
+def explain_coded_search(
+    queries: Tensor, codes: Tensor, decoder: Decoder, metric: Metric, k: int, implementation: str
+) -> Explanation:
+    """Print which implementation would serve a search and why the others would not."""
+    request = _request(queries, codes, decoder, metric, k)
+    explanation = explain_choice("coded_search", IMPLEMENTATIONS, request, implementation)
+    print(explanation)
+    return explanation
+
+
+def _request(
+    queries: Tensor, codes: Tensor, decoder: Decoder, metric: Metric, k: int | None = None
+) -> CodedRequest:
+    """Describe a search of ``(Q, D)`` queries among ``(N, code_size)`` codes."""
+    return CodedRequest(
+        device=queries.device,
+        query_dtype=queries.dtype,
+        dtype=torch.float32,
+        n_queries=queries.shape[0],
+        n_rows=codes.shape[0],
+        dim=decoder.dim,
+        metric=metric,
+        k=k,
+        code_size=codes.shape[1],
+    )
+
+
+def run_coded_search(
+    queries: Tensor,  # (Q, D)
+    codes: Tensor,  # (N, code_size) uint8
+    decoder: Decoder,
+    k: int,
+    metric: Metric,
+    *,
+    ranks: Tensor | None = None,
+    selection: Selection = Selection(),
+    implementation: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    check_finite: bool = True,
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Choose an implementation and run it.
+
+    Args:
+        queries: ``(Q, D)``.
+        codes: ``(N, code_size)``.
+        decoder: gives their vectors.
+        k: number of neighbours.
+        metric: the distance kind.
+        ranks: ``(N,)`` int64, place of each row's id among the sorted ids, which decides ties; None where
+            the ids ascend with the rows.
+        selection: rows that each query may see.
+        implementation: "auto" or a name.
+        workspace_bytes: limit on temporary memory, in bytes.
+        check_finite: look for queries that hold NaN or infinity.
+
+    Returns:
+        Scores and row numbers, -1 where there are fewer than k.
+    """
+    request = _request(queries, codes, decoder, metric, k)
+    chosen = choose("coded_search", IMPLEMENTATIONS, request, implementation)
+    with plain_arithmetic(queries.device):
+        bad = bad_queries(queries, metric) if check_finite else None
+        scores, rows = chosen.run(queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
+        if bad is not None:
+            scores.masked_fill_(bad[:, None], torch.nan)
+            rows.masked_fill_(bad[:, None], -1)
+    return scores, rows
+
+
+def search_decoded(
+    queries: Tensor,  # (Q, D)
+    codes: Tensor,  # (N, code_size)
+    decoder: Decoder,
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,  # (N,) int64
+    selection: Selection,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Decode block by block, search each as plain vectors, and merge."""
+    rest = workspace_bytes - int(workspace_bytes * _BLOCK_SHARE)
+    found: tuple[Tensor, Tensor] | None = None
+    for start, stop in _blocks(codes, decoder, workspace_bytes):
+        block = decoder.decode(codes[start:stop])
+        scores, rows = run_knn(
+            queries,
+            block,
+            k,
+            metric,
+            ranks=None if ranks is None else ranks[start:stop].argsort().argsort(),
+            selection=selection.for_rows(start, stop),
+            workspace_bytes=rest,
+            check_finite=False,
+            screen=screen_for_call("auto", queries, block, metric),
+        )
+        rows = torch.where(rows < 0, rows, rows + start)
+        found = (scores, rows) if found is None else merge_results(found, (scores, rows), metric, ranks)
+    if found is None:
+        shape = (queries.shape[0], k)
+        scores = torch.full(shape, metric.worst, dtype=torch.float32, device=queries.device)
+        return scores, torch.full(shape, -1, dtype=torch.int64, device=queries.device)
+    return found
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Implementation("decoded", search_decoded, float64_reasons),)
+
+
+def run_coded_range_search(
+    queries: Tensor,  # (Q, D)
+    codes: Tensor,  # (N, code_size) uint8
+    decoder: Decoder,
+    radius: Tensor,  # (Q,) float32
+    metric: Metric,
+    *,
+    ranks: Tensor | None = None,
+    selection: Selection = Selection(),
+    implementation: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    check_finite: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
+    """Choose an implementation of range search and run it.
+
+    The arguments are those of `run_coded_search`, the results those of `run_range_search`.
+    """
+    request = _request(queries, codes, decoder, metric)
+    chosen = choose("coded_range_search", RANGE_IMPLEMENTATIONS, request, implementation)
+    result: tuple[Tensor, Tensor, Tensor] = chosen.run(
+        queries, codes, decoder, radius, metric, ranks, selection, workspace_bytes, check_finite
+    )
+    return result
+
+
+def range_search_decoded(
+    queries: Tensor,  # (Q, D)
+    codes: Tensor,  # (N, code_size)
+    decoder: Decoder,
+    radius: Tensor,  # (Q,) float32
+    metric: Metric,
+    ranks: Tensor | None,  # (N,) int64
+    selection: Selection,
+    workspace_bytes: int,
+    check_finite: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
+    """Decode block by block, search each as plain vectors, and merge."""
+    rest = workspace_bytes - int(workspace_bytes * _BLOCK_SHARE)
+    device = queries.device
+    owners = [torch.empty(0, dtype=torch.int64, device=device)]
+    scores = [torch.empty(0, dtype=torch.float32, device=device)]
+    rows = [torch.empty(0, dtype=torch.int64, device=device)]
+    # An empty database is one empty block: its queries are checked, too.
+    for start, stop in _blocks(codes, decoder, workspace_bytes) or [(0, 0)]:
+        lims, block_scores, block_rows = run_range_search(
+            queries,
+            decoder.decode(codes[start:stop]),
+            radius,
+            metric,
+            ranks=None if ranks is None else ranks[start:stop].argsort().argsort(),
+            selection=selection.for_rows(start, stop),
+            workspace_bytes=rest,
+            check_finite=check_finite,
+        )
+        owners.append(torch.repeat_interleave(lims.diff()))
+        scores.append(block_scores)
+        rows.append(block_rows + start)
+    owner, score, row = torch.cat(owners), torch.cat(scores), torch.cat(rows)
+    lims = torch.zeros(queries.shape[0] + 1, dtype=torch.int64, device=device)
+    lims[1:] = torch.bincount(owner, minlength=queries.shape[0]).cumsum(0)
+    if len(rows) > 2:
+        # Two stable sorts: by key, then by query.
+        place = row if ranks is None else ranks[row]
+        order = order_keys(score, place, metric.higher_is_better).argsort()
+        order = order[owner[order].argsort(stable=True)]
+        score, row = score[order], row[order]
+    return lims, score, row
+
+
+RANGE_IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("decoded", range_search_decoded, float64_reasons),
+)
+
+
+def _blocks(codes: Tensor, decoder: Decoder, workspace_bytes: int) -> list[tuple[int, int]]:
+    """Return the first and last rows of blocks whose vectors fit the workspace."""
+    rows = int(workspace_bytes * _BLOCK_SHARE) // (_FEATURE_BYTES * decoder.dim)
+    return list(spans(codes.shape[0], max(1, rows)))
