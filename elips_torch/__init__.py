@@ -30,6 +30,7 @@ from elips_torch.ops.explain import explain
 from elips_torch.ops.knn import knn
 from elips_torch.ops.pairwise_distance import pairwise_distance
 from elips_torch.ops.range_search import range_search
+from elips_torch.quantizers.kmeans import KMeans
 
 try:
     __version__ = version("elips-torch")
@@ -48,6 +49,7 @@ __all__ = [
     "ImplementationError",
     "Index",
     "IndexFileError",
+    "KMeans",
     "MetricError",
     "NonFiniteError",
     "NotEmptyError",

@@ -35,6 +35,7 @@ OWNERS = {
     "triton": "kernels",
     "lightning": "lightning",
     "matplotlib": "evaluation",
+    "tqdm": "quantizers",
 }
 LAZY = ("faiss", "cuvs", "lightning", "torchmetrics", "triton", "matplotlib", "torch._dynamo")
 

@@ -1,1 +1,1 @@
-"""Modules that learn a code for vectors: centroids, codebooks, ranges."""
+"""Modules that learn a coarser form of vectors: clusters, codes, linear maps."""

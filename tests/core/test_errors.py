@@ -15,6 +15,8 @@ BUILT_IN = {
     "UnknownIdError": KeyError,
     "MetricError": ValueError,
     "ParameterError": TypeError,
+    "NotFittedError": RuntimeError,
+    "NotEmptyError": RuntimeError,
     "ImplementationError": RuntimeError,
     "IndexFileError": ValueError,
 }
