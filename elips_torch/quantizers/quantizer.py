@@ -1,50 +1,36 @@
-"""What every quantizer shares: learned tensors as module state, and the checks of its verbs."""
+"""What every quantizer of vectors shares: its verbs and their checks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DtypeError, NotFittedError, ShapeError
 from elips_torch.core.execution import plain_arithmetic
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.validation import check_device, check_values, check_vectors
+from elips_torch.quantizers.learned import Learned, learning
 
 # Any finite value can be coded.
 _ANY_FINITE = resolve_metric("l2")
 
 
-class Quantizer(nn.Module, ABC):
+class Quantizer(Learned, ABC):
     """Codes vectors in a fixed number of bytes, after learning how from examples.
 
-    What it learns are float32 buffers that are empty until `fit`. A checkpoint restores them into any
-    quantizer with the same settings, fitted or not, and `half` or `double` leave them as they are:
-    codes mean the same for ever.
+    What it learns, `half` or `double` leave as it is: codes mean the same for ever.
 
     Args:
         dim: D, size of a vector.
         code_size: bytes per code.
-        learned: names of the learned buffers, and their shapes after `fit`.
-        device: where they lie.
+        device: where what is learned lies.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        code_size: int,
-        learned: Mapping[str, tuple[int, ...]],
-        device: torch.device | str | None,
-    ) -> None:
-        super().__init__()
+    def __init__(self, dim: int, code_size: int, device: torch.device | str | None) -> None:
+        super().__init__(device)
         self.dim = dim
         self.code_size = code_size
-        self._learned_shapes = learned
-        with torch.inference_mode(False):
-            for name, shape in learned.items():
-                empty = torch.empty((0, *shape[1:]), dtype=torch.float32, device=device)
-                self.register_buffer(name, empty)
 
     @abstractmethod
     def _learn(self, vectors: Tensor) -> dict[str, Tensor]:
@@ -57,11 +43,6 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:
         """Return float32 vectors ``(N, D)`` of codes ``(N, code_size)``."""
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether vectors can be coded."""
-        return all(getattr(self, name).shape[0] > 0 for name in self._learned_shapes)
 
     def fit(self, vectors: Tensor) -> Self:
         """Learn from ``(N, D)`` vectors; deterministic.
@@ -76,7 +57,7 @@ class Quantizer(nn.Module, ABC):
             ElipsError: vectors of wrong type, shape, dtype, device or value, or too few.
         """
         self._check("vectors", vectors, finite=True)
-        with torch.inference_mode(False), plain_arithmetic(vectors.device):
+        with learning(vectors.device):
             learned = self._learn(vectors.detach().float())
             self._buffers.update(learned)
         return self
@@ -132,34 +113,15 @@ class Quantizer(nn.Module, ABC):
         check_vectors(name, vectors, dim=self.dim, owner="the quantizer")
         self._check_place(name, vectors)
         if finite:
-            check_values(name, vectors, _ANY_FINITE)
+            # What is coded is float32, which holds less than float64.
+            check_values(name, vectors.float(), _ANY_FINITE)
 
     def _check_place(self, name: str, tensor: Tensor) -> None:
-        for learned in self._learned_shapes:
-            check_device(name, tensor, getattr(self, learned).device, "the quantizer")
+        check_device(name, tensor, getattr(self, self.learned_buffers[0]).device, "the quantizer")
 
     def _check_fitted(self, verb: str) -> None:
         if not self.is_trained:
             raise NotFittedError(f"{type(self).__name__}.{verb} was called before fit(vectors)")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: getattr(self, name) for name in self._learned_shapes}
-        with torch.inference_mode(False), torch.no_grad():
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            for name, old in before.items():
-                new = getattr(self, name)
-                if new.dtype != old.dtype:
-                    self._buffers[name] = old.to(new.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        with torch.inference_mode(False):
-            for name, shape in self._learned_shapes.items():
-                own, loaded = getattr(self, name), state_dict.get(prefix + name)
-                if isinstance(loaded, Tensor) and loaded.shape in (shape, (0, *shape[1:])):
-                    # Torch refuses another size; it fills this one, or puts the loaded one in its place.
-                    self._buffers[name] = own.new_empty(loaded.shape)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def check_dim(dim: int) -> int:

@@ -1,5 +1,7 @@
 """Scalar quantization: each feature by itself, in 4 to 16 bits."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,8 @@ class ScalarQuantizer(Quantizer):
         device: where the ranges lie.
 
     Attributes:
-        minimum: ``(D,)`` float32, the low end of each feature's range; ``(0,)`` before `fit`.
+        minimum: ``(D,)`` float32, the low end of each feature's range; empty before `fit` and for "fp16"
+            and "bf16".
         extent: ``(D,)`` float32, high end less low end, 0 for a constant feature.
 
     Raises:
@@ -45,6 +48,8 @@ class ScalarQuantizer(Quantizer):
     [0.75, 5.0]
     """
 
+    learned_buffers: ClassVar[tuple[str, ...]] = ("minimum", "extent")
+
     minimum: Tensor
     extent: Tensor
 
@@ -52,14 +57,22 @@ class ScalarQuantizer(Quantizer):
         if qtype not in QTYPES:
             raise ArgumentError(f"qtype is {qtype!r}, expected one of {', '.join(map(repr, QTYPES))}")
         bits = _BITS.get(qtype, 16)
-        ranges = {"minimum": (dim,), "extent": (dim,)} if qtype in _BITS else {}
-        super().__init__(check_dim(dim), packed_size(dim, bits), ranges, device)
+        super().__init__(check_dim(dim), packed_size(dim, bits), device)
         self.qtype = qtype
         self.bits = bits
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether vectors can be coded."""
+        return self.qtype in _FLOATS or super().is_trained
 
     def extra_repr(self) -> str:
         """Return what `repr` shows."""
         return f"dim={self.dim}, qtype={self.qtype!r}"
+
+    def _expected_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        shape = (0 if self.qtype in _FLOATS else self.dim,)
+        return {"minimum": shape, "extent": shape}
 
     def _learn(self, vectors: Tensor) -> dict[str, Tensor]:
         if self.qtype in _FLOATS:

@@ -122,6 +122,8 @@ def test_bad_input_is_refused():
         quantizer.decode(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ArgumentError, match="0 rows"):
         quantizer.fit(torch.rand(0, 3))
+    with pytest.raises(NonFiniteError, match="row 0"):
+        quantizer.fit(torch.full((2, 3), 1e200, dtype=torch.float64))
     with pytest.raises(NonFiniteError, match="feature 1"):
         quantizer.fit(torch.tensor([[0.0, -3e38, 0.0], [0.0, 3e38, 0.0]]))
     with pytest.raises(NonFiniteError, match="too large for qtype 'fp16' in row 1"):
@@ -153,7 +155,7 @@ def test_the_state_restores_any_quantizer_of_the_same_settings():
     clone.load_state_dict(ScalarQuantizer(4, "int4").state_dict())
     assert not clone.is_trained
     assert fitted.is_trained
-    with pytest.raises(RuntimeError, match="size mismatch for minimum"):
+    with pytest.raises(RuntimeError, match=r"minimum: got shape \(4,\), expected \(5\)"):
         ScalarQuantizer(5, "int4").load_state_dict(fitted.state_dict())
 
 
