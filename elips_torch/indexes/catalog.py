@@ -9,10 +9,11 @@ from elips_torch.core.errors import IndexFileError
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.files import read_index_file
 from elips_torch.indexes.flat import FlatIndex
+from elips_torch.indexes.pq import PQIndex
 from elips_torch.indexes.sq import SQIndex
 
 # The library's own; importing this module makes all of them known.
-INDEXES: tuple[type[Index], ...] = (FlatIndex, SQIndex)
+INDEXES: tuple[type[Index], ...] = (FlatIndex, SQIndex, PQIndex)
 
 
 def load_index(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Index:

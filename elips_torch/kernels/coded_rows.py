@@ -1,6 +1,6 @@
 """What searches need to know of vectors that are stored as codes."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,3 +19,22 @@ class Decoder(Protocol):
 
         The vector of a code does not depend on the codes beside it.
         """
+
+
+@runtime_checkable
+class PartDecoder(Decoder, Protocol):
+    """Gives vectors whose parts are centroids, a number of which the code holds for each.
+
+    Attributes:
+        m: number of parts.
+        codebooks: ``(m, ksub, D / m)`` float32, the centroids of each part.
+    """
+
+    m: int
+    codebooks: Tensor
+
+    def entries(self, codes: Tensor) -> Tensor:
+        """Return int32 numbers ``(N, m)`` among all ``m * ksub`` centroids, of a code's parts."""
+
+    def lookup_tables(self, queries: Tensor, metric: str) -> Tensor:
+        """Return float32 ``(Q, m, ksub)``, what each centroid adds to a score; metric "l2" or "ip"."""

@@ -5,6 +5,8 @@ the same bits. `Tensor.sum` over a contiguous last axis adds each row in an orde
 its length alone, so the result of a pair does not depend on which pairs are computed with it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,19 @@ def score_candidates(
     workspace_bytes: int,
 ) -> Tensor:  # (Q, C) float32
     """Score chosen rows of each query."""
+    return score_decoded(
+        metric, queries, lambda chosen: database.index_select(0, chosen), rows, workspace_bytes
+    )
+
+
+def score_decoded(
+    metric: Metric,
+    queries: Tensor,  # (Q, D)
+    decode: Callable[[Tensor], Tensor],  # rows (M,) to vectors (M, D)
+    rows: Tensor,  # (Q, C) int64, all valid
+    workspace_bytes: int,
+) -> Tensor:  # (Q, C) float32
+    """Score chosen rows of each query, of vectors that are not stored as they are."""
     n_queries, n_candidates = rows.shape
     dim = queries.shape[1]
     scores = torch.empty(rows.shape, dtype=torch.float32, device=queries.device)
@@ -40,7 +55,7 @@ def score_candidates(
         q = queries[start:stop].double().contiguous()[:, None]
         for first, last in spans(n_candidates, step if query_step == 1 else n_candidates):
             part = rows[start:stop, first:last]
-            x = database.index_select(0, part.reshape(-1)).double()
+            x = decode(part.reshape(-1)).double()
             scores[start:stop, first:last] = metric.rounded_score(q, x.view(*part.shape, dim))
     return scores
 

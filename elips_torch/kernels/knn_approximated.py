@@ -28,6 +28,40 @@ def n_candidates(k: int) -> int:
     return k + 16 + k // 8
 
 
+def certified_best(
+    metric: Metric,
+    dtype: torch.dtype,
+    k: int,
+    ranks: Tensor | None,  # (N,) int64, rank of each row's id; None: rows are in the order of ids
+    rows: Tensor,  # (Q, C) int64, the candidates; -1 where there are fewer
+    values: Tensor,  # (Q, C), their approximate scores in dtype
+    scores: Tensor,  # (Q, C) float32, their scores
+    all_seen: Tensor,  # (Q,) bool, the candidates are all that there is
+    query_norms: Tensor,  # (Q, 1) float64
+    largest_norm: Tensor,  # () or (Q, 1), of the rows that the candidates were selected from
+    dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64, (Q,) bool
+    """Return the scores and rows of the k best candidates, and for which queries they are the k best rows."""
+    candidate_ranks = rows if ranks is None else ranks[rows.clamp_min(0)]
+    keys = order_keys(scores, candidate_ranks.clamp_min(0), metric.higher_is_better)
+    keys = keys.masked_fill_(rows < 0, EMPTY_KEY)
+    keys, best = keys.topk(k, dim=1, largest=False)
+    scores = scores.gather(1, best).masked_fill_(keys == EMPTY_KEY, metric.worst)
+    found = rows.gather(1, best)
+
+    last = values.amin(1, True) if metric.higher_is_better else values.amax(1, True)
+    bound = error_bound(metric, last, query_norms, largest_norm, dim, dtype)
+    limit = last.double() + query_offset(metric, query_norms)
+    kth = scores[:, -1:]
+    # The best that a row outside the candidates could score, against the k-th: a tie is not
+    # certified, because the lower id wins it. NaN compares False.
+    if metric.higher_is_better:
+        certified = (limit + bound).float() < kth
+    else:
+        certified = (limit - bound).float() > kth
+    return scores, found, certified.squeeze(1) | all_seen
+
+
 class ApproximatedSearch:
     """Select by the approximation, rescore, certify."""
 
@@ -68,29 +102,39 @@ class ApproximatedSearch:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
         metric = self.metric
-        prepared, query_norms = prepare_queries(metric, queries, self.dtype)
+        prepared, query_norms = self._prepare(queries)
         values, rows, largest_norm, all_seen = self._select(prepared, selection, workspace_bytes)
         rest = int(workspace_bytes * (1 - TILE_SHARE))
-        scores = score_candidates(metric, queries, self.database, rows.clamp_min(0), rest)
-        candidate_ranks = rows if ranks is None else ranks[rows.clamp_min(0)]
-        keys = order_keys(scores, candidate_ranks.clamp_min(0), metric.higher_is_better)
-        keys = keys.masked_fill_(rows < 0, EMPTY_KEY)
-        keys, best = keys.topk(k, dim=1, largest=False)
-        scores = scores.gather(1, best).masked_fill_(keys == EMPTY_KEY, metric.worst)
-        found = rows.gather(1, best)
+        scores = self._rescore(queries, rows.clamp_min(0), rest)
+        return certified_best(
+            metric,
+            self.dtype,
+            k,
+            ranks,
+            rows,
+            values,
+            scores,
+            all_seen,
+            query_norms,
+            largest_norm,
+            queries.shape[1],
+        )
 
-        last = values.amin(1, True) if metric.higher_is_better else values.amax(1, True)
-        dim = queries.shape[1]
-        bound = error_bound(metric, last, query_norms, largest_norm, dim, self.dtype)
-        limit = last.double() + query_offset(metric, query_norms)
-        kth = scores[:, -1:]
-        # The best that a row outside the candidates could score, against the k-th: a tie is not
-        # certified, because the lower id wins it. NaN compares False.
-        if metric.higher_is_better:
-            certified = (limit + bound).float() < kth
-        else:
-            certified = (limit - bound).float() > kth
-        return scores, found, certified.squeeze(1) | all_seen
+    # What depends on how the rows are stored.
+
+    def _prepare(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `_approximate` takes, with a row per query, and their float64 norms ``(Q, 1)``."""
+        return prepare_queries(self.metric, queries, self.dtype)
+
+    def _approximate(self, prepared: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return approximate scores of some rows ``(Q, stop - start)`` and norms, one of them the largest."""
+        vectors = self.database[start:stop].to(self.dtype).contiguous()
+        norms = row_norms(self.metric, vectors)
+        return approximate_scores(self.metric, prepared, vectors, norms), norms
+
+    def _rescore(self, queries: Tensor, rows: Tensor, workspace_bytes: int) -> Tensor:
+        """Return the scores of rows ``(Q, C)`` by the definition."""
+        return score_candidates(self.metric, queries, self.database, rows, workspace_bytes)
 
     def _select(
         self, prepared: Tensor, selection: Selection, workspace_bytes: int
@@ -108,11 +152,9 @@ class ApproximatedSearch:
         largest_norm = torch.zeros((), dtype=self.dtype, device=device)
         visible = torch.full((n_queries,), n_rows, device=device)
         for start, stop in spans(n_rows, self._tiles(n_queries, workspace_bytes)[1]):
-            vectors = self.database[start:stop].to(self.dtype).contiguous()
-            norms = row_norms(metric, vectors)
+            scores, norms = self._approximate(prepared, start, stop)
             if norms.numel():
                 largest_norm = torch.maximum(largest_norm, norms.max())
-            scores = approximate_scores(metric, prepared, vectors, norms)
             dropped = selection.dropped(n_queries, start, stop)
             if dropped is not None:
                 scores.masked_fill_(dropped, metric.worst)

@@ -33,8 +33,16 @@ class Selection:
         return 0 if self.exclude is None else self.exclude.shape[1]
 
     def for_queries(self, chosen: slice | Tensor) -> "Selection":
-        """Return the selection of some of the queries."""
-        return Selection(self.mask, None if self.exclude is None else self.exclude[chosen], chosen)
+        """Return the selection of some of the queries, numbered among these."""
+        exclude = None if self.exclude is None else self.exclude[chosen]
+        if self.queries is None:
+            return Selection(self.mask, exclude, chosen)
+        if isinstance(self.queries, Tensor):
+            return Selection(self.mask, exclude, self.queries[chosen])
+        first = self.queries.start or 0
+        if isinstance(chosen, slice):
+            return Selection(self.mask, exclude, slice(first + (chosen.start or 0), first + chosen.stop))
+        return Selection(self.mask, exclude, chosen + first)
 
     def dropped(self, n_queries: int, start: int, stop: int) -> Tensor | None:
         """Return bool ``(Q, stop - start)`` or ``(1, stop - start)``: True where a row is out.
@@ -58,14 +66,7 @@ class Selection:
 
     def narrowed(self, start: int, stop: int) -> "Selection":
         """Return the selection of the queries from ``start`` to ``stop`` among these."""
-        if self.queries is None:
-            chosen: slice | Tensor = slice(start, stop)
-        elif isinstance(self.queries, slice):
-            first = self.queries.start or 0
-            chosen = slice(first + start, first + stop)
-        else:
-            chosen = self.queries[start:stop]
-        return Selection(self.mask, None if self.exclude is None else self.exclude[start:stop], chosen)
+        return self.for_queries(slice(start, stop))
 
     def for_rows(self, start: int, stop: int) -> "Selection":
         """Return the selection of the rows from ``start`` to ``stop``, numbered from 0."""
@@ -90,6 +91,17 @@ class Selection:
         if self.own_mask is None or self.queries is None:
             return self.mask
         return self.own_mask[self.queries]
+
+    def hidden_rows(self, owners: Tensor, rows: Tensor) -> Tensor | None:
+        """Return bool ``(Q, R)`` or ``(1, R)``, True where the mask hides rows ``(R,)`` from owners ``(Q,)``.
+
+        None where there is no mask.
+        """
+        if self.mask is None:
+            return None
+        if self.own_mask is None:
+            return ~self.mask[rows][None]
+        return ~self.own_mask[self._numbers(owners)[:, None], rows]
 
     def drops(self, owners: Tensor, rows: Tensor) -> Tensor:
         """Return bool ``(P,)``, True where query ``owners (P,)`` may not see row ``rows (P,)``."""

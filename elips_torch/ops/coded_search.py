@@ -22,8 +22,10 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.ordering import order_keys
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, spans
 from elips_torch.core.validation import bad_queries
-from elips_torch.kernels.coded_rows import Decoder
+from elips_torch.kernels.coded_rows import Decoder, PartDecoder
+from elips_torch.kernels.knn_approximated import n_candidates
 from elips_torch.kernels.knn_blocks import merge_results
+from elips_torch.kernels.knn_tables import TableSearch
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.knn import run_knn, screen_for_call
 from elips_torch.ops.range_search import run_range_search
@@ -32,6 +34,8 @@ from elips_torch.ops.range_search import run_range_search
 _BLOCK_SHARE = 0.5
 # Bytes that decoding takes per feature: the vector and temporaries.
 _FEATURE_BYTES = 12
+# From so many queries on, decoding the rows and screening them costs less than tables (measured).
+MANY_QUERIES = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +44,11 @@ class CodedRequest(Request):
 
     Attributes:
         code_size: bytes per code.
+        parts: number of parts that lookup tables have a number for; 0 where codes have no such parts.
     """
 
     code_size: int = 0
+    parts: int = 0
 
     def __str__(self) -> str:
         return f"{super().__str__()}, in {self.code_size} bytes a vector"
@@ -72,6 +78,7 @@ def _request(
         metric=metric,
         k=k,
         code_size=codes.shape[1],
+        parts=decoder.m if isinstance(decoder, PartDecoder) else 0,
     )
 
 
@@ -152,7 +159,57 @@ def search_decoded(
     return found
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Implementation("decoded", search_decoded, float64_reasons),)
+def search_tables(
+    queries: Tensor,  # (Q, D)
+    codes: Tensor,  # (N, code_size)
+    decoder: PartDecoder,
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,  # (N,) int64
+    selection: Selection,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Select by lookup tables; search the decoded rows for the queries that this cannot certify."""
+    if n_candidates(k) > codes.shape[0] // 2:
+        return search_decoded(queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
+    shape = (queries.shape[0], k)
+    scores = torch.empty(shape, dtype=torch.float32, device=queries.device)
+    rows = torch.empty(shape, dtype=torch.int64, device=queries.device)
+    search = TableSearch(codes, decoder, metric, k, selection.query_bytes)
+    left = [torch.empty(0, dtype=torch.int64, device=queries.device)]
+    for start, stop in spans(queries.shape[0], search.queries_at_once(k, workspace_bytes)):
+        part = slice(start, stop)
+        result = search.run(queries[part], k, ranks, selection.for_queries(part), workspace_bytes)
+        scores[part], rows[part], certified = result
+        left.append((~certified).nonzero()[:, 0] + start)
+    pending = torch.cat(left)
+    if pending.numel():
+        rest = selection.for_queries(pending)
+        scores[pending], rows[pending] = search_decoded(
+            queries[pending], codes, decoder, k, metric, ranks, rest, workspace_bytes
+        )
+    return scores, rows
+
+
+def _table_reasons(request: Request) -> list[str]:
+    reasons = float64_reasons(request)
+    if not isinstance(request, CodedRequest) or not request.parts:
+        reasons.append("the codes have no parts to look up")
+    if request.metric.form != "product":
+        reasons.append(f"scores of metric {request.metric.name!r} are no sums over parts")
+    return reasons
+
+
+def _many_queries_reasons(request: Request) -> list[str]:
+    if request.n_queries >= MANY_QUERIES:
+        return [f"{request.n_queries} queries repay decoding the rows"]
+    return []
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("tables", search_tables, _table_reasons, _many_queries_reasons),
+    Implementation("decoded", search_decoded, float64_reasons),
+)
 
 
 def run_coded_range_search(

@@ -93,3 +93,15 @@ class CodedContract(IndexContract):
         shown = capsys.readouterr().out
         assert f"coded_search of 3 x 40 x {self.dim} float32, l2, k=5 on cpu" in shown
         assert f"in {index.code_size} bytes a vector" in shown
+
+
+def clustered(n, dim, seed):
+    """Return ``(n, dim)`` vectors around centres that do not depend on the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(40, dim, generator=torch.Generator().manual_seed(99)) * 2
+    return centres[torch.randint(0, 40, (n,), generator=generator)] + torch.randn(n, dim, generator=generator)
+
+
+def recall(found, truth):
+    """Return the share of true neighbours ``(Q, K)`` that were found."""
+    return float((found[:, :, None] == truth[:, None]).any(2).float().mean())
