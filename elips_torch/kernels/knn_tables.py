@@ -17,16 +17,17 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import plan_tiles
 from elips_torch.kernels.approximate import SMALLEST_NORM, prepare_queries
 from elips_torch.kernels.coded_rows import PartDecoder
-from elips_torch.kernels.definition import score_decoded
 from elips_torch.kernels.exact_tile import TILE_SHARE
-from elips_torch.kernels.knn_approximated import ApproximatedSearch
+from elips_torch.kernels.knn_decoded import DecodedSearch
 
 # Tables of so many queries at a time stay in cache (measured).
 _PREFERRED_QUERIES = 64
 
 
-class TableSearch(ApproximatedSearch):
+class TableSearch(DecodedSearch):
     """Select by lookup tables, rescore, certify."""
+
+    decoder: PartDecoder
 
     def __init__(
         self,
@@ -36,8 +37,7 @@ class TableSearch(ApproximatedSearch):
         k: int,
         selection_bytes: int,  # per query
     ) -> None:
-        super().__init__(codes, metric, torch.float32, k, selection_bytes)
-        self.decoder = decoder
+        super().__init__(codes, decoder, metric, k, selection_bytes)
         # (m, 1, D / m): near the centroids a product loses less.
         self.shift = decoder.codebooks.mean(1, keepdim=True) if metric.name == "l2" else None
         centroids = decoder.codebooks if self.shift is None else decoder.codebooks - self.shift
@@ -85,9 +85,3 @@ class TableSearch(ApproximatedSearch):
             unknown = norms < SMALLEST_NORM[norms.dtype]
             scores.mul_(torch.where(unknown, torch.nan, norms.reciprocal()))
         return scores, self.largest_norm
-
-    def _rescore(self, queries: Tensor, rows: Tensor, workspace_bytes: int) -> Tensor:
-        def decode(chosen: Tensor) -> Tensor:
-            return self.decoder.decode(self.database.index_select(0, chosen))
-
-        return score_decoded(self.metric, queries, decode, rows, workspace_bytes)

@@ -18,13 +18,16 @@ from elips_torch.core.dispatch import (
     float64_reasons,
 )
 from elips_torch.core.execution import plain_arithmetic
+from elips_torch.core.hardware import float32_product_is_exact
 from elips_torch.core.metric import Metric
 from elips_torch.core.ordering import order_keys
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, spans
 from elips_torch.core.validation import bad_queries
+from elips_torch.kernels.approximate import has_approximation
 from elips_torch.kernels.coded_rows import Decoder, PartDecoder
-from elips_torch.kernels.knn_approximated import n_candidates
+from elips_torch.kernels.knn_approximated import ApproximatedSearch, n_candidates
 from elips_torch.kernels.knn_blocks import merge_results
+from elips_torch.kernels.knn_decoded import DecodedSearch
 from elips_torch.kernels.knn_tables import TableSearch
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.knn import run_knn, screen_for_call
@@ -134,6 +137,74 @@ def search_decoded(
     selection: Selection,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Decode all rows: tile by tile for few queries, block by block for many and for what is left."""
+    arguments = (queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
+    if (
+        queries.shape[0] >= MANY_QUERIES
+        or queries.dtype == torch.float64
+        or not has_approximation(metric, torch.float32)
+        or not float32_product_is_exact(queries.device)
+    ):
+        return _search_blocks(*arguments)
+    return _search_then_blocks(DecodedSearch(codes, decoder, metric, k, selection.query_bytes), *arguments)
+
+
+def search_tables(
+    queries: Tensor,  # (Q, D)
+    codes: Tensor,  # (N, code_size)
+    decoder: PartDecoder,
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,  # (N,) int64
+    selection: Selection,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Select by lookup tables; decode all rows for the queries that this cannot certify."""
+    search = TableSearch(codes, decoder, metric, k, selection.query_bytes)
+    return _search_then_blocks(search, queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
+
+
+def _search_then_blocks(
+    search: ApproximatedSearch,
+    queries: Tensor,
+    codes: Tensor,
+    decoder: Decoder,
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,
+    selection: Selection,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    if n_candidates(k) > codes.shape[0] // 2:
+        return _search_blocks(queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
+    shape = (queries.shape[0], k)
+    scores = torch.empty(shape, dtype=torch.float32, device=queries.device)
+    rows = torch.empty(shape, dtype=torch.int64, device=queries.device)
+    left = [torch.empty(0, dtype=torch.int64, device=queries.device)]
+    for start, stop in spans(queries.shape[0], search.queries_at_once(k, workspace_bytes)):
+        part = slice(start, stop)
+        result = search.run(queries[part], k, ranks, selection.for_queries(part), workspace_bytes)
+        scores[part], rows[part], certified = result
+        left.append((~certified).nonzero()[:, 0] + start)
+    pending = torch.cat(left)
+    if pending.numel():
+        rest = selection.for_queries(pending)
+        scores[pending], rows[pending] = _search_blocks(
+            queries[pending], codes, decoder, k, metric, ranks, rest, workspace_bytes
+        )
+    return scores, rows
+
+
+def _search_blocks(
+    queries: Tensor,
+    codes: Tensor,
+    decoder: Decoder,
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,
+    selection: Selection,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
     """Decode block by block, search each as plain vectors, and merge."""
     rest = workspace_bytes - int(workspace_bytes * _BLOCK_SHARE)
     found: tuple[Tensor, Tensor] | None = None
@@ -157,38 +228,6 @@ def search_decoded(
         scores = torch.full(shape, metric.worst, dtype=torch.float32, device=queries.device)
         return scores, torch.full(shape, -1, dtype=torch.int64, device=queries.device)
     return found
-
-
-def search_tables(
-    queries: Tensor,  # (Q, D)
-    codes: Tensor,  # (N, code_size)
-    decoder: PartDecoder,
-    k: int,
-    metric: Metric,
-    ranks: Tensor | None,  # (N,) int64
-    selection: Selection,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
-    """Select by lookup tables; search the decoded rows for the queries that this cannot certify."""
-    if n_candidates(k) > codes.shape[0] // 2:
-        return search_decoded(queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
-    shape = (queries.shape[0], k)
-    scores = torch.empty(shape, dtype=torch.float32, device=queries.device)
-    rows = torch.empty(shape, dtype=torch.int64, device=queries.device)
-    search = TableSearch(codes, decoder, metric, k, selection.query_bytes)
-    left = [torch.empty(0, dtype=torch.int64, device=queries.device)]
-    for start, stop in spans(queries.shape[0], search.queries_at_once(k, workspace_bytes)):
-        part = slice(start, stop)
-        result = search.run(queries[part], k, ranks, selection.for_queries(part), workspace_bytes)
-        scores[part], rows[part], certified = result
-        left.append((~certified).nonzero()[:, 0] + start)
-    pending = torch.cat(left)
-    if pending.numel():
-        rest = selection.for_queries(pending)
-        scores[pending], rows[pending] = search_decoded(
-            queries[pending], codes, decoder, k, metric, ranks, rest, workspace_bytes
-        )
-    return scores, rows
 
 
 def _table_reasons(request: Request) -> list[str]:

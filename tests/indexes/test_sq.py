@@ -9,6 +9,8 @@ from coded_contract import CodedContract, clustered, recall
 
 from elips_torch import ArgumentError, SQIndex, knn
 from elips_torch.quantizers.scalar import QTYPES
+from elips_torch.reference.knn import knn as reference_knn
+from elips_torch.testing.contract import assert_same
 
 
 class TestSQIndex(CodedContract):
@@ -67,3 +69,18 @@ def test_repr_shows_what_matters():
     assert repr(index) == (
         "SQIndex(dim=5, metric='ip', ntotal=0, k=10, dtype=float32, code_size=4, not fitted, qtype='int6')"
     )
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "braycurtis", "canberra"])
+def test_few_and_many_queries_find_the_same(metric, monkeypatch):
+    database, queries = clustered(800, 13, 0).abs(), clustered(20, 13, 1).abs()
+    index = SQIndex(13, "int6", metric).fit(database)
+    index.add(database)
+    mask = torch.rand(20, 800, generator=torch.Generator().manual_seed(3)) < 0.2
+    few = index.search(queries, 10, mask=mask)
+    assert_same(few, reference_knn(queries, index.reconstruct(index.ids), 10, metric, mask=mask))
+    # Tiles of a few rows.
+    monkeypatch.setattr("elips_torch.kernels.knn_decoded._PREFERRED_FEATURES", 700)
+    assert_same(index.search(queries, 10, mask=mask), few)
+    monkeypatch.setattr("elips_torch.ops.coded_search.MANY_QUERIES", 1)
+    assert_same(index.search(queries, 10, mask=mask), few)

@@ -122,7 +122,7 @@ def test_bad_input_is_refused():
         quantizer.decode(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ArgumentError, match="0 rows"):
         quantizer.fit(torch.rand(0, 3))
-    with pytest.raises(NonFiniteError, match="row 0"):
+    with pytest.raises(NonFiniteError, match="rows 0, 1"):
         quantizer.fit(torch.full((2, 3), 1e200, dtype=torch.float64))
     with pytest.raises(NonFiniteError, match="feature 1"):
         quantizer.fit(torch.tensor([[0.0, -3e38, 0.0], [0.0, 3e38, 0.0]]))
