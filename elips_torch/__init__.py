@@ -25,6 +25,7 @@ from elips_torch.distributed import prepare_for_ddp
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.catalog import load_index
 from elips_torch.indexes.flat import FlatIndex
+from elips_torch.indexes.ivf_flat import IVFFlatIndex
 from elips_torch.indexes.pq import PQIndex
 from elips_torch.indexes.sq import SQIndex
 from elips_torch.ops.explain import explain
@@ -47,6 +48,7 @@ __all__ = [
     "ElipsError",
     "Explanation",
     "FlatIndex",
+    "IVFFlatIndex",
     "ImplementationError",
     "Index",
     "IndexFileError",

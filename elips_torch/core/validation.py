@@ -117,13 +117,18 @@ def bad_queries(queries: Tensor, metric: Metric) -> Tensor | None:
 
 def check_k(k: int) -> int:
     """Check the number of neighbours and return it."""
-    if type(k) is not int:
-        if isinstance(k, bool) or not isinstance(k, SupportsIndex):
-            raise DtypeError(f"k is {k!r}, expected an int")
-        k = operator.index(k)
-    if k < 1:
-        raise ArgumentError(f"k is {k}, expected at least 1")
-    return k
+    return check_count("k", k)
+
+
+def check_count(name: str, count: int) -> int:
+    """Check a number of things, at least 1, and return it."""
+    if type(count) is not int:
+        if isinstance(count, bool) or not isinstance(count, SupportsIndex):
+            raise DtypeError(f"{name} is {count!r}, expected an int")
+        count = operator.index(count)
+    if count < 1:
+        raise ArgumentError(f"{name} is {count}, expected at least 1")
+    return count
 
 
 def check_workspace(workspace_bytes: int) -> int:

@@ -305,14 +305,20 @@ class Index(Rows):
                 f"{where} holds a {name}, expected a {cls.__name__}; load_index reads any class"
             )
         try:
-            dtype = _DTYPE_NAMES.get(config.get("dtype", ""))
-            index = cls(**(config if dtype is None else {**config, "dtype": dtype}), device=device)
+            index = cls._from_config(config, device)
             index.load_state_dict(tensors, assign=True)
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise IndexFileError(f"{where} does not fit a {name}: {error}") from error
+        dtype = _DTYPE_NAMES.get(config.get("dtype", ""))
         if dtype is not None and index.dtype != dtype:
             raise IndexFileError(f"{where} holds {index.dtype} vectors, its settings say {dtype}")
         return index
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any], device: torch.device | str | None) -> Self:
+        """Return an empty index whose `config` this is."""
+        dtype = _DTYPE_NAMES.get(config.get("dtype", ""))
+        return cls(**(config if dtype is None else {**config, "dtype": dtype}), device=device)
 
     # How searches run.
 
@@ -408,6 +414,18 @@ class Index(Rows):
     def _parameter(self, parameters: dict[str, Any], name: str) -> Any:
         """Return a search parameter of this call, or its default."""
         return parameters.get(name, getattr(self, name))
+
+
+def known_indexes() -> dict[str, type[Index]]:
+    """Return every class of index that the program has defined, by name."""
+    return _subclasses(Index)
+
+
+def _subclasses(parent: type[Any]) -> dict[str, type[Index]]:
+    found: dict[str, type[Index]] = {}
+    for index in parent.__subclasses__():
+        found.update({index.__name__: index, **_subclasses(index)})
+    return found
 
 
 def _gather(database: Tensor, rows: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class RowState(RowTensors):
 
     # Subclasses add theirs to "ids".
     row_tensors: ClassVar[tuple[str, ...]] = ("ids",)
+    # Attributes, each one number, that go with the rows into checkpoints: search parameters that are tuned.
+    tuned_parameters: ClassVar[tuple[str, ...]] = ()
 
     ids: Tensor
 
@@ -62,6 +64,10 @@ class RowState(RowTensors):
             # A view would drag the spare memory behind it into the file.
             destination[prefix + name] = owned(destination[prefix + name])
         destination[prefix + "next_id"] = torch.tensor(self._next_id, dtype=torch.int64, device="cpu")
+        for name in self.tuned_parameters:
+            value = getattr(self, name)
+            dtype = torch.int64 if isinstance(value, int) else torch.float64
+            destination[prefix + name] = torch.tensor(value, dtype=dtype, device="cpu")
 
     def _load_from_state_dict(
         self,
@@ -78,7 +84,7 @@ class RowState(RowTensors):
         try:
             for hook in hooks.values():
                 hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-            expected = {prefix + name for name in (*self.row_tensors, "next_id")}
+            expected = {prefix + name for name in (*self.row_tensors, "next_id", *self.tuned_parameters)}
             # Torch loads what else a subclass holds; it would refuse rows of another number.
             rest = {key: tensor for key, tensor in state_dict.items() if key not in expected}
             super()._load_from_state_dict(rest, prefix, local_metadata, strict, *found, error_msgs)
@@ -93,13 +99,17 @@ class RowState(RowTensors):
         if absent or (strict and (found[1] or missing)):
             return
         rows = {name: state_dict[prefix + name].detach() for name in self.row_tensors}
+        tuned = {name: state_dict[prefix + name] for name in self.tuned_parameters}
         next_id, assign = state_dict[prefix + "next_id"], _assigns(local_metadata)
         faults = self._faults(rows, next_id, assign)
+        faults += [f"{name}: got {t}, expected one number" for name, t in tuned.items() if t.numel() != 1]
         if faults:
             error_msgs += [f"{prefix}{fault}" for fault in faults]
             return
         self._load_rows(rows, assign=assign)
         self._next_id = int(next_id)
+        for name, tensor in tuned.items():
+            setattr(self, name, tensor.item())
 
     def _faults(self, rows: dict[str, Tensor], next_id: Tensor, assign: bool) -> list[str]:
         """Return what keeps loaded rows from being the state of this index."""
@@ -154,15 +164,15 @@ class RowState(RowTensors):
         self._id_map.rebuild(self.ids)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        tensors = {name: getattr(self, name) for name in self.row_tensors}
-        integers = {name: each for name, each in tensors.items() if not each.is_floating_point()}
-        # Nothing else may keep memory that is on its way out.
-        del tensors
+        rows = {name: getattr(self, name) for name in self.row_tensors}
+        labels = {name: tensor for name, tensor in rows.items() if not tensor.is_floating_point()}
+        del rows
         super()._apply(fn, recurse)
-        for name, tensor in integers.items():
-            if getattr(self, name).dtype != tensor.dtype:
+        for name, tensor in labels.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
                 # `Module.type` casts every tensor; a label or a code is no number to round.
-                self._buffers[name] = tensor.to(self.ids.device)
+                self._buffers[name] = tensor.to(moved.device)
         self._id_map.move(self.ids)
         return self
 

@@ -38,17 +38,18 @@ def is_small(queries: Tensor, database: Tensor) -> bool:
 
 def plan_exact_tiles(
     n_queries: int,
-    database: Tensor,  # (N, D)
+    n_rows: int,
+    dim: int,
     workspace_bytes: int,
     *,
     cell_bytes: int = 0,
     query_bytes: int = 0,
 ) -> Tiles:
     """Return sizes of tiles for `score_tile`, with what the caller takes beside it."""
-    features = database.shape[1] * _FEATURE_BYTES
+    features = dim * _FEATURE_BYTES
     return plan_tiles(
         n_queries,
-        database.shape[0],
+        n_rows,
         workspace_bytes=int(workspace_bytes * TILE_SHARE),
         cell_bytes=_CELL_BYTES + cell_bytes,
         row_bytes=features,

@@ -22,7 +22,8 @@ class CompleteSearch:
         # Beside the tile's scores: keys and rows of the tile, and of the best old, new and merged.
         tiles = plan_exact_tiles(
             n_queries,
-            self.database,
+            self.database.shape[0],
+            self.database.shape[1],
             workspace_bytes,
             cell_bytes=40,
             query_bytes=96 * k + self.selection_bytes,

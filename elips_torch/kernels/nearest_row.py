@@ -152,4 +152,5 @@ class _Tables:
 
 def _norms(vectors: Tensor) -> Tensor:
     """Return norms ``(N,)`` float64 that the true ones do not exceed."""
-    return torch.linalg.vector_norm(vectors, dim=1).double() * (1.0 + norm_slack(vectors.shape[1]))
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1)
+    return norms.double() * (1.0 + norm_slack(vectors.shape[1]))

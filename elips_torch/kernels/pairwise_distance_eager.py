@@ -19,7 +19,7 @@ def pairwise_distance_eager(
 ) -> Tensor:  # (Q, N) float32
     """Return every score; only the result itself is larger than the workspace."""
     n_queries, n_rows = queries.shape[0], database.shape[0]
-    tiles = plan_exact_tiles(n_queries, database, workspace_bytes)
+    tiles = plan_exact_tiles(n_queries, n_rows, queries.shape[1], workspace_bytes)
     scores = torch.empty(n_queries, n_rows, dtype=torch.float32, device=queries.device)
     for first, last in spans(n_rows, tiles.rows):
         for start, stop in spans(n_queries, tiles.queries):

@@ -10,7 +10,7 @@ from elips_torch.kernels.exact_tile import plan_exact_tiles, score_tile
 from elips_torch.kernels.selection import Selection
 
 # What collecting and sorting takes per hit of a tile of queries.
-_HIT_BYTES = 128
+HIT_BYTES = 128
 
 
 def range_search_eager(
@@ -25,7 +25,8 @@ def range_search_eager(
     """Return lims, scores and rows of all rows strictly within the radius, best first."""
     n_queries = queries.shape[0]
     device = queries.device
-    tiles = plan_exact_tiles(n_queries, database, workspace_bytes, query_bytes=selection.query_bytes)
+    n_rows, dim = database.shape
+    tiles = plan_exact_tiles(n_queries, n_rows, dim, workspace_bytes, query_bytes=selection.query_bytes)
     lims = torch.zeros(n_queries + 1, dtype=torch.int64, device=device)
     all_scores = [torch.empty(0, dtype=torch.float32, device=device)]
     all_rows = [torch.empty(0, dtype=torch.int64, device=device)]
@@ -67,7 +68,7 @@ def _scan(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return query, score and row of each hit; None when several queries have too many."""
-    n_queries, most = queries.shape[0], workspace_bytes // _HIT_BYTES
+    n_queries, most = queries.shape[0], workspace_bytes // HIT_BYTES
     hits = [torch.empty(0, dtype=torch.int64, device=queries.device)]
     scores = [torch.empty(0, dtype=torch.float32, device=queries.device)]
     rows = [torch.empty(0, dtype=torch.int64, device=queries.device)]

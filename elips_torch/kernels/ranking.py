@@ -56,3 +56,17 @@ def rank_pairs(
         found = row_of_rank[found.masked_fill(empty, 0)]
     scores = scores_of_keys(best, metric.higher_is_better).masked_fill_(empty, metric.worst)
     return scores, found.masked_fill_(empty, -1)
+
+
+def merge_ranked(
+    metric: Metric,
+    scores: Tensor,  # (Q, C) float32
+    rows: Tensor,  # (Q, C) int64, each once per query; -1 for none
+    k: int,
+    ranks: Tensor | None,  # (N,) int64, rank of each row's id; None: rows are in the order of ids
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Return the k best of rows that several searches found; -1 where there are fewer."""
+    known = rows.clamp_min(0)
+    keys = order_keys(scores, known if ranks is None else ranks[known], metric.higher_is_better)
+    keys, best = keys.masked_fill_(rows < 0, EMPTY_KEY).topk(k, dim=1, largest=False)
+    return scores.gather(1, best).masked_fill_(keys == EMPTY_KEY, metric.worst), rows.gather(1, best)

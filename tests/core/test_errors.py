@@ -15,6 +15,7 @@ BUILT_IN = {
     "UnknownIdError": KeyError,
     "MetricError": ValueError,
     "ParameterError": TypeError,
+    "NotEmptyError": RuntimeError,
     "NotFittedError": RuntimeError,
     "NotEmptyError": RuntimeError,
     "ImplementationError": RuntimeError,

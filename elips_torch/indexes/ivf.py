@@ -1,0 +1,370 @@
+"""What all indexes with inverted files share: training of the centroids, and probing."""
+
+import warnings
+from abc import abstractmethod
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.dispatch import Explanation, explain_choice
+from elips_torch.core.errors import ArgumentError, NotEmptyError, NotFittedError
+from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
+from elips_torch.core.validation import bad_queries, check_count, check_k, check_vectors, check_workspace
+from elips_torch.indexes.base import Index, known_indexes
+from elips_torch.indexes.flat import FlatIndex
+from elips_torch.indexes.listed_rows import ListedRows
+from elips_torch.indexes.untraced import untraced
+from elips_torch.kernels.list_layout import DecodedRows, RowDecoder
+from elips_torch.kernels.ranking import merge_ranked
+from elips_torch.kernels.selection import Selection
+from elips_torch.ops.assign import assign
+from elips_torch.ops.ivf_search import IMPLEMENTATIONS, describe, run_ivf, run_ivf_range
+from elips_torch.quantizers.kmeans import KMeans
+
+# Vectors per list under which clustering is poor, and the balance of lists says little.
+_FEW_PER_LIST = 39
+# Imbalance factor from which on a search reads several times what it should.
+_BADLY_UNBALANCED = 5.0
+
+
+class IVFIndex(ListedRows):
+    """Vectors in lists, one per centroid, of which a search reads those nearest to the query.
+
+    A subclass names the row tensors of its payload beside "ids" and "assignments", and writes
+    `_encode_payload` and `_decode`.
+
+    Args:
+        dim: D, size of a vector.
+        nlist: number of lists.
+        metric: name of the distance kind, or an alias.
+        nprobe: number of lists that `search` reads.
+        k: number of neighbours that `search` returns by default.
+        coarse: an empty index of centroids, or one with ids 0 to ``nlist - 1``, that finds the lists
+            to read. Default: a `FlatIndex` under "ip" or "cosine" where that is the metric, else "l2".
+        niter: passes of k-means over the training vectors.
+        seed: of the random numbers of k-means.
+        p: exponent of metric "lp".
+        device: where the database lies.
+        index_in_state_dict: whether checkpoints hold the database, and what `fit` has learned.
+        check_finite: whether vectors and queries are checked for NaN and infinity.
+        workspace_bytes: limit on temporary memory of a search, in bytes.
+    """
+
+    search_parameters: ClassVar[tuple[str, ...]] = ("nprobe", "workspace_bytes")
+    tuned_parameters: ClassVar[tuple[str, ...]] = ("nprobe",)
+
+    def __init__(
+        self,
+        dim: int,
+        nlist: int,
+        metric: str = "l2",
+        *,
+        nprobe: int = 8,
+        k: int = 10,
+        coarse: Index | None = None,
+        niter: int = 20,
+        seed: int = 0,
+        p: float | None = None,
+        device: torch.device | str | None = None,
+        index_in_state_dict: bool = True,
+        check_finite: bool = True,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    ) -> None:
+        super().__init__(
+            dim,
+            nlist,
+            metric,
+            coarse=coarse,
+            k=k,
+            p=p,
+            device=device,
+            index_in_state_dict=index_in_state_dict,
+            check_finite=check_finite,
+            workspace_bytes=workspace_bytes,
+        )
+        self.nprobe = check_count("nprobe", nprobe)
+        self.niter = check_count("niter", niter)
+        self.seed = seed
+        self._said: set[str] = set()
+        self._rows_at_look = 0
+
+    # What a subclass writes.
+
+    @abstractmethod
+    def _encode_payload(self, vectors: Tensor, assignments: Tensor) -> dict[str, Tensor]:
+        """Return the rows to store for ``(N, D)`` vectors in lists ``(N,)``, by name of the row tensor."""
+
+    def _fit_payload(self, vectors: Tensor, centroids: Tensor) -> None:
+        """Learn what the payload needs; on failure nothing has changed, and centroids are not kept."""
+
+    def _decoder(self) -> RowDecoder:
+        """Return what gives searches the vectors of rows."""
+        return DecodedRows(self._decode, self._candidate_dtype(), self.dim)
+
+    # What there is to know.
+
+    @property
+    def centroids(self) -> Tensor:
+        """``(nlist, D)``, the centroid of each list.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        self._check_fitted("centroids")
+        return self.coarse.reconstruct(torch.arange(self.nlist, device=self.coarse.device))
+
+    def list_sizes(self) -> Tensor:
+        """Return the number of vectors in each list, ``(nlist,)`` int64."""
+        return torch.bincount(self.assignments, minlength=self.nlist)
+
+    def imbalance_factor(self) -> float:
+        """Return how many times longer searches take than with lists of one length; 1.0 is best.
+
+        The mean length of the list of a vector, in units of the mean length of a list, as faiss has it.
+        """
+        sizes = self.list_sizes().double()
+        return float(sizes.square().sum() * self.nlist / sizes.sum().square()) if self.ntotal else 1.0
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows."""
+        lists = f", nlist={self.nlist}, nprobe={self.nprobe}"
+        if not self.is_trained:
+            return super().extra_repr() + lists + ", not fitted"
+        sizes = self.list_sizes()
+        spread = (
+            f", list_sizes={int(sizes.min())}..{int(sizes.max())}, imbalance={self.imbalance_factor():.2f}"
+        )
+        return super().extra_repr() + lists + (spread if self.ntotal else "")
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor keywords that make an empty index like this one, for JSON."""
+        coarse = None if self._has_own_coarse else [type(self.coarse).__name__, self.coarse.config()]
+        return {
+            "dim": self.dim,
+            "nlist": self.nlist,
+            "metric": self.metric,
+            "nprobe": self.nprobe,
+            "k": self.k,
+            "coarse": coarse,
+            "niter": self.niter,
+            "seed": self.seed,
+            "p": self.p,
+            "index_in_state_dict": self.index_in_state_dict,
+            "check_finite": self.check_finite,
+            "workspace_bytes": self.workspace_bytes,
+        }
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any], device: torch.device | str | None) -> Self:
+        if config.get("coarse") is not None:
+            name, settings = config["coarse"]
+            config = {**config, "coarse": known_indexes()[name]._from_config(settings, device)}
+        return super()._from_config(config, device)
+
+    def explain(self, queries: Tensor, k: int | None = None, *, implementation: str = "auto") -> Explanation:
+        """Print which implementation would serve `search` and why the others would not."""
+        check_vectors("queries", queries, dim=self.dim, allow_single=True)
+        rows = queries[None] if queries.ndim == 1 else queries
+        count = self.k if k is None else check_k(k)
+        request = describe(rows, self.lists.layout, self._decoder(), self._metric, count)
+        explanation = explain_choice("ivf_search", IMPLEMENTATIONS, request, implementation)
+        print(explanation)
+        return explanation
+
+    # Verbs that change it.
+
+    @untraced
+    def fit(self, vectors: Tensor) -> Self:
+        """Learn the centroids of the lists by k-means; spherical under "ip" and "cosine".
+
+        Args:
+            vectors: ``(N, D)``, at least ``nlist``, better 39 or more for each list; of more than 256
+                for each list, k-means draws a sample.
+
+        Returns:
+            The index itself.
+
+        Raises:
+            NotEmptyError: the index holds vectors, which are in the lists of what was learned before;
+                `reset` first.
+            ArgumentError: fewer than ``nlist`` vectors.
+            ElipsError: as for `add`.
+        """
+        if self.ntotal:
+            raise NotEmptyError(
+                f"fit takes an empty index, this one holds {self.ntotal} vectors in the lists that it has; "
+                "call reset() before, and add them again after"
+            )
+        vectors = self._check_new(vectors)
+        if vectors.shape[0] < self.nlist:
+            raise ArgumentError(
+                f"vectors has {vectors.shape[0]} rows, expected at least nlist = {self.nlist} to fit, "
+                f"better {_FEW_PER_LIST * self.nlist} or more"
+            )
+        if vectors.shape[0] < _FEW_PER_LIST * self.nlist:
+            warnings.warn(
+                f"vectors has {vectors.shape[0]} rows to fit {self.nlist} lists on, expected "
+                f"{_FEW_PER_LIST * self.nlist} or more: {_FEW_PER_LIST} for each",
+                UserWarning,
+                stacklevel=2,
+            )
+        kmeans = KMeans(
+            self.nlist,
+            niter=self.niter,
+            seed=self.seed,
+            metric=self._coarse_metric,
+            device=self.device,
+            min_points_per_centroid=0,
+            workspace_bytes=self.workspace_bytes,
+        )
+        centroids = kmeans.fit(vectors).centroids
+        self._fit_payload(vectors, centroids)
+        if not self.coarse.is_trained:
+            self.coarse.fit(centroids)
+        self.coarse.reset()
+        self.coarse.add(centroids, ids=torch.arange(self.nlist, device=self.device))
+        self._said.discard("unbalanced")
+        self._rows_at_look = 0
+        return self
+
+    def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
+        self._check_fitted("add")
+        assignments = self._assign(vectors)
+        payload = self._encode_payload(vectors, assignments)
+        return {**payload, "assignments": assignments.to(torch.int32)}
+
+    def _assign(self, vectors: Tensor) -> Tensor:
+        """Return the list of each vector ``(N, D)``, ``(N,)`` int64."""
+        if isinstance(self.coarse, FlatIndex) and self.coarse.metric in ("l2", "ip", "cosine"):
+            return assign(vectors, self.coarse.vectors, self.coarse.metric, self.workspace_bytes)
+        # No list is nearest to a vector with NaN: any will do.
+        return self.coarse.search(vectors, 1).ids[:, 0].clamp_min(0)
+
+    def _check_fitted(self, verb: str) -> None:
+        if not self.is_trained:
+            raise NotFittedError(f"{verb} needs a fitted index: call fit(vectors) first")
+
+    # How searches run.
+
+    def _search(
+        self,
+        queries: Tensor,
+        k: int,
+        selection: Selection,
+        implementation: str,
+        parameters: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        self._check_fitted("search")
+        n_probes = self._n_probes(parameters)
+        bad = bad_queries(queries, self._metric) if self.check_finite else None
+        ranks = self._current_id_map().ranks(self.ids)
+        arguments: dict[str, Any] = {
+            "ranks": ranks,
+            "implementation": implementation,
+            "workspace_bytes": check_workspace(self._parameter(parameters, "workspace_bytes")),
+            "check_finite": False,
+        }
+        layout, decode = self.lists.layout, self._decoder()
+        workspace = arguments["workspace_bytes"]
+        probes = self._nearest_lists(queries, n_probes, workspace)
+        scores, rows = run_ivf(
+            queries, probes, layout, decode, k, self._metric, selection=selection, **arguments
+        )
+        if bad is not None:
+            scores.masked_fill_(bad[:, None], torch.nan)
+            rows.masked_fill_(bad[:, None], -1)
+        while n_probes < self.nlist:
+            # Queries that have found fewer than there are read more lists.
+            short = self._short(rows, k, selection)
+            pending = (short if bad is None else short & ~bad).nonzero()[:, 0]
+            if not pending.numel():
+                break
+            read, n_probes = n_probes, min(2 * n_probes, self.nlist)
+            part, chosen = queries[pending], selection.for_queries(pending)
+            probes = self._nearest_lists(part, n_probes, workspace, read)
+            more = run_ivf(part, probes, layout, decode, k, self._metric, selection=chosen, **arguments)
+            if self.coarse.is_exact:
+                both = torch.cat([scores[pending], more[0]], 1), torch.cat([rows[pending], more[1]], 1)
+                more = merge_ranked(self._metric, *both, k, ranks)
+            scores[pending], rows[pending] = more
+        return scores, rows
+
+    def _range_search(
+        self,
+        queries: Tensor,
+        radius: Tensor,
+        selection: Selection,
+        implementation: str,
+        parameters: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self._check_fitted("range_search")
+        n_probes = self._n_probes(parameters)
+        workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
+        if self.check_finite:
+            bad_queries(queries, self._metric)
+        return run_ivf_range(
+            queries,
+            self._nearest_lists(queries, n_probes, workspace),
+            self.lists.layout,
+            self._decoder(),
+            radius,
+            self._metric,
+            ranks=self._current_id_map().ranks(self.ids),
+            selection=selection,
+            implementation=implementation,
+            workspace_bytes=workspace,
+            check_finite=self.check_finite,
+        )
+
+    def _n_probes(self, parameters: dict[str, Any]) -> int:
+        nprobe = check_count("nprobe", self._parameter(parameters, "nprobe"))
+        if nprobe > self.nlist:
+            self._warn_once("nprobe", f"nprobe is {nprobe}, there are {self.nlist} lists: all are read")
+        return min(nprobe, self.nlist)
+
+    def _nearest_lists(self, queries: Tensor, n_probes: int, workspace_bytes: int, read: int = 0) -> Tensor:
+        """Return the lists nearest to each query, ``(Q, P)`` int64; -1 where the search found none.
+
+        Where the search is exact, without the nearest ones that have been read already.
+        """
+        is_exact = self.coarse.is_exact
+        if n_probes == self.nlist and not (is_exact and read):
+            return torch.arange(self.nlist, device=queries.device).expand(queries.shape[0], -1)
+        nearest = self.coarse.search(queries, n_probes, workspace_bytes=workspace_bytes).ids
+        return nearest[:, read:] if is_exact else nearest
+
+    def _short(self, rows: Tensor, k: int, selection: Selection) -> Tensor:
+        """Return bool ``(Q,)``, True where fewer of ``rows (Q, K)`` were found than a query may see."""
+        found = (rows >= 0).sum(1)
+        wanted: Tensor | int = min(k, self.ntotal)
+        short = found < wanted
+        if selection.mask is not None and bool(short.any()):
+            short &= found < selection.mask.sum(-1)
+        return short
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+    def _append_rows(self, rows: dict[str, Tensor]) -> None:
+        super()._append_rows(rows)
+        self._look_at_balance()
+
+    def _keep_rows(self, keep: Tensor) -> None:
+        super()._keep_rows(keep)
+        self._rows_at_look = min(self._rows_at_look, self.ntotal)
+
+    def _look_at_balance(self) -> None:
+        # Each time that the number of vectors has doubled.
+        if self.ntotal < max(2 * self._rows_at_look, _FEW_PER_LIST * self.nlist):
+            return
+        self._rows_at_look = self.ntotal
+        factor = self.imbalance_factor()
+        if factor > _BADLY_UNBALANCED:
+            self._warn_once(
+                "unbalanced",
+                f"the lists are badly unbalanced (imbalance factor {factor:.1f}): searches read that many "
+                "times what they would of even lists; fit on vectors like those that are added",
+            )

@@ -1,0 +1,116 @@
+"""Search of the inverted lists that each query probes; the entry that the IVF families share."""
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.dispatch import Implementation, Request, choose, float64_reasons
+from elips_torch.core.execution import plain_arithmetic
+from elips_torch.core.metric import Metric
+from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
+from elips_torch.core.validation import bad_queries
+from elips_torch.kernels.ivf_range_search_eager import ivf_range_search_eager
+from elips_torch.kernels.ivf_search_eager import ivf_search_eager
+from elips_torch.kernels.list_layout import ListLayout, RowDecoder
+from elips_torch.kernels.selection import Selection
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Implementation("eager", ivf_search_eager, float64_reasons),)
+RANGE_IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("eager", ivf_range_search_eager, float64_reasons),
+)
+
+
+def run_ivf(
+    queries: Tensor,  # (Q, D)
+    probes: Tensor,  # (Q, P) int64
+    layout: ListLayout,
+    decode: RowDecoder,
+    k: int,
+    metric: Metric,
+    *,
+    ranks: Tensor | None = None,
+    selection: Selection = Selection(),
+    implementation: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    check_finite: bool = True,
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Choose an implementation and run it.
+
+    Scores are the metric's definition on the decoded vectors, accumulated in float64 and rounded once,
+    and inside the probed lists the result is exact: by score, then by the lower id.
+
+    Args:
+        queries: ``(Q, D)``.
+        probes: ``(Q, P)`` int64, the lists that each query probes, each once; -1 for none.
+        layout: where the rows of the lists lie.
+        decode: gives the vectors of rows.
+        k: number of neighbours.
+        metric: the distance kind.
+        ranks: ``(N,)`` int64, place of each row's id among the sorted ids, which decides ties;
+            None where the ids ascend with the rows.
+        selection: rows that each query may see.
+        implementation: "auto" or a name.
+        workspace_bytes: limit on temporary memory, in bytes.
+        check_finite: look for queries that hold NaN or infinity.
+
+    Returns:
+        Scores and row numbers, -1 where there are fewer than k in the probed lists.
+    """
+    request = describe(queries, layout, decode, metric, k)
+    chosen = choose("ivf_search", IMPLEMENTATIONS, request, implementation)
+    with plain_arithmetic(queries.device):
+        bad = bad_queries(queries, metric) if check_finite else None
+        scores, rows = chosen.run(
+            queries, probes, layout, decode, k, metric, ranks, selection, workspace_bytes
+        )
+        if bad is not None:
+            scores.masked_fill_(bad[:, None], torch.nan)
+            rows.masked_fill_(bad[:, None], -1)
+    return scores, rows
+
+
+def run_ivf_range(
+    queries: Tensor,  # (Q, D)
+    probes: Tensor,  # (Q, P) int64
+    layout: ListLayout,
+    decode: RowDecoder,
+    radius: Tensor,  # (Q,) float32
+    metric: Metric,
+    *,
+    ranks: Tensor | None = None,
+    selection: Selection = Selection(),
+    implementation: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    check_finite: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
+    """Find all rows of the probed lists within a radius; arguments as for `run_ivf`.
+
+    Returns lims, scores and row numbers; a query that holds NaN or infinity finds nothing on an
+    accelerator and is an error on a CPU.
+    """
+    request = describe(queries, layout, decode, metric)
+    chosen = choose("ivf_range_search", RANGE_IMPLEMENTATIONS, request, implementation)
+    with plain_arithmetic(queries.device):
+        bad = bad_queries(queries, metric) if check_finite else None
+        if bad is not None:
+            # No score is beyond the best possible one.
+            radius = radius.masked_fill(bad, -metric.worst)
+        result: tuple[Tensor, Tensor, Tensor] = chosen.run(
+            queries, probes, layout, decode, radius, metric, ranks, selection, workspace_bytes
+        )
+    return result
+
+
+def describe(
+    queries: Tensor, layout: ListLayout, decode: RowDecoder, metric: Metric, k: int | None = None
+) -> Request:
+    """Return what the choice of an implementation may depend on."""
+    return Request(
+        queries.device,
+        queries.dtype,
+        decode.dtype,
+        queries.shape[0],
+        layout.n_rows,
+        decode.dim,
+        metric,
+        k,
+    )
