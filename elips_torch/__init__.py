@@ -26,6 +26,8 @@ from elips_torch.indexes.base import Index
 from elips_torch.indexes.catalog import load_index
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.ivf_flat import IVFFlatIndex
+from elips_torch.indexes.ivf_pq import IVFPQIndex
+from elips_torch.indexes.ivf_sq import IVFSQIndex
 from elips_torch.indexes.pq import PQIndex
 from elips_torch.indexes.sq import SQIndex
 from elips_torch.ops.explain import explain
@@ -49,6 +51,8 @@ __all__ = [
     "Explanation",
     "FlatIndex",
     "IVFFlatIndex",
+    "IVFPQIndex",
+    "IVFSQIndex",
     "ImplementationError",
     "Index",
     "IndexFileError",

@@ -9,11 +9,20 @@ from elips_torch.indexes.base import Index, known_indexes
 from elips_torch.indexes.files import read_index_file
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.ivf_flat import IVFFlatIndex
+from elips_torch.indexes.ivf_pq import IVFPQIndex
+from elips_torch.indexes.ivf_sq import IVFSQIndex
 from elips_torch.indexes.pq import PQIndex
 from elips_torch.indexes.sq import SQIndex
 
 # The library's own; importing this module makes all of them known.
-INDEXES: tuple[type[Index], ...] = (FlatIndex, IVFFlatIndex, SQIndex, PQIndex)
+INDEXES: tuple[type[Index], ...] = (
+    FlatIndex,
+    IVFFlatIndex,
+    IVFSQIndex,
+    IVFPQIndex,
+    SQIndex,
+    PQIndex,
+)
 
 
 def load_index(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Index:

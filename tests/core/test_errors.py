@@ -15,7 +15,6 @@ BUILT_IN = {
     "UnknownIdError": KeyError,
     "MetricError": ValueError,
     "ParameterError": TypeError,
-    "NotEmptyError": RuntimeError,
     "NotFittedError": RuntimeError,
     "NotEmptyError": RuntimeError,
     "ImplementationError": RuntimeError,
