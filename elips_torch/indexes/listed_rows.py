@@ -14,6 +14,9 @@ from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.inverted_lists import InvertedLists, SlotChange
 from elips_torch.indexes.storage import durable
 
+# Up to so many, the float32 product finds the nearest centroids as fast as codes do (measured on AVX-512).
+_FEW_CENTROIDS = 4096
+
 
 class ListedRows(Index):
     """An index whose rows are each assigned to the list of a centroid.
@@ -68,7 +71,8 @@ class ListedRows(Index):
             self.register_buffer("assignments", torch.empty(0, dtype=torch.int32, device=device))
         self._has_own_coarse = coarse is None
         if coarse is None:
-            coarse = FlatIndex(dim, self._coarse_metric, device=device, check_finite=False)
+            screen = "none" if nlist <= _FEW_CENTROIDS else "auto"
+            coarse = FlatIndex(dim, self._coarse_metric, screen=screen, device=device, check_finite=False)
         self.coarse = self._check_coarse(coarse)
         self.coarse.index_in_state_dict = index_in_state_dict
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elips_torch import METRICS, DeviceError, FlatIndex
+from elips_torch import METRICS, DeviceError, FlatIndex, IVFFlatIndex
 
 pytestmark = [
     pytest.mark.cuda,
@@ -99,3 +99,28 @@ def test_a_side_stream_sees_what_was_added_on_it():
         found = index(vectors[:100], k=1).ids[:, 0]
     torch.cuda.synchronize()
     assert found.tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine", "l1"])
+def test_lists_answer_as_on_the_cpu(metric):
+    generator = torch.Generator().manual_seed(0)
+    vectors, queries = torch.rand(3000, 32, generator=generator), torch.rand(40, 32, generator=generator)
+    host = IVFFlatIndex(32, 20, metric, nprobe=4).fit(vectors)
+    host.add(vectors)
+    device = IVFFlatIndex(32, 20, metric, device="cuda")
+    device.load_state_dict(host.state_dict())
+    mask = torch.rand(40, 3000, generator=generator) < 0.1
+    for index in (device, IVFFlatIndex(32, 20, metric, nprobe=4).fit(vectors).cuda()):
+        if not len(index):
+            index.add(vectors.cuda())
+        for part in (1, 40):
+            assert_close(index(queries[:part].cuda(), 10), host(queries[:part], 10))
+            shown = mask[:part]
+            assert_close(
+                index(queries[:part].cuda(), 90, mask=shown.cuda()), host(queries[:part], 90, mask=shown)
+            )
+    for index in (host, device):
+        index.remove(list(range(0, 3000, 3)))
+        index.upsert(-vectors[1:900:3].to(index.device), list(range(1, 900, 3)))
+    assert torch.equal(device.list_sizes().cpu(), host.list_sizes())
+    assert_close(device(-queries.cuda(), 10), host(-queries, 10))

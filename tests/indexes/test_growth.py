@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from elips_torch import FlatIndex
+from elips_torch import FlatIndex, IVFFlatIndex
 from elips_torch.indexes.storage import append_rows
 
 
@@ -96,3 +96,21 @@ def test_a_copy_does_not_write_into_the_reserve_of_its_origin():
     twin.add(torch.ones(5, 4))
     assert index.vectors[-5:].sum() == 0
     assert twin.vectors[-5:].sum() == 20
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_lists_grow_at_an_affordable_cost():
+    coarse = FlatIndex(8)
+    coarse.add(torch.rand(50, 8))
+    vectors = torch.rand(40_000, 8)
+
+    def seconds(n):
+        index = IVFFlatIndex(8, 50, coarse=coarse)
+        start = time.perf_counter()
+        for part in vectors[:n].split(100):
+            index.add(part)
+        return time.perf_counter() - start
+
+    seconds(2000)
+    # Four times the rows: 4 when linear, 16 when quadratic.
+    assert statistics.median(seconds(40_000) / seconds(10_000) for _ in range(3)) < 8

@@ -7,6 +7,8 @@ from typing import ClassVar
 import faiss
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -158,6 +160,42 @@ def test_adding_in_batches_is_adding_at_once():
         other(part[:1])
     queries = clusters(50, seed=1)
     assert_same(other(queries), index(queries))
+
+
+class InListOrder(IVFFlatIndex):
+    """Keeps a copy of its vectors in the order of the lists."""
+
+    def _attach(self):
+        super()._attach()
+        self.payload = torch.empty(0, 16)
+
+    def _slots_changed(self, change):
+        self.payload = change.carry(self.payload)
+        self.payload[change.filled] = self.vectors[self._lists.slots[change.filled]]
+
+
+COARSE = FlatIndex(16)
+COARSE.add(clusters(8, spread=1.0))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.sampled_from(["add", "remove", "upsert"]), st.integers(1, 60)), max_size=10))
+def test_any_sequence_of_changes_keeps_results_exact_and_payload_in_place(steps):
+    index, flat = InListOrder(16, 8, coarse=copy.deepcopy(COARSE), nprobe=8), FlatIndex(16)
+    for number, (verb, size) in enumerate(steps):
+        vectors = clusters(size, seed=number, spread=1.0)
+        order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(number))
+        some = flat.ids[order[:size]]
+        for each in (index, flat):
+            if verb == "add":
+                each.add(vectors)
+            elif verb == "remove":
+                each.remove(some)
+            else:
+                each.upsert(vectors, torch.cat([some, 10**6 * (number + 1) + torch.arange(size)])[:size])
+        queries = clusters(3, seed=100 + number)
+        assert_same(index(queries, 7), flat(queries, 7))
+        assert torch.equal(index.payload[index.lists.places], index.vectors)
 
 
 @pytest.mark.parametrize("n_queries", [1, 30])

@@ -15,7 +15,7 @@ ALLOWANCE = 24 * MIB
 
 PROGRAM = """
 import gc, json, sys, torch
-from elips_torch import FlatIndex, knn, pairwise_distance, range_search
+from elips_torch import FlatIndex, IVFFlatIndex, knn, pairwise_distance, range_search
 
 case = json.loads(sys.argv[1])
 operation, n, n_queries, dim = case["operation"], case["n"], case["n_queries"], case["dim"]
@@ -50,6 +50,16 @@ if operation == "index":
         index = FlatIndex(dim, screen="int8", workspace_bytes=case["workspace"])
         index.add(database[:columns])
         indexes[columns] = index
+if operation.startswith("ivf"):
+    # The lists are no temporary memory.
+    nlist, nprobe = case["nlist"], case["nprobe"]
+    coarse = FlatIndex(dim)
+    coarse.add(database[:nlist])
+    for columns in (n // 4, n):
+        index = IVFFlatIndex(dim, nlist, nprobe=nprobe, coarse=coarse, workspace_bytes=case["workspace"])
+        index.add(database[:columns])
+        index.lists
+        indexes[columns] = index
 weight = torch.rand(n_queries, n, generator=generator) if operation == "pairwise_backward" else None
 
 
@@ -64,6 +74,11 @@ def run(rows, columns):
         chosen = {name: chosen[name] for name in ("mask", "exclude") if name in chosen}
         implementation = case.get("implementation", "eager")
         return indexes[columns].search(q, case["k"], implementation=implementation, **chosen)
+    if operation.startswith("ivf"):
+        chosen = {name: chosen[name] for name in ("mask", "exclude") if name in chosen}
+        if operation == "ivf":
+            return indexes[columns].search(q, case["k"], **chosen)
+        return indexes[columns].range_search(q, case["radius"], **chosen)
     if operation == "knn":
         return knn(q, x, min(case["k"], columns), **chosen)
     if operation == "range_search":
@@ -156,6 +171,42 @@ CASES = {
     "k close to n": {"operation": "knn", "n": 4000, "n_queries": 400, "k": 3900},
     "nothing within": {"operation": "range_search", "n": 50_000, "n_queries": 150, "radius": 0.5},
     "much within": {"operation": "range_search", "n": 20_000, "n_queries": 60, "radius": 10.0},
+    "lists": {"operation": "ivf", "n": 200_000, "n_queries": 2000, "k": 10, "nlist": 200, "nprobe": 8},
+    "one list": {"operation": "ivf", "n": 200_000, "n_queries": 600, "k": 10, "nlist": 1, "nprobe": 1},
+    "lists, few queries": {
+        "operation": "ivf",
+        "n": 200_000,
+        "n_queries": 2,
+        "k": 10,
+        "nlist": 4,
+        "nprobe": 4,
+    },
+    "lists, many neighbours": {
+        "operation": "ivf",
+        "n": 50_000,
+        "n_queries": 200,
+        "k": 3000,
+        "nlist": 50,
+        "nprobe": 20,
+    },
+    "lists, masks and exclusions": {
+        "operation": "ivf",
+        "n": 40_000,
+        "n_queries": 300,
+        "k": 10,
+        "nlist": 40,
+        "nprobe": 8,
+        "mask": True,
+        "exclude": 1000,
+    },
+    "lists, much within": {
+        "operation": "ivf_range",
+        "n": 20_000,
+        "n_queries": 60,
+        "radius": 10.0,
+        "nlist": 20,
+        "nprobe": 20,
+    },
     "pairwise": {"operation": "pairwise_distance", "n": 50_000, "n_queries": 300},
     "pairwise gradient": {"operation": "pairwise_backward", "n": 40_000, "n_queries": 500},
 }
@@ -173,5 +224,5 @@ def test_peak_memory_stays_within_the_workspace(name):
     assert done.returncode == 0, done.stderr
     peak, results = json.loads(done.stdout)
     # Range search puts its results together from parts: twice their size for a moment.
-    held = 2 * results if CASES[name]["operation"] == "range_search" else results
+    held = 2 * results if CASES[name]["operation"] in ("range_search", "ivf_range") else results
     assert peak - held <= WORKSPACE + ALLOWANCE, f"{(peak - held) / MIB:.1f} MiB beside the results"
