@@ -7,6 +7,8 @@ import torch
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.ivf_coded import IVFCodedIndex
+from elips_torch.kernels.coded_rows import PartRows
+from elips_torch.kernels.list_layout import RowDecoder
 from elips_torch.quantizers.product import ProductQuantizer
 
 
@@ -131,3 +133,12 @@ class IVFPQIndex(IVFCodedIndex):
 
     def _examples(self) -> int | None:
         return self.quantizer.n_examples
+
+    def _decoder(self) -> RowDecoder:
+        codes, quantizer = self.codes, self.quantizer
+        return PartRows(
+            self._decode,
+            lambda rows: quantizer.entries(codes.index_select(0, rows)),
+            quantizer.codebooks,
+            self._centroids_of if self.by_residual else None,
+        )

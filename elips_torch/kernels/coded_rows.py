@@ -1,7 +1,10 @@
 """What searches need to know of vectors that are stored as codes."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +41,35 @@ class PartDecoder(Decoder, Protocol):
 
     def lookup_tables(self, queries: Tensor, metric: str) -> Tensor:
         """Return float32 ``(Q, m, ksub)``, what each centroid adds to a score; metric "l2" or "ip"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PartRows:
+    """The decoder of rows in inverted lists whose parts are centroids, on top of the centroid of the list.
+
+    Attributes:
+        decode: returns float32 vectors ``(M, D)`` of rows ``(M,)``.
+        entries: returns int32 ``(M, m)``, for the parts of each row's code the numbers of their centroids
+            among all ``m * ksub``.
+        codebooks: ``(m, ksub, D / m)`` float32, the centroids of each part.
+        centroids: returns ``(L, D)``, what is added to the rows of lists ``(L,)``; None where nothing is.
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    entries: Callable[[Tensor], Tensor]
+    codebooks: Tensor
+    centroids: Callable[[Tensor], Tensor] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the vectors."""
+        return torch.float32
+
+    @property
+    def dim(self) -> int:
+        """Size of a vector."""
+        return self.codebooks.shape[0] * self.codebooks.shape[2]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the vectors ``(M, D)`` of rows ``(M,)``."""
+        return self.decode(rows)

@@ -53,10 +53,11 @@ def choose_tiling(n_queries: int, n_probes: int, layout: ListLayout, dim: int) -
     return list_major_tiles if by_list < by_query else query_major_tiles
 
 
-class _Step(Protocol):
+class Step(Protocol):
     """One of the searches that are tried in turn."""
 
-    def queries_at_once(self, k: int, workspace_bytes: int) -> int: ...
+    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
+        """Return how many queries `run` takes at a time."""
 
     def run(
         self,
@@ -66,7 +67,13 @@ class _Step(Protocol):
         ranks: Tensor | None,
         selection: Selection,
         workspace_bytes: int,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
+
+
+# Makes a step from the layout, the decoder, the metric, k, the number of probes and the workspace; None
+# where it cannot serve.
+FirstStep = Callable[[ListLayout, RowDecoder, Metric, int, int, int], Step | None]
 
 
 class _ApproximatedLists:
@@ -244,8 +251,12 @@ def ivf_search_eager(
     ranks: Tensor | None,  # (N,) int64, rank of each row's id; None: rows are in the order of ids
     selection: Selection,
     workspace_bytes: int,
+    first_step: FirstStep | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
-    """Return the scores and rows of the k best rows of the probed lists; -1 where there are fewer."""
+    """Return the scores and rows of the k best rows of the probed lists; -1 where there are fewer.
+
+    ``first_step`` makes what is tried first; implementations differ by it.
+    """
     n_queries, n_rows = queries.shape[0], layout.n_rows
     scores = torch.full((n_queries, k), metric.worst, dtype=torch.float32, device=queries.device)
     rows = torch.full((n_queries, k), -1, dtype=torch.int64, device=queries.device)
@@ -253,7 +264,11 @@ def ivf_search_eager(
         return scores, rows
     found = min(k, n_rows)
     pending: Tensor | None = None
-    for step in _steps(queries, probes, layout, decode, k, metric):
+    steps = _steps(queries, probes, layout, decode, k, metric)
+    if first_step is not None:
+        first = first_step(layout, decode, metric, found, probes.shape[1], workspace_bytes)
+        steps = steps if first is None else [first, *steps]
+    for step in steps:
         left = []
         at_once = step.queries_at_once(found, workspace_bytes)
         for start, stop in spans(n_queries if pending is None else pending.numel(), at_once):
@@ -271,10 +286,10 @@ def ivf_search_eager(
 
 def _steps(
     queries: Tensor, probes: Tensor, layout: ListLayout, decode: RowDecoder, k: int, metric: Metric
-) -> list[_Step]:
+) -> list[Step]:
     """Return the searches to try in turn; the last one certifies every query."""
     tiling = choose_tiling(queries.shape[0], probes.shape[1], layout, decode.dim)
-    steps: list[_Step] = []
+    steps: list[Step] = []
     rows_per_query = probes.shape[1] * layout.n_rows / layout.nlist
     small = queries.shape[0] * rows_per_query * decode.dim <= _FEW_FEATURES
     if 2 * n_candidates(k) <= rows_per_query and not small:

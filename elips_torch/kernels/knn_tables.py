@@ -41,8 +41,9 @@ class TableSearch(DecodedSearch):
         # (m, 1, D / m): near the centroids a product loses less.
         self.shift = decoder.codebooks.mean(1, keepdim=True) if metric.name == "l2" else None
         centroids = decoder.codebooks if self.shift is None else decoder.codebooks - self.shift
-        self.centroids = centroids
         self.squares = centroids.square().sum(2)
+        # (m, D / m, ksub): sums over the features of a part run along whole rows.
+        self.features = centroids.transpose(1, 2).contiguous()
         self.largest_norm = self.squares.amax(1).sum().sqrt()
 
     def _tiles(self, n_queries: int, workspace_bytes: int) -> tuple[int, int]:
@@ -67,12 +68,12 @@ class TableSearch(DecodedSearch):
         if self.shift is not None:
             queries = queries.double() - self.shift.flatten()
         prepared, norms = prepare_queries(self.metric, queries, self.dtype)
-        parts = prepared.view(-1, *self.centroids[:, :1].shape)
+        parts = prepared.view(-1, *self.features.shape[:2], 1)
         n_queries = prepared.shape[0]
         tables = torch.empty(self.squares.numel(), n_queries, dtype=torch.float32, device=queries.device)
         for query, part in enumerate(parts.unbind(0)):
             # No matrix product, whose precision is the caller's to set.
-            products = (part * self.centroids).sum(2)
+            products = (part * self.features).sum(1)
             tables[:, query] = (products if self.shift is None else self.squares - 2.0 * products).flatten()
         return tables.T, norms
 

@@ -46,7 +46,7 @@ class CodedRequest(Request):
     """A search among codes as the choice of an implementation sees it.
 
     Attributes:
-        code_size: bytes per code.
+        code_size: bytes per code; 0 where that decides nothing.
         parts: number of parts that lookup tables have a number for; 0 where codes have no such parts.
     """
 
@@ -54,7 +54,8 @@ class CodedRequest(Request):
     parts: int = 0
 
     def __str__(self) -> str:
-        return f"{super().__str__()}, in {self.code_size} bytes a vector"
+        size = f", in {self.code_size} bytes a vector" if self.code_size else ""
+        return super().__str__() + size
 
 
 def explain_coded_search(

@@ -1,5 +1,7 @@
 """Search of the inverted lists that each query probes; the entry that the IVF families share."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -8,12 +10,42 @@ from elips_torch.core.execution import plain_arithmetic
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import bad_queries
+from elips_torch.kernels.coded_rows import PartRows
 from elips_torch.kernels.ivf_range_search_eager import ivf_range_search_eager
 from elips_torch.kernels.ivf_search_eager import ivf_search_eager
+from elips_torch.kernels.ivf_tables import table_step
 from elips_torch.kernels.list_layout import ListLayout, RowDecoder
 from elips_torch.kernels.selection import Selection
+from elips_torch.ops.coded_search import CodedRequest
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Implementation("eager", ivf_search_eager, float64_reasons),)
+# From so many queries on, decoding each list once costs less than tables for every query (measured).
+MANY_QUERIES = 32
+
+
+def _table_reasons(request: Request) -> list[str]:
+    reasons = float64_reasons(request)
+    if not isinstance(request, CodedRequest) or not request.parts:
+        reasons.append("the rows have no parts to look up")
+    if request.metric.name not in ("l2", "ip"):
+        reasons.append(f"scores of metric {request.metric.name!r} are no sums over parts")
+    return reasons
+
+
+def _many_queries_reasons(request: Request) -> list[str]:
+    if request.n_queries >= MANY_QUERIES:
+        return [f"{request.n_queries} queries repay decoding the lists"]
+    return []
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation(
+        "tables",
+        functools.partial(ivf_search_eager, first_step=table_step),
+        _table_reasons,
+        _many_queries_reasons,
+    ),
+    Implementation("eager", ivf_search_eager, float64_reasons),
+)
 RANGE_IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("eager", ivf_range_search_eager, float64_reasons),
 )
@@ -104,7 +136,7 @@ def describe(
     queries: Tensor, layout: ListLayout, decode: RowDecoder, metric: Metric, k: int | None = None
 ) -> Request:
     """Return what the choice of an implementation may depend on."""
-    return Request(
+    facts = (
         queries.device,
         queries.dtype,
         decode.dtype,
@@ -114,3 +146,6 @@ def describe(
         metric,
         k,
     )
+    if isinstance(decode, PartRows):
+        return CodedRequest(*facts, parts=decode.codebooks.shape[0])
+    return Request(*facts)

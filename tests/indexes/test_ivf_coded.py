@@ -11,6 +11,7 @@ from coded_contract import clustered, recall
 from elips_torch import (
     ArgumentError,
     FlatIndex,
+    ImplementationError,
     IVFPQIndex,
     IVFSQIndex,
     NonFiniteError,
@@ -226,6 +227,44 @@ def test_a_coarse_index_of_codes_serves(kind, tmp_path):
     assert_same(index.search(queries, 5), flat.search(queries, 5))
     index.save(tmp_path / "index")
     assert_same(load_index(tmp_path / "index").search(queries, 5), index.search(queries, 5))
+
+
+@pytest.mark.parametrize("nbits", [4, 8])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("by_residual", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_tables_and_decoded_lists_give_the_same(nbits, metric, by_residual, offset):
+    database, queries = clustered(2000, 12, 0) + offset, clustered(25, 12, 1) + offset
+    index = IVFPQIndex(
+        12, 8, 4, nbits, metric, by_residual=by_residual, niter=2, min_points_per_centroid=1, nprobe=3
+    )
+    index.fit(database).add(
+        torch.cat([database, database[:500]]),
+        ids=torch.randperm(2500, generator=torch.Generator().manual_seed(2)),
+    )
+    mask = torch.rand(25, 2500, generator=torch.Generator().manual_seed(3)) < 0.2
+    exclude = index.search(queries, 4).ids
+    for options in ({}, {"mask": mask}, {"exclude": exclude}, {"mask": mask[0], "nprobe": 8}, {"nprobe": 1}):
+        for k in (1, 10, 400):
+            found = [
+                index.search(queries, k, implementation=name, workspace_bytes=2**20, **options)
+                for name in ("tables", "eager")
+            ]
+            assert_same(*found)
+
+
+def test_a_few_queries_use_tables_and_many_do_not():
+    database = clustered(600, 12, 0)
+    index = IVFPQIndex(12, 4, 4, 4, min_points_per_centroid=1).fit(database)
+    index.add(database)
+    assert index.explain(torch.rand(5, 12)).chosen == "tables"
+    assert index.explain(torch.rand(500, 12)).chosen == "eager"
+    codes = IVFSQIndex(12, 4, nprobe=2).fit(database)
+    with pytest.raises(ImplementationError, match="no parts to look up"):
+        codes.search(database, implementation="tables")
+    cosine = IVFPQIndex(12, 4, 4, 4, "cosine", nprobe=2, min_points_per_centroid=1).fit(database)
+    with pytest.raises(ImplementationError, match="'cosine' are no sums"):
+        cosine.search(database, implementation="tables")
 
 
 def test_decoded_vectors_stay_in_the_domain_of_the_metric():
