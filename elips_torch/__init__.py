@@ -1,6 +1,8 @@
 """Vector retrieval inside PyTorch: indexes are modules, databases are tensors, scores have gradients."""
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from elips_torch.core.dispatch import Explanation
 from elips_torch.core.errors import (
@@ -23,20 +25,44 @@ from elips_torch.core.metric import METRICS
 from elips_torch.core.results import RangeResult, SearchResult
 from elips_torch.distributed import prepare_for_ddp
 from elips_torch.indexes.base import Index
-from elips_torch.indexes.catalog import load_index
 from elips_torch.indexes.flat import FlatIndex
-from elips_torch.indexes.ivf_flat import IVFFlatIndex
-from elips_torch.indexes.refine import RefineIndex
-from elips_torch.indexes.wrappers import PreTransformIndex
 from elips_torch.ops.explain import explain
 from elips_torch.ops.knn import knn
 from elips_torch.ops.pairwise_distance import pairwise_distance
 from elips_torch.ops.range_search import range_search
-from elips_torch.quantizers.itq import ITQ
-from elips_torch.quantizers.kmeans import KMeans
-from elips_torch.quantizers.opq import OPQ
-from elips_torch.quantizers.pca import PCA
-from elips_torch.quantizers.transforms import L2Normalize, RandomRotation
+
+if TYPE_CHECKING:
+    from elips_torch.indexes.catalog import load_index
+    from elips_torch.indexes.ivf_flat import IVFFlatIndex
+    from elips_torch.indexes.ivf_pq import IVFPQIndex
+    from elips_torch.indexes.ivf_sq import IVFSQIndex
+    from elips_torch.indexes.pq import PQIndex
+    from elips_torch.indexes.refine import RefineIndex
+    from elips_torch.indexes.sq import SQIndex
+    from elips_torch.indexes.wrappers import PreTransformIndex
+    from elips_torch.quantizers.itq import ITQ
+    from elips_torch.quantizers.kmeans import KMeans
+    from elips_torch.quantizers.opq import OPQ
+    from elips_torch.quantizers.pca import PCA
+    from elips_torch.quantizers.transforms import L2Normalize, RandomRotation
+
+# Imported when first asked for: importing the library stays quick however many indexes there are.
+_LAZY = {
+    "load_index": "elips_torch.indexes.catalog",
+    "IVFFlatIndex": "elips_torch.indexes.ivf_flat",
+    "IVFPQIndex": "elips_torch.indexes.ivf_pq",
+    "IVFSQIndex": "elips_torch.indexes.ivf_sq",
+    "PQIndex": "elips_torch.indexes.pq",
+    "RefineIndex": "elips_torch.indexes.refine",
+    "SQIndex": "elips_torch.indexes.sq",
+    "PreTransformIndex": "elips_torch.indexes.wrappers",
+    "ITQ": "elips_torch.quantizers.itq",
+    "KMeans": "elips_torch.quantizers.kmeans",
+    "OPQ": "elips_torch.quantizers.opq",
+    "PCA": "elips_torch.quantizers.pca",
+    "L2Normalize": "elips_torch.quantizers.transforms",
+    "RandomRotation": "elips_torch.quantizers.transforms",
+}
 
 try:
     __version__ = version("elips-torch")
@@ -56,6 +82,8 @@ __all__ = [
     "Explanation",
     "FlatIndex",
     "IVFFlatIndex",
+    "IVFPQIndex",
+    "IVFSQIndex",
     "ImplementationError",
     "Index",
     "IndexFileError",
@@ -65,11 +93,13 @@ __all__ = [
     "NonFiniteError",
     "NotEmptyError",
     "NotFittedError",
+    "PQIndex",
     "ParameterError",
     "PreTransformIndex",
     "RandomRotation",
     "RangeResult",
     "RefineIndex",
+    "SQIndex",
     "SearchResult",
     "ShapeError",
     "UnknownIdError",
@@ -81,3 +111,15 @@ __all__ = [
     "prepare_for_ddp",
     "range_search",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -141,3 +141,17 @@ def test_public_names_are_documented(name):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 450
+
+
+def test_every_index_is_known_without_being_imported():
+    program = """
+from elips_torch.indexes.base import known_indexes
+print(sorted(known_indexes()))
+"""
+    assert "'SQIndex'" in run(program)
+
+
+def test_an_unknown_name_is_no_attribute():
+    with pytest.raises(AttributeError, match="'elips_torch' has no attribute 'Faiss'"):
+        elips_torch.Faiss  # noqa: B018
+    assert set(elips_torch.__all__) <= set(dir(elips_torch))

@@ -1,5 +1,6 @@
 """The contract that every index keeps."""
 
+import importlib
 import os
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
@@ -417,7 +418,9 @@ class Index(Rows):
 
 
 def known_indexes() -> dict[str, type[Index]]:
-    """Return every class of index that the program has defined, by name."""
+    """Return every class of index that the library has and the program has defined, by name."""
+    # The catalogue imports all of the library's own, and those import this file.
+    importlib.import_module("elips_torch.indexes.catalog")
     return _subclasses(Index)
 
 

@@ -9,11 +9,24 @@ from elips_torch.indexes.base import Index, known_indexes
 from elips_torch.indexes.files import read_index_file
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.ivf_flat import IVFFlatIndex
+from elips_torch.indexes.ivf_pq import IVFPQIndex
+from elips_torch.indexes.ivf_sq import IVFSQIndex
+from elips_torch.indexes.pq import PQIndex
 from elips_torch.indexes.refine import RefineIndex
+from elips_torch.indexes.sq import SQIndex
 from elips_torch.indexes.wrappers import PreTransformIndex
 
 # The library's own; importing this module makes all of them known.
-INDEXES: tuple[type[Index], ...] = (FlatIndex, IVFFlatIndex, PreTransformIndex, RefineIndex)
+INDEXES: tuple[type[Index], ...] = (
+    FlatIndex,
+    IVFFlatIndex,
+    IVFSQIndex,
+    IVFPQIndex,
+    SQIndex,
+    PQIndex,
+    PreTransformIndex,
+    RefineIndex,
+)
 
 
 def load_index(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Index:

@@ -15,7 +15,7 @@ from torch import Tensor
 from elips_torch.core.metric import Metric
 
 # Norms in this range square without overflow or underflow; beyond it, nothing is bounded.
-_SMALLEST_NORM = {torch.float32: 2.0**-40, torch.float64: 2.0**-400}
+SMALLEST_NORM = {torch.float32: 2.0**-40, torch.float64: 2.0**-400}
 _LARGEST_NORM = {torch.float32: 2.0**40, torch.float64: 2.0**400}
 
 
@@ -70,7 +70,7 @@ def approximate_scores(
     if metric.name == "cosine":
         scores = queries @ vectors.T
         # The norm of a tiny row may have underflowed.
-        unknown = norms < _SMALLEST_NORM[norms.dtype]
+        unknown = norms < SMALLEST_NORM[norms.dtype]
         return scores.mul_(torch.where(unknown, torch.nan, norms.reciprocal()))
     # A Euclidean distance by a matrix product would lose the digits that the bound promises.
     scores = torch.cdist(queries, vectors, p=metric.p, compute_mode="donot_use_mm_for_euclid_dist")
@@ -122,8 +122,8 @@ def error_bound(
     elif metric.name == "ip":
         bound = gamma * query_norms * norms + floor
     else:
-        bound = torch.full_like(query_norms, gamma + floor / _SMALLEST_NORM[dtype])
-        underflow = (query_norms > 0) & (query_norms < _SMALLEST_NORM[torch.float64])
+        bound = torch.full_like(query_norms, gamma + floor / SMALLEST_NORM[dtype])
+        underflow = (query_norms > 0) & (query_norms < SMALLEST_NORM[torch.float64])
         bound.masked_fill_(underflow, torch.inf)
     largest = torch.maximum(norms, query_norms)
     return torch.where(largest < _LARGEST_NORM[dtype], bound, torch.inf)

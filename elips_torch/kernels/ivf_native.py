@@ -19,7 +19,13 @@ _ROW_BYTES, _FEATURE_BYTES = 80, 16
 
 
 def native_lists(
-    layout: ListLayout, decode: RowDecoder, metric: Metric, k: int, n_excluded: int, workspace_bytes: int
+    layout: ListLayout,
+    decode: RowDecoder,
+    metric: Metric,
+    k: int,
+    n_probes: int,
+    n_excluded: int,
+    workspace_bytes: int,
 ) -> "ScreenedLists | DecodedLists | None":
     """Return a search of lists in C++, or None where it cannot serve."""
     if metric.form != "product" or decode.dtype == torch.float64:

@@ -56,7 +56,8 @@ def choose_tiling(n_queries: int, n_probes: int, layout: ListLayout, dim: int) -
 class Step(Protocol):
     """One of the searches that are tried in turn."""
 
-    def queries_at_once(self, k: int, workspace_bytes: int) -> int: ...
+    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
+        """Return how many queries `run` takes at a time."""
 
     def run(
         self,
@@ -66,12 +67,13 @@ class Step(Protocol):
         ranks: Tensor | None,
         selection: Selection,
         workspace_bytes: int,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
 
 
-# Makes the first step of a search from the layout, the decoder, the metric, k, the number of rows excluded
-# per query, and the workspace; None where it cannot serve.
-FirstStep = Callable[[ListLayout, RowDecoder, Metric, int, int, int], Step | None]
+# Makes the first step of a search from the layout, the decoder, the metric, k, the number of probes and of
+# rows excluded per query, and the workspace; None where it cannot serve.
+FirstStep = Callable[[ListLayout, RowDecoder, Metric, int, int, int, int], Step | None]
 
 
 class _ApproximatedLists:
@@ -251,7 +253,10 @@ def ivf_search_eager(
     workspace_bytes: int,
     first_step: FirstStep | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
-    """Return the scores and rows of the k best rows of the probed lists; -1 where there are fewer."""
+    """Return the scores and rows of the k best rows of the probed lists; -1 where there are fewer.
+
+    ``first_step`` makes what is tried first; implementations differ by it.
+    """
     n_queries, n_rows = queries.shape[0], layout.n_rows
     scores = torch.full((n_queries, k), metric.worst, dtype=torch.float32, device=queries.device)
     rows = torch.full((n_queries, k), -1, dtype=torch.int64, device=queries.device)
@@ -261,7 +266,9 @@ def ivf_search_eager(
     pending: Tensor | None = None
     steps = _steps(queries, probes, layout, decode, k, metric)
     if first_step is not None:
-        first = first_step(layout, decode, metric, k, selection.n_excluded, workspace_bytes)
+        first = first_step(
+            layout, decode, metric, found, probes.shape[1], selection.n_excluded, workspace_bytes
+        )
         steps = steps if first is None else [first, *steps]
     for step in steps:
         left = []

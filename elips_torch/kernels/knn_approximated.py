@@ -102,10 +102,10 @@ class ApproximatedSearch:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
         metric = self.metric
-        prepared, query_norms = prepare_queries(metric, queries, self.dtype)
+        prepared, query_norms = self._prepare(queries)
         values, rows, largest_norm, all_seen = self._select(prepared, selection, workspace_bytes)
         rest = int(workspace_bytes * (1 - TILE_SHARE))
-        scores = score_candidates(metric, queries, self.database, rows.clamp_min(0), rest)
+        scores = self._rescore(queries, rows.clamp_min(0), rest)
         return certified_best(
             metric,
             self.dtype,
@@ -119,6 +119,22 @@ class ApproximatedSearch:
             largest_norm,
             queries.shape[1],
         )
+
+    # What depends on how the rows are stored.
+
+    def _prepare(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `_approximate` takes, with a row per query, and their float64 norms ``(Q, 1)``."""
+        return prepare_queries(self.metric, queries, self.dtype)
+
+    def _approximate(self, prepared: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return approximate scores of some rows ``(Q, stop - start)`` and norms, one of them the largest."""
+        vectors = self.database[start:stop].to(self.dtype).contiguous()
+        norms = row_norms(self.metric, vectors)
+        return approximate_scores(self.metric, prepared, vectors, norms), norms
+
+    def _rescore(self, queries: Tensor, rows: Tensor, workspace_bytes: int) -> Tensor:
+        """Return the scores of rows ``(Q, C)`` by the definition."""
+        return score_candidates(self.metric, queries, self.database, rows, workspace_bytes)
 
     def _select(
         self, prepared: Tensor, selection: Selection, workspace_bytes: int
@@ -136,11 +152,9 @@ class ApproximatedSearch:
         largest_norm = torch.zeros((), dtype=self.dtype, device=device)
         visible = torch.full((n_queries,), n_rows, device=device)
         for start, stop in spans(n_rows, self._tiles(n_queries, workspace_bytes)[1]):
-            vectors = self.database[start:stop].to(self.dtype).contiguous()
-            norms = row_norms(metric, vectors)
+            scores, norms = self._approximate(prepared, start, stop)
             if norms.numel():
                 largest_norm = torch.maximum(largest_norm, norms.max())
-            scores = approximate_scores(metric, prepared, vectors, norms)
             dropped = selection.dropped(n_queries, start, stop)
             if dropped is not None:
                 scores.masked_fill_(dropped, metric.worst)

@@ -54,15 +54,16 @@ def knn_blocks(
             make_plane(metric, block, kind),
         )
         rows = torch.where(rows < 0, rows, rows + start)
-        found = (scores, rows) if found is None else _merged(found, (scores, rows), metric, ranks)
+        found = (scores, rows) if found is None else merge_results(found, (scores, rows), metric, ranks)
     if found is None:
         return run(queries, database, k, metric, ranks, selection, workspace_bytes, None)
     return found
 
 
-def _merged(
+def merge_results(
     old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], metric: Metric, ranks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Return the best of two results, each scores and rows ``(Q, K)``, by score and then by rank."""
     scores, rows = (torch.cat(each, dim=1) for each in zip(old, new, strict=True))
     place = rows if ranks is None else ranks[rows.clamp_min(0)]
     keys = order_keys(scores, place.clamp_min(0), metric.higher_is_better)

@@ -10,13 +10,34 @@ from elips_torch.core.execution import plain_arithmetic
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import bad_queries
+from elips_torch.kernels.coded_rows import PartRows
 from elips_torch.kernels.ivf_native import native_lists
 from elips_torch.kernels.ivf_range_search_eager import ivf_range_search_eager
 from elips_torch.kernels.ivf_search_eager import ivf_search_eager
+from elips_torch.kernels.ivf_tables import table_step
 from elips_torch.kernels.list_layout import ListLayout, RowDecoder
 from elips_torch.kernels.search_native import library_is_ready, library_reasons
 from elips_torch.kernels.selection import Selection
+from elips_torch.ops.coded_search import CodedRequest
 from elips_torch.ops.knn import small_reasons
+
+# From so many queries on, decoding each list once costs less than tables for every query (measured).
+MANY_QUERIES = 32
+
+
+def _table_reasons(request: Request) -> list[str]:
+    reasons = float64_reasons(request)
+    if not isinstance(request, CodedRequest) or not request.parts:
+        reasons.append("the rows have no parts to look up")
+    if request.metric.name not in ("l2", "ip"):
+        reasons.append(f"scores of metric {request.metric.name!r} are no sums over parts")
+    return reasons
+
+
+def _many_queries_reasons(request: Request) -> list[str]:
+    if request.n_queries >= MANY_QUERIES:
+        return [f"{request.n_queries} queries repay decoding the lists"]
+    return []
 
 
 def _native_reasons(request: Request) -> list[str]:
@@ -33,6 +54,12 @@ def _uncompiled_reasons(request: Request) -> list[str]:
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation(
+        "tables",
+        functools.partial(ivf_search_eager, first_step=table_step),
+        _table_reasons,
+        _many_queries_reasons,
+    ),
     Implementation(
         "native",
         functools.partial(ivf_search_eager, first_step=native_lists),
@@ -131,7 +158,7 @@ def describe(
     queries: Tensor, layout: ListLayout, decode: RowDecoder, metric: Metric, k: int | None = None
 ) -> Request:
     """Return what the choice of an implementation may depend on."""
-    return Request(
+    facts = (
         queries.device,
         queries.dtype,
         decode.dtype,
@@ -141,3 +168,6 @@ def describe(
         metric,
         k,
     )
+    if isinstance(decode, PartRows):
+        return CodedRequest(*facts, parts=decode.codebooks.shape[0])
+    return Request(*facts)

@@ -15,8 +15,8 @@ BUILT_IN = {
     "UnknownIdError": KeyError,
     "MetricError": ValueError,
     "ParameterError": TypeError,
-    "NotEmptyError": RuntimeError,
     "NotFittedError": RuntimeError,
+    "NotEmptyError": RuntimeError,
     "ImplementationError": RuntimeError,
     "IndexFileError": ValueError,
 }

@@ -1,0 +1,110 @@
+"""What indexes with inverted files of codes share."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.tiling import spans
+from elips_torch.indexes.ivf import IVFIndex
+from elips_torch.indexes.storage import durable
+from elips_torch.ops.assign import assign
+from elips_torch.quantizers.quantizer import Quantizer
+from elips_torch.quantizers.seeding import sample_rows
+
+# Features coded at a time: their differences are a copy.
+_FEATURES_AT_ONCE = 2**22
+
+
+class IVFCodedIndex(IVFIndex):
+    """Inverted lists whose rows are codes; base of `IVFSQIndex` and `IVFPQIndex`.
+
+    Scores, gradients and `reconstruct` are those of the decoded vectors.
+
+    Args:
+        quantizer: codes the vectors; `fit` teaches it.
+        nlist: number of lists.
+        metric: name of the distance kind, or an alias.
+        by_residual: code the difference of a vector to the centroid of its list rather than the vector.
+        **options: as for `IVFIndex`.
+    """
+
+    row_tensors: ClassVar[tuple[str, ...]] = ("codes", "assignments", "ids")
+
+    codes: Tensor
+
+    def __init__(
+        self, quantizer: Quantizer, nlist: int, metric: str, *, by_residual: bool, **options: Any
+    ) -> None:
+        super().__init__(quantizer.dim, nlist, metric, **options)
+        self.quantizer = quantizer
+        self.by_residual = bool(by_residual)
+        with durable():
+            empty = torch.empty(0, quantizer.code_size, dtype=torch.uint8, device=options.get("device"))
+            self.register_buffer("codes", empty)
+
+    @abstractmethod
+    def _examples(self) -> int | None:
+        """Return from how many vectors the quantizer learns; None for all."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether `fit` has been called, so that vectors can be added."""
+        return super().is_trained and self.quantizer.is_trained
+
+    @property
+    def code_size(self) -> int:
+        """Bytes per stored vector, its id and its list not counted."""
+        return self.quantizer.code_size
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows."""
+        return f"{super().extra_repr()}, code_size={self.code_size}, by_residual={self.by_residual}"
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor keywords that make an empty index like this one, for JSON."""
+        return {**super().config(), "by_residual": self.by_residual}
+
+    def _fit_payload(self, vectors: Tensor, centroids: Tensor) -> None:
+        wanted = self._examples()
+        if wanted is not None and len(vectors) > wanted:
+            generator = torch.Generator("cpu").manual_seed(self.seed)
+            vectors = vectors[sample_rows(len(vectors), wanted, generator).to(vectors.device)]
+        if self.by_residual:
+            kind = self.metric if self.metric in ("ip", "cosine") else "l2"
+            lists = assign(vectors, centroids, kind, self.workspace_bytes)
+            vectors = vectors - centroids.index_select(0, lists)
+        self.quantizer.fit(vectors)
+
+    def _encode_payload(self, vectors: Tensor, assignments: Tensor) -> dict[str, Tensor]:
+        codes = torch.empty(len(vectors), self.code_size, dtype=torch.uint8, device=vectors.device)
+        for start, stop in spans(len(vectors), max(1, _FEATURES_AT_ONCE // self.dim)):
+            part = vectors[start:stop]
+            if self.by_residual:
+                part = part - self._centroids_of(assignments[start:stop])
+            codes[start:stop] = self.quantizer.encode(part, check_finite=self.check_finite)
+        return {"codes": codes}
+
+    def _decode(self, rows: Tensor) -> Tensor:
+        vectors = self.quantizer.decode(self.codes.index_select(0, rows))
+        if self.by_residual:
+            vectors += self._centroids_of(self.assignments.index_select(0, rows))
+            low, high = self._metric.domain
+            if low > -torch.inf:
+                # A centroid and a coded difference can leave it together.
+                vectors.clamp_(low, high)
+        return vectors
+
+    def _centroids_of(self, lists: Tensor) -> Tensor:
+        # The coarse index holds list i in row i.
+        return self.coarse._decode(lists)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def moved(tensor: Tensor) -> Tensor:
+            # Codes mean something together with centroids and ranges as they are: none may be rounded.
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)

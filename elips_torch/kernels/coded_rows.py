@@ -1,0 +1,75 @@
+"""What searches need to know of vectors that are stored as codes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class Decoder(Protocol):
+    """Gives the vectors that codes stand for.
+
+    Attributes:
+        dim: D, size of a vector.
+    """
+
+    dim: int
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return float32 vectors ``(N, D)`` of uint8 codes ``(N, code_size)``.
+
+        The vector of a code does not depend on the codes beside it.
+        """
+
+
+@runtime_checkable
+class PartDecoder(Decoder, Protocol):
+    """Gives vectors whose parts are centroids, a number of which the code holds for each.
+
+    Attributes:
+        m: number of parts.
+        codebooks: ``(m, ksub, D / m)`` float32, the centroids of each part.
+    """
+
+    m: int
+    codebooks: Tensor
+
+    def entries(self, codes: Tensor) -> Tensor:
+        """Return int32 numbers ``(N, m)`` among all ``m * ksub`` centroids, of a code's parts."""
+
+    def lookup_tables(self, queries: Tensor, metric: str) -> Tensor:
+        """Return float32 ``(Q, m, ksub)``, what each centroid adds to a score; metric "l2" or "ip"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PartRows:
+    """The decoder of rows in inverted lists whose parts are centroids, on top of the centroid of the list.
+
+    Attributes:
+        decode: returns float32 vectors ``(M, D)`` of rows ``(M,)``.
+        entries: returns int32 ``(M, m)``, for the parts of each row's code the numbers of their centroids
+            among all ``m * ksub``.
+        codebooks: ``(m, ksub, D / m)`` float32, the centroids of each part.
+        centroids: returns ``(L, D)``, what is added to the rows of lists ``(L,)``; None where nothing is.
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    entries: Callable[[Tensor], Tensor]
+    codebooks: Tensor
+    centroids: Callable[[Tensor], Tensor] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the vectors."""
+        return torch.float32
+
+    @property
+    def dim(self) -> int:
+        """Size of a vector."""
+        return self.codebooks.shape[0] * self.codebooks.shape[2]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the vectors ``(M, D)`` of rows ``(M,)``."""
+        return self.decode(rows)
