@@ -52,6 +52,13 @@ def run(options: argparse.Namespace) -> int:
     n_queries = _sizes("--nq", options.nq, DEFAULT_QUERIES, len(dataset.queries), "queries")
     ks = _sizes("--k", options.k, DEFAULT_K, len(dataset.database), "database vectors")
     builds = _builds(options.faiss, device)
+    for option, asked, default, sizes in (
+        ("--nq", options.nq, DEFAULT_QUERIES, n_queries),
+        ("--k", options.k, DEFAULT_K, ks),
+    ):
+        if asked is None and sizes != list(default):
+            kept, usual = (" ".join(map(str, each)) for each in (sizes, default))
+            print(f"note: {option} {kept} instead of {usual}, as the data allow", file=sys.stderr)
     with equal_terms(options.threads or torch.get_num_threads(), list(builds.values())):
         report = _measure_all(dataset, metric, device, n_queries, ks, builds, options)
     if options.json:
@@ -94,7 +101,7 @@ def _measure_all(
         "warnings": slowing_variables(),
         "cells": [],
     }
-    roofline = measure_roofline(device, dataset.database.dtype) if device.type == "cuda" else None
+    roofline = _roofline(device, dataset.database.dtype)
     if roofline is not None:
         report["roofline"] = {
             "bytes_per_second": roofline.bytes_per_second,
@@ -168,6 +175,11 @@ def add_shares(cell: dict[str, Any], roofline: Roofline, n_rows: int, dim: int) 
     cell["bandwidth_share"], cell["matrix_share"] = roofline.shares(cell["nq"], n_rows, dim, seconds)
 
 
+def _roofline(device: torch.device, dtype: torch.dtype) -> Roofline | None:
+    """Measure what a GPU reaches; None for a CPU."""
+    return measure_roofline(device, dtype) if device.type == "cuda" else None
+
+
 def _contenders(
     dataset: Dataset, metric: Metric, device: torch.device, builds: dict[str, FaissBuild], screen: str
 ) -> list[Contender]:
@@ -232,6 +244,11 @@ def _dataset(options: argparse.Namespace) -> Dataset:
         return clustered(n, dim, max(options.nq or DEFAULT_QUERIES))
     if options.synthetic:
         raise ArgumentError("both a file and --synthetic were given, expected one of them")
+    if options.file.isdecimal() and not Path(options.file).exists():
+        raise ArgumentError(
+            f"no file at {options.file!r}; for made-up vectors type --synthetic N D, "
+            f"as in --synthetic {options.file} {_DEFAULT_SIZE[1]}"
+        )
     return read_dataset(options.file, options.queries_key, options.database_key)
 
 
@@ -240,11 +257,13 @@ def _sizes(
 ) -> list[int]:
     """Return the sizes asked for, which must fit, or those of the default that do."""
     if asked is None:
-        # A default that does not fit is no error.
         return sorted({min(size, limit) for size in default})
-    for size in asked:
-        if not 1 <= size <= limit:
-            raise ArgumentError(f"{option} is {size}, expected 1 to {limit}, the number of {what}")
+    if max(asked) > limit:
+        possible = [*(size for size in asked if size < limit), limit]
+        typed = " ".join(map(str, dict.fromkeys(possible)))
+        raise ArgumentError(
+            f"{option} is {max(asked)}, but there are {limit:,} {what}; type {option} {typed}"
+        )
     return list(dict.fromkeys(asked))
 
 

@@ -16,7 +16,9 @@ _EXAMPLES = """examples:
 """
 _BENCH_EXAMPLES = """examples:
   elips-torch bench exact
-      100,000 clustered vectors of dim 384, against torch and the installed faiss
+      100,000 clustered vectors of dim 384, against torch and the installed faiss; takes minutes
+  elips-torch bench exact --synthetic 20000 64 --nq 1 32 --k 10
+      fewer and smaller ones, two searches; takes seconds
   elips-torch bench exact embeddings.safetensors --metric cosine --json times.json --png times.png
       vectors of your own: the tensors 'queries' (Q, D) and 'documents' (N, D) of the file
   pip install --no-deps --target faster-faiss faiss-cpu
@@ -42,13 +44,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 1 where the smoke test fails, 2 for bad input.
     """
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(_what_to_type(options, unknown))
     try:
         return int(options.run(options))
     except (ElipsError, ImportError) as error:
         # One line: what is wrong is in what the user gave or has installed.
         print(f"elips-torch: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _what_to_type(options: argparse.Namespace, unknown: Sequence[str]) -> str:
+    """Return what is wrong with arguments that no command takes."""
+    sizes = [str(getattr(options, "file", "")), *unknown]
+    if all(size.isdecimal() for size in sizes):
+        made_up = f"--synthetic {' '.join(sizes[:2])}"
+        return f"{' '.join(sizes)} is no file; for made-up vectors type: elips-torch bench exact {made_up}"
+    return f"unrecognized arguments: {' '.join(unknown)}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,60 +91,102 @@ def _add_bench_exact(benchmarks: "argparse._SubParsersAction[_Parser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     exact.set_defaults(run=bench_exact.run)
-    exact.add_argument("file", nargs="?", metavar="FILE.safetensors", help="vectors to measure with")
-    exact.add_argument("--queries-key", default="queries", metavar="NAME", help="tensor (Q, D) in the file")
-    exact.add_argument(
-        "--database-key", default="documents", metavar="NAME", help="tensor (N, D) in the file"
+    _add_data(exact.add_argument_group("what is searched"))
+    _add_searches(exact.add_argument_group("what is measured"))
+    _add_rounds(exact.add_argument_group("how it is measured"))
+    output = exact.add_argument_group("what is written beside the table")
+    output.add_argument("--json", metavar="OUT.json", help="all timings, settings, versions and hardware")
+    output.add_argument("--png", metavar="OUT.png", help="a picture of the medians; needs matplotlib")
+
+
+def _add_data(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE.safetensors",
+        help="your own vectors; without a file they are made up",
     )
-    exact.add_argument(
+    group.add_argument(
+        "--queries-key",
+        default="queries",
+        metavar="NAME",
+        help="tensor (Q, D) in the file (default: queries)",
+    )
+    group.add_argument(
+        "--database-key",
+        default="documents",
+        metavar="NAME",
+        help="tensor (N, D) in the file (default: documents)",
+    )
+    group.add_argument(
         "--synthetic",
         nargs=2,
         type=_positive,
         metavar=("N", "D"),
-        help="without a file: this many unit vectors in seeded random clusters (default: 100000 384)",
+        help="without a file: N unit vectors of dim D in seeded random clusters (default: 100000 384)",
     )
-    exact.add_argument(
-        "--nq", nargs="+", type=_positive, metavar="Q", help="numbers of queries (default: 1 32 512 4096)"
-    )
-    exact.add_argument(
-        "--k", nargs="+", type=_positive, metavar="K", help="numbers of neighbours (default: 10 100)"
-    )
-    exact.add_argument("--metric", default="ip", help="ip, l2 or cosine (default: ip)")
-    exact.add_argument(
+    group.add_argument(
         "--dtype",
         default="float32",
         choices=list(DTYPES),
         help="how ours stores the vectors; on a CPU peers hold the same values as float32 (default: float32)",
     )
-    exact.add_argument(
+    group.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="where to search (default: cpu)"
+    )
+
+
+def _add_searches(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--nq",
+        nargs="+",
+        type=_positive,
+        metavar="Q",
+        help="numbers of queries in one call, any number of them, at most what the file has "
+        "(default: those of 1 32 512 4096 that fit)",
+    )
+    group.add_argument(
+        "--k",
+        nargs="+",
+        type=_positive,
+        metavar="K",
+        help="numbers of neighbours; each is measured with each --nq (default: 10 100)",
+    )
+    group.add_argument("--metric", default="ip", help="ip, l2 or cosine (default: ip)")
+    group.add_argument(
         "--screen",
         default="auto",
         choices=["auto", "int8", "bf16", "none"],
-        help="low-precision plane that ours keeps beside the vectors (default: auto)",
+        help="low-precision plane that ours keeps beside the vectors; changes no result (default: auto)",
     )
-    exact.add_argument(
-        "--device", default="cpu", choices=["cpu", "cuda"], help="where to search (default: cpu)"
+    group.add_argument(
+        "--faiss",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="folders that hold further builds of faiss, such as the site-packages of another environment; "
+        "the ratio is to the fastest of all peers",
     )
-    exact.add_argument(
+
+
+def _add_rounds(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
         "--threads", type=_positive, metavar="T", help="of every contender (default: torch's choice)"
     )
-    exact.add_argument("--repeats", type=_positive, default=7, metavar="R", help="rounds (default: 7)")
-    exact.add_argument(
+    group.add_argument(
+        "--repeats",
+        type=_positive,
+        default=7,
+        metavar="R",
+        help="rounds, in each of which every contender runs once; medians are shown (default: 7)",
+    )
+    group.add_argument(
         "--seconds",
         type=_duration,
         default=60.0,
         metavar="S",
         help="begin no further round of a search after this long (default: 60)",
     )
-    exact.add_argument(
-        "--faiss",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="folders that hold further builds of faiss, such as the site-packages of another environment",
-    )
-    exact.add_argument("--json", metavar="OUT.json", help="write all timings, settings and versions here")
-    exact.add_argument("--png", metavar="OUT.png", help="write a picture here; needs matplotlib")
 
 
 def _add_doctor(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -80,9 +80,9 @@ class Implementation:
         return reasons if reasons or requested == self.name else self.unwise_reasons(request)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """Which implementation serves a call and why the others do not.
+    """Which implementation serves a call and why the others do not; shown as text.
 
     Attributes:
         operation: name of the operation.
@@ -102,6 +102,9 @@ class Explanation:
             verdict = "; ".join(reasons) or ("chosen" if name == self.chosen else "possible")
             lines.append(f"  {name:<12} {verdict}")
         return "\n".join(lines)
+
+    # A prompt and a notebook show what a call returns.
+    __repr__ = __str__
 
 
 @functools.lru_cache(maxsize=1024)

@@ -32,7 +32,7 @@ class DeviceFacts:
 
 @functools.cache
 def _facts(device_type: str, index: int) -> DeviceFacts:
-    if device_type == "cuda":
+    if device_type == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(index)
         arch = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
         capability = arch.split(":")[0] or f"sm_{properties.major}{properties.minor}"
@@ -47,12 +47,14 @@ def _facts(device_type: str, index: int) -> DeviceFacts:
 def device_facts(device: torch.device | str) -> DeviceFacts:
     """Return the facts of a device; each device is asked once per process.
 
+    A GPU that torch cannot use is "unknown".
+
     >>> device_facts("cpu").type
     'cpu'
     """
     device = torch.device(device)
     index = device.index
-    if device.type == "cuda" and index is None:
+    if device.type == "cuda" and index is None and torch.cuda.is_available():
         index = torch.cuda.current_device()
     return _facts(device.type, index or 0)
 

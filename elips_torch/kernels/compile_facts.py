@@ -14,6 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from elips_torch.kernels.address_width import narrow_products
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -70,6 +72,7 @@ class Facts:
         tf32: whether any product is computed in TF32.
         epilogue: instructions per score behind the last tensor instruction; 0 where not counted.
         wide_loads: whether 16-byte loads from global memory are there.
+        narrow_products: 32-bit products with the length of a row; there must be none.
     """
 
     registers: int
@@ -80,6 +83,7 @@ class Facts:
     tf32: bool
     epilogue: float
     wide_loads: bool
+    narrow_products: tuple[str, ...]
 
 
 def compile_case(case: Case, target: str) -> Any:
@@ -115,6 +119,7 @@ def facts_of(case: Case, target: str) -> Facts:
         threads=threads,
         shared_bytes=compiled.metadata.shared,
         tf32=any(re.search("tf32|_xf32", compiled.asm.get(form, "")) for form in ("ttir", "ptx", "amdgcn")),
+        narrow_products=narrow_products(compiled.asm["ttir"]),
         epilogue=round(behind_tensor * threads / case.scores, 2) if case.scores else 0.0,
         **facts,
     )

@@ -14,6 +14,7 @@ def group_bounds(
     AXIS: tl.constexpr,
     queries,
     rows,
+    mask_rows,
     groups,
     scales_ptr,
     biases_ptr,
@@ -29,8 +30,8 @@ def group_bounds(
 ):
     """Return the largest bound along an axis, whose length becomes 1.
 
-    Queries, rows and groups are numbers that broadcast with the 3-D products. What is the same for
-    all rows of a group waits until one value is left of them.
+    Queries, rows and groups are numbers that broadcast with the 3-D products; a mask is looked up by
+    ``mask_rows``. What is the same for all rows of a group waits until one value is left of them.
     """
     RAW: tl.constexpr = PER_GROUP and biases_ptr is None
     LOW: tl.constexpr = -(2**31) if RAW and products.dtype == tl.int32 else LOWEST
@@ -52,9 +53,9 @@ def group_bounds(
             bounds += tl.load(norms_ptr + rows) * tl.load(q_norm_ptr + queries)
     if mask_ptr is not None:
         if PAIR_MASK:
-            keep = tl.load(mask_ptr + queries.to(tl.int64) * mask_stride + rows)
+            keep = tl.load(mask_ptr + queries.to(tl.int64) * mask_stride + mask_rows)
         else:
-            keep = tl.load(mask_ptr + rows)
+            keep = tl.load(mask_ptr + mask_rows)
         bounds = tl.where(keep != 0, bounds, LOW)
     maxima = tl.max(bounds, axis=AXIS, keep_dims=True)
     if PER_GROUP:

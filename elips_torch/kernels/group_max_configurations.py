@@ -61,6 +61,13 @@ _LARGE_WIDE = {
     "sm_90": Blocks(128, 128, 128, 8, 3, wide=True),
     "sm_100": Blocks(128, 128, 128, 8, 3, wide=True),
 }
+# Up to this many queries of an inverted list share a program.
+_LIST = {
+    "sm_80": Blocks(64, 128, 128, 4, 3),
+    "sm_90": Blocks(64, 128, 128, 4, 3),
+    "sm_100": Blocks(64, 128, 128, 4, 3),
+    "gfx942": Blocks(64, 128, 128, 4, 2),
+}
 # Without tensor cores a score costs one multiply-add per feature, out of registers.
 _LARGE_FLOAT32 = Blocks(64, 64, 64, 8, 2)
 
@@ -101,6 +108,15 @@ def large_blocks(family: str, dtype: torch.dtype, dim: int, group: int) -> Block
     if dtype == torch.float32:
         return dataclasses.replace(_LARGE_FLOAT32, rows=max(group, _LARGE_FLOAT32.rows), features=32)
     base = (_LARGE_WIDE if dim >= _WIDE_FEATURES else _LARGE)[family]
+    features = _features(dim, base.features // dtype.itemsize, 32)
+    return dataclasses.replace(base, rows=max(group, base.rows), features=features)
+
+
+def list_blocks(family: str, dtype: torch.dtype, dim: int, group: int) -> Blocks:
+    """Return the blocks of the kernel for several queries of an inverted list."""
+    if dtype == torch.float32:
+        return Blocks(32, max(group, 64), 32, 4, 2)
+    base = _LIST[family]
     features = _features(dim, base.features // dtype.itemsize, 32)
     return dataclasses.replace(base, rows=max(group, base.rows), features=features)
 

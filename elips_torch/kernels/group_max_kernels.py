@@ -75,6 +75,7 @@ def group_max_small_kernel(
             2,
             tl.full((1, 1, 1), query_row, tl.int32),
             rows,
+            rows,
             tl.minimum(groups, n_groups - 1),
             scales_ptr,
             biases_ptr,
@@ -143,11 +144,13 @@ def group_max_medium_kernel(
         query_ptrs += BLOCK_FEATURES
         code_ptrs += BLOCK_FEATURES
     groups = row_block * GROUPS + tl.arange(0, GROUPS)[:, None, None]
+    rows = tl.minimum(groups * GROUP + tl.arange(0, GROUP)[None, :, None], n_rows - 1)
     bounds = group_bounds(
         tl.reshape(products, (GROUPS, GROUP, BLOCK_QUERIES)),
         1,
         real_query[None, None, :],
-        tl.minimum(groups * GROUP + tl.arange(0, GROUP)[None, :, None], n_rows - 1),
+        rows,
+        rows,
         tl.minimum(groups, n_groups - 1),
         scales_ptr,
         biases_ptr,
@@ -216,11 +219,13 @@ def group_max_stream_kernel(
             codes = tl.load(code_ptrs, mask=(feature < dim)[None, :], other=0)
         products = dot(codes, queries, zeros_for((BLOCK_ROWS, BLOCK_QUERIES), codes_ptr.dtype.element_ty))
         groups = row_block * GROUPS + tl.arange(0, GROUPS)[:, None, None]
+        rows = tl.minimum(groups * GROUP + tl.arange(0, GROUP)[None, :, None], n_rows - 1)
         bounds = group_bounds(
             tl.reshape(products, (GROUPS, GROUP, BLOCK_QUERIES)),
             1,
             real_query[None, None, :],
-            tl.minimum(groups * GROUP + tl.arange(0, GROUP)[None, :, None], n_rows - 1),
+            rows,
+            rows,
             tl.minimum(groups, n_groups - 1),
             scales_ptr,
             biases_ptr,
@@ -330,6 +335,7 @@ def group_max_large_kernel(
             tl.reshape(products if part == 0 else more, (BLOCK_QUERIES, GROUPS, GROUP)),
             2,
             real_query[:, None, None],
+            rows,
             rows,
             groups if EVEN_ROWS else tl.minimum(groups, n_groups - 1),
             scales_ptr,

@@ -46,7 +46,7 @@ def merge_keys_kernel(
         if BLOCK == K:
             new = tl.sort(keys, descending=True)
         else:
-            new = tl.flip(~tl.topk(~keys, K))
+            new = tl.flip(~tl.topk(~keys, K), 0)
         # An ascending and a descending list: the smaller of each pair are the smallest of both.
         best = tl.bitonic_merge(tl.minimum(best, new))
     place = tl.arange(0, K)

@@ -27,7 +27,9 @@ def explain(
     screen: str = "auto",
     implementation: str = "auto",
 ) -> Explanation:
-    """Print which implementation would serve a call and why the others would not.
+    """Return which implementation would serve a call and why the others would not.
+
+    The result shows as text at a prompt and in a notebook; a script prints it.
 
     Args:
         queries: ``(Q, D)`` or ``(D,)``; only shape, dtype and device are looked at.
@@ -41,17 +43,19 @@ def explain(
         implementation: what the call would ask for.
 
     Returns:
-        Explanation: the same as data.
+        Explanation: the name that was ``chosen``, and the ``reasons`` against each of the others.
 
     Raises:
         ArgumentError: unknown operation, or arguments that the operation refuses.
 
     >>> import torch
-    >>> explain(torch.rand(2, 8), torch.rand(100, 8), k=10).chosen  # doctest: +ELLIPSIS
+    >>> explanation = explain(torch.rand(2, 8), torch.rand(100, 8), k=10)
+    >>> explanation  # doctest: +ELLIPSIS
     knn of 2 x 100 x 8 float32, l2, k=10 on cpu (...)
       triton       Triton kernels run on CUDA and ROCm, the tensors are on cpu...
       compiled     there is no screening plane to run compiled code on
       eager        chosen
+    >>> explanation.chosen
     'eager'
     """
     if operation not in OPERATIONS:
@@ -67,7 +71,5 @@ def explain(
 
 
 def explain_request(operation: str, request: Request, implementation: str) -> Explanation:
-    """Print what would serve a request; `explain` for those who describe the call themselves."""
-    explanation = explain_choice(operation, OPERATIONS[operation], request, implementation)
-    print(explanation)
-    return explanation
+    """Return what would serve a request; `explain` for those who describe the call themselves."""
+    return explain_choice(operation, OPERATIONS[operation], request, implementation)

@@ -1,7 +1,6 @@
 """k-nearest-neighbour search of queries in a database, both plain tensors."""
 
 import functools
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import Metric, metric_of, resolve_metric
 from elips_torch.core.results import SearchResult
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
+from elips_torch.core.triton_support import gpu_reasons, launcher_reasons
 from elips_torch.core.validation import (
     bad_queries,
     check_exclude,
@@ -63,8 +63,9 @@ def _triton_reasons(request: Request) -> list[str]:
     reasons = []
     if request.device.type != "cuda":
         reasons.append(f"Triton kernels run on CUDA and ROCm, the tensors are on {request.device}")
-    if find_spec("triton") is None:
-        reasons.append("Triton is not installed")
+    else:
+        reasons += gpu_reasons(device_facts(request.device))
+    reasons += launcher_reasons()
     if torch.float64 in (request.query_dtype, request.dtype):
         reasons.append("the kernels take float32, bfloat16 and float16 vectors")
     return reasons
@@ -84,6 +85,9 @@ def _uncompiled_reasons(request: Request) -> list[str]:
 def _compiled_reasons(request: Request) -> list[str]:
     reasons = [*float64_reasons(request), *compiler_reasons(request.device.type)]
     facts = device_facts(request.device)
+    if facts.type == "cuda":
+        # Torch compiles for GPUs by way of Triton.
+        reasons += launcher_reasons()
     if facts.type == "cpu" and facts.capability != "AVX512":
         # Torch 2.13 and 2.15 compile sums over gathered rows wrongly for AVX2.
         reasons.append(

@@ -90,7 +90,12 @@ def test_a_made_up_dataset_is_measured_and_every_result_is_right(tmp_path, capsy
 def test_a_file_is_measured_with_the_sizes_that_fit(tmp_path, capsys):
     path = embeddings(tmp_path / "mine.safetensors", n=50)
     assert bench(path, "--dtype", "float16") == 0
-    _, rows = table_of(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert [line for line in captured.err.splitlines() if line.startswith("note")] == [
+        "note: --nq 1 20 instead of 1 32 512 4096, as the data allow",
+        "note: --k 10 50 instead of 10 100, as the data allow",
+    ]
+    _, rows = table_of(captured.out)
     assert [row.split()[:3] for row in rows] == [
         ["mine", "1", "10"],
         ["mine", "1", "50"],
@@ -203,10 +208,20 @@ def test_threads_and_settings_are_equal_during_a_run_and_as_before_after_it():
         (["{file}", "--database-key", "flat"], "'flat' has shape (5,), expected (N, D)"),
         (["{file}", "--database-key", "whole"], "'whole' has dtype torch.int64"),
         (["{file}", "--database-key", "empty"], "expected a row in each"),
-        (["{file}", "--database-key", "broken", "--k", "1"], "NaN or infinity in row 2"),
+        (["{file}", "--database-key", "broken", "--nq", "1", "--k", "1"], "NaN or infinity in row 2"),
         (["{damaged}"], "cannot be read as a safetensors file"),
-        (["{file}", "--k", "301"], "--k is 301, expected 1 to 300"),
-        (["{file}", "--nq", "21"], "--nq is 21, expected 1 to 20"),
+        (["{file}", "--k", "301"], "--k is 301, but there are 300 database vectors; type --k 300"),
+        (["{file}", "--nq", "21"], "--nq is 21, but there are 20 queries; type --nq 20"),
+        (["{file}", "--nq", "1", "32", "512"], "--nq is 512, but there are 20 queries; type --nq 1 20"),
+        (
+            ["20000", "64"],
+            "20000 64 is no file; for made-up vectors type: elips-torch bench exact --synthetic 20000 64",
+        ),
+        (
+            ["20000"],
+            "no file at '20000'; for made-up vectors type --synthetic N D, as in --synthetic 20000 384",
+        ),
+        (["{file}", "20000"], "unrecognized arguments: 20000"),
         (["{file}", "--synthetic", "10", "4"], "both a file and --synthetic"),
         (["{file}", "--metric", "manhattan"], "--metric is 'manhattan', expected ip, l2, cosine"),
         (["{file}", "--metric", "nonsense"], "metric is 'nonsense', expected one of"),
@@ -258,6 +273,25 @@ def test_shares_of_the_device_are_shown_where_they_were_measured():
     assert "bandwidth" not in format_cells(
         report | {"cells": [make_cell(1, 2, {"ours": timing(truth)}, truth)]}
     )
+
+
+def test_where_a_roofline_is_measured_every_search_has_its_share(tmp_path, capsys, monkeypatch):
+    # The whole command on a CPU, as it runs where a GPU's rates were measured.
+    rates = Roofline(bytes_per_second=2e9, flops_per_second=4e12, dtype=torch.float32)
+    monkeypatch.setattr(bench_exact, "_roofline", lambda device, dtype: rates)
+    report = tmp_path / "times.json"
+    assert bench("--synthetic", 500, 24, "--nq", 1, 7, "--k", 3, "--json", report) == 0
+    text = capsys.readouterr().out
+    assert "measured  2 GB/s in a copy, 4.0 TFLOP/s in a float32 product" in text
+    header, rows = table_of(text)
+    assert header.split()[-2:] == ["bandwidth", "products"]
+    written = json.loads(report.read_text())
+    assert written["roofline"] == {"bytes_per_second": 2e9, "flops_per_second": 4e12}
+    for cell, row in zip(written["cells"], rows, strict=True):
+        seconds = cell["contenders"]["ours"]["median_seconds"]
+        assert cell["bandwidth_share"] == pytest.approx(500 * 24 * 4 / seconds / 2e9)
+        assert cell["matrix_share"] == pytest.approx(2 * cell["nq"] * 500 * 24 / seconds / 4e12)
+        assert row.split()[-2:] == [f"{cell['bandwidth_share']:.0%}", f"{cell['matrix_share']:.0%}"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")

@@ -66,9 +66,13 @@ def test_explaining_agrees_with_choosing(requested, chosen):
     assert "2 x 100 x 8 float32, l2, k=5 on cpu" in str(explanation)
 
 
-def test_explain_prints_and_returns(capsys):
+def test_explain_returns_what_shows_as_text_and_prints_nothing(capsys):
     explanation = explain(torch.zeros(8), torch.zeros(9, 8), operation="range_search", metric="cos")
-    assert capsys.readouterr().out == f"{explanation}\n"
+    assert capsys.readouterr().out == ""
+    # What a prompt or a notebook shows, once.
+    assert repr(explanation) == str(explanation)
+    assert "range_search of 1 x 9 x 8 float32, cosine on cpu" in repr(explanation)
+    assert repr(explanation).endswith("\n  eager        chosen")
     assert explanation.operation == "range_search"
     assert explanation.chosen == "eager"
     with pytest.raises(ValueError, match="operation is 'sort'"):

@@ -103,15 +103,16 @@ def test_values_that_the_storage_cannot_hold_are_refused():
         gower.add(torch.tensor([[0.5, 2.0, 0.1]]))
 
 
-def test_explain_says_what_runs(capsys):
+def test_explain_says_what_runs():
     index = FlatIndex(3, screen="none")
     index.add(torch.rand(50, 3))
-    assert index.explain(torch.rand(2, 3), k=5).chosen == "eager"
-    assert "knn of 2 x 50 x 3 float32, l2, k=5 on cpu" in capsys.readouterr().out
+    explanation = index.explain(torch.rand(2, 3), k=5)
+    assert explanation.chosen == "eager"
+    assert "knn of 2 x 50 x 3 float32, l2, k=5 on cpu" in str(explanation)
     index = FlatIndex(3, screen="int8")
     index.add(torch.rand(50, 3))
-    index.explain(torch.rand(2, 3), k=5)
-    assert "knn of 2 x 50 x 3 float32, l2, k=5, screen int8 on cpu" in capsys.readouterr().out
+    explanation = index.explain(torch.rand(2, 3), k=5)
+    assert "knn of 2 x 50 x 3 float32, l2, k=5, screen int8 on cpu" in str(explanation)
 
 
 def test_repr_shows_what_matters():

@@ -62,6 +62,9 @@ class TestCompiled:
         assert counted
         assert not [(r["name"], r["epilogue"]) for r in counted if r["epilogue"] > r["budget"]]
 
+    def test_rows_are_found_by_addresses_of_64_bits(self, target):
+        assert not [(r["name"], r["narrow_products"]) for r in records(target) if r["narrow_products"]]
+
     def test_rows_are_read_sixteen_bytes_at_a_time(self, target):
         assert not [r["name"] for r in records(target) if r["must_be_wide"] and not r["wide_loads"]]
 
