@@ -88,7 +88,7 @@ class CodedIndex(Index):
         return self
 
     def explain(self, queries: Tensor, k: int | None = None, *, implementation: str = "auto") -> Explanation:
-        """Print which implementation would serve `search` and why the others would not."""
+        """Return which implementation would serve `search` and why the others would not, shown as text."""
         check_vectors("queries", queries, dim=self.dim, allow_single=True)
         rows = queries[None] if queries.ndim == 1 else queries
         count = self.k if k is None else check_k(k)

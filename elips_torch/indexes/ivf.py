@@ -163,14 +163,12 @@ class IVFIndex(ListedRows):
         return super()._from_config(config, device)
 
     def explain(self, queries: Tensor, k: int | None = None, *, implementation: str = "auto") -> Explanation:
-        """Print which implementation would serve `search` and why the others would not."""
+        """Return which implementation would serve `search` and why the others would not, shown as text."""
         check_vectors("queries", queries, dim=self.dim, allow_single=True)
         rows = queries[None] if queries.ndim == 1 else queries
         count = self.k if k is None else check_k(k)
         request = describe(rows, self.lists.layout, self._decoder(), self._metric, count)
-        explanation = explain_choice("ivf_search", IMPLEMENTATIONS, request, implementation)
-        print(explanation)
-        return explanation
+        return explain_choice("ivf_search", IMPLEMENTATIONS, request, implementation)
 
     # Verbs that change it.
 

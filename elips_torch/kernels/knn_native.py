@@ -148,7 +148,8 @@ class NativeSearch:
         """Return sizes that fit the workspace; None where even a few queries do not."""
         n_rows = self.database.shape[0]
         threads = self.threads(n_queries, lists)
-        usual = min(n_rows, 6 * self.k + 256)
+        # A reservoir that is filled to seven eighths drops rows; one that could hold all does not.
+        usual = min(n_rows + n_rows // 7 + 8, 6 * self.k + 256)
         most = max(int(n_rows * _MOST_SURVIVORS), usual)
         step = min(n_queries, _QUERIES)
         while step:

@@ -61,11 +61,9 @@ class CodedRequest(Request):
 def explain_coded_search(
     queries: Tensor, codes: Tensor, decoder: Decoder, metric: Metric, k: int, implementation: str
 ) -> Explanation:
-    """Print which implementation would serve a search and why the others would not."""
+    """Return which implementation would serve a search and why the others would not, shown as text."""
     request = _request(queries, codes, decoder, metric, k)
-    explanation = explain_choice("coded_search", IMPLEMENTATIONS, request, implementation)
-    print(explanation)
-    return explanation
+    return explain_choice("coded_search", IMPLEMENTATIONS, request, implementation)
 
 
 def _request(

@@ -376,10 +376,11 @@ def test_the_parts_of_an_index_are_shown_and_counted():
     assert lists < 2000 * 8 * 2.5
 
 
-def test_explain_says_what_runs(capsys):
+def test_explain_says_what_runs():
     index, vectors = made()
-    assert index.explain(vectors[:3]).chosen == "eager"
-    assert "ivf_search of 3 x 2000 x 16 float32, l2, k=10 on cpu" in capsys.readouterr().out
+    explanation = index.explain(vectors[:3])
+    assert explanation.chosen in ("native", "eager")
+    assert "ivf_search of 3 x 2000 x 16 float32, l2, k=10 on cpu" in str(explanation)
 
 
 def test_coarse_search_is_any_index(tmp_path):

@@ -1,0 +1,142 @@
+"""Search of inverted lists in C++ equals its reference, by planes and by decoded rows."""
+
+import pytest
+import torch
+
+from elips_torch import FlatIndex, IVFFlatIndex
+from elips_torch.core.hardware import device_facts
+from elips_torch.core.metric import resolve_metric
+from elips_torch.core.native import native_reasons
+from elips_torch.indexes.inverted_lists import InvertedLists
+from elips_torch.kernels import ivf_native, knn_native
+from elips_torch.kernels.ivf_native import native_lists
+from elips_torch.kernels.list_layout import DecodedRows, StoredRows
+from elips_torch.kernels.plane import make_plane, plain_plane
+from elips_torch.kernels.selection import Selection
+from elips_torch.reference.ivf_search import ivf_search
+
+pytestmark = pytest.mark.skipif(
+    bool(native_reasons(device_facts("cpu"))), reason="; ".join(native_reasons(device_facts("cpu")))
+)
+METRICS = ["l2", "ip", "cosine"]
+WORKSPACE = 64 * 2**20
+DECODERS = ["fp32", "decoded", *(["int8"] if device_facts("cpu").vnni else [])]
+
+
+def decoder(kind, metric, database):
+    if kind == "decoded":
+        return DecodedRows(lambda rows: database[rows], torch.float32, database.shape[1])
+    metric = resolve_metric(metric)
+    plane = plain_plane(metric, database) if kind == "fp32" else make_plane(metric, database, kind)
+    return StoredRows(database, plane)
+
+
+def problem(n_queries, n=700, nlist=17, n_probes=9, dim=24):
+    generator = torch.Generator().manual_seed(n_queries)
+    database = torch.randn(n, dim, generator=generator)
+    database[n // 2 : n // 2 + 50] = database[:50]
+    queries = torch.randn(n_queries, dim, generator=generator)
+    # Some lists stay empty.
+    assignments = torch.randint(0, nlist - 3, (n,), generator=generator)
+    probes = torch.stack([torch.randperm(nlist, generator=generator) for _ in range(n_queries)])[:, :n_probes]
+    lists = InvertedLists()
+    lists.rebuild(assignments, nlist)
+    return queries, database, assignments, probes, lists.layout
+
+
+def search(kind, metric, queries, database, probes, layout, k, ranks=None, selection=Selection(), **options):
+    workspace = options.get("workspace", WORKSPACE)
+    step = native_lists(
+        layout,
+        decoder(kind, metric, database),
+        resolve_metric(metric),
+        k,
+        probes.shape[1],
+        selection.n_excluded,
+        workspace,
+    )
+    scores, rows, certified = step.run(queries, probes, k, ranks, selection, workspace)
+    assert bool(certified.all())
+    return scores, rows
+
+
+def assert_same(found, expected):
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("n_queries", [1, 5, 70])
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_equals_the_reference(metric, kind, n_queries, threads, monkeypatch):
+    monkeypatch.setattr(knn_native, "native_threads", lambda: threads)
+    monkeypatch.setattr(knn_native, "_WORTH_THREADS", 0)
+    queries, database, assignments, probes, layout = problem(n_queries)
+    for k in (1, 10, 400) if n_queries <= 5 else (10,):
+        found = search(kind, metric, queries, database, probes, layout, k)
+        assert_same(found, ivf_search(queries, database, assignments, probes, k, metric))
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_selections_ranks_and_probes_of_nothing(kind):
+    queries, database, assignments, probes, layout = problem(20)
+    probes[3] = -1
+    probes[4, 2:] = -1
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randperm(700, generator=generator)
+    exclude = torch.randint(-1, 700, (20, 30), generator=generator)
+    excluded_ids = torch.where(exclude < 0, -1, ids[exclude.clamp_min(0)])
+    shared, own = torch.rand(700, generator=generator) < 0.5, torch.rand(20, 700, generator=generator) < 0.2
+    for mask in (None, shared, own):
+        found = search(
+            kind,
+            "l2",
+            queries,
+            database,
+            probes,
+            layout,
+            12,
+            ids.argsort().argsort(),
+            Selection(mask, exclude),
+        )
+        wanted = ivf_search(
+            queries, database, assignments, probes, 12, "l2", ids=ids, mask=mask, exclude=excluded_ids
+        )
+        known = torch.where(found[1] < 0, -1, ids[found[1].clamp_min(0)])
+        assert_same((found[0], known), wanted)
+
+
+def test_what_does_not_fit_is_decoded_in_parts(monkeypatch):
+    queries, database, _, probes, layout = problem(40, n=20_000, dim=64)
+    decoded = []
+    groups = ivf_native.DecodedLists._groups
+
+    def spy(self, *args):
+        decoded.append(groups(self, *args))
+        return decoded[-1]
+
+    monkeypatch.setattr(ivf_native.DecodedLists, "_groups", spy)
+    found = search("decoded", "l2", queries, database, probes, layout, 10, workspace=4 * 2**20)
+    assert len(decoded[0]) > 3
+    assert_same(found, search("fp32", "l2", queries, database, probes, layout, 10))
+
+
+def test_an_index_keeps_a_plane_and_searches_by_it(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    vectors, queries = torch.randn(6000, 32, generator=generator), torch.randn(50, 32, generator=generator)
+    index = IVFFlatIndex(32, 24, nprobe=5).fit(vectors)
+    index.add(vectors[:4000])
+    index.add(vectors[4000:])
+    index.remove(index.ids[::3])
+    index.upsert(vectors[:10] + 1.0, index.ids[:10])
+    assert index.plane.kind in ("int8", "fp32")
+    assert index.explain(queries, implementation="native").chosen == "native"
+    for k in (1, 10):
+        for n_queries in (1, 50):
+            found = index.search(queries[:n_queries], k, implementation="native")
+            assert_same(found, index.search(queries[:n_queries], k, implementation="eager"))
+    flat = FlatIndex(32)
+    flat.add(index.reconstruct(index.ids), index.ids)
+    every = index.search(queries, 10, nprobe=24, implementation="native")
+    assert_same(every, flat.search(queries, 10))
