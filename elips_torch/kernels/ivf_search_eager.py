@@ -158,7 +158,15 @@ class _ApproximatedLists:
                 visible[owners] += seen
                 if norms.numel():
                     largest_norm[owners] = torch.maximum(largest_norm[owners], norms.max())
-                merged, best = torch.cat([values[owners], scores], 1).topk(
+                # Most lists hold nothing better than what a query has; NaN compares False.
+                kept = values[owners]
+                if metric.higher_is_better:
+                    improved = ~(scores.amax(1) < kept.amin(1))
+                else:
+                    improved = ~(scores.amin(1) > kept.amax(1))
+                better = improved.nonzero()[:, 0]
+                owners, kept, scores = owners[better], kept[better], scores[better]
+                merged, best = torch.cat([kept, scores], 1).topk(
                     width, dim=1, largest=metric.higher_is_better, sorted=False
                 )
                 # Unknown scores sort as best for these metrics, and so they must count.
@@ -170,9 +178,10 @@ class _ApproximatedLists:
                 column = (best - width).clamp_min_(0)
                 found = tile.rows[column]
                 if dropped is not None:
-                    found.masked_fill_(dropped.expand(owners.shape[0], -1).gather(1, column), -1)
-                kept = rows[owners].gather(1, best.clamp_max(width - 1))
-                rows[owners] = torch.where(best < width, kept, found)
+                    dropped = dropped[better] if dropped.shape[0] > 1 else dropped.expand(better.shape[0], -1)
+                    found.masked_fill_(dropped.gather(1, column), -1)
+                before = rows[owners].gather(1, best.clamp_max(width - 1))
+                rows[owners] = torch.where(best < width, before, found)
         return values, rows, largest_norm[:, None], (rows >= 0).sum(1) == visible
 
 
