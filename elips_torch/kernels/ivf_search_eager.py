@@ -33,6 +33,8 @@ from elips_torch.kernels.selection import Selection
 # Shares of the workspace: what every query keeps, and a tile; the rest is for rescoring.
 BLOCK_SHARE = 0.4
 _TILE_SHARE = 0.3
+# Bytes that sorting the probes of a query by list takes for each of them.
+PROBE_BYTES = 48
 # Features of pairs up to which scoring all by the definition is cheaper than anything else.
 _FEW_FEATURES = 2**17
 # Milliseconds that the steps of a tile take, and a million features gathered for it, by list and by
@@ -55,7 +57,7 @@ def choose_tiling(n_queries: int, n_probes: int, layout: ListLayout, dim: int) -
 class _Step(Protocol):
     """One of the searches that are tried in turn."""
 
-    def queries_at_once(self, k: int, workspace_bytes: int) -> int: ...
+    def queries_at_once(self, k: int, n_probes: int, workspace_bytes: int) -> int: ...
 
     def run(
         self,
@@ -87,10 +89,10 @@ class _ApproximatedLists:
         self.tiling = tiling
         self.n_candidates = n_candidates(k)
 
-    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
+    def queries_at_once(self, k: int, n_probes: int, workspace_bytes: int) -> int:
         """Return how many queries fit the workspace."""
         # The query twice, and its candidates with what their rescoring and ranking takes.
-        taken = 32 * self.decode.dim + self.n_candidates * (self.dtype.itemsize + 64)
+        taken = 32 * self.decode.dim + self.n_candidates * (self.dtype.itemsize + 64) + PROBE_BYTES * n_probes
         return max(1, int(workspace_bytes * BLOCK_SHARE) // taken)
 
     def run(
@@ -194,9 +196,9 @@ class _CompleteLists:
         self.metric = metric
         self.tiling = tiling
 
-    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
+    def queries_at_once(self, k: int, n_probes: int, workspace_bytes: int) -> int:
         """Return how many queries fit the workspace."""
-        return max(1, int(workspace_bytes * BLOCK_SHARE) // (40 * k))
+        return max(1, int(workspace_bytes * BLOCK_SHARE) // (40 * k + PROBE_BYTES * n_probes))
 
     def run(
         self,
@@ -263,7 +265,7 @@ def ivf_search_eager(
     pending: Tensor | None = None
     for step in _steps(queries, probes, layout, decode, k, metric):
         left = []
-        at_once = step.queries_at_once(found, workspace_bytes)
+        at_once = step.queries_at_once(found, probes.shape[1], workspace_bytes)
         for start, stop in spans(n_queries if pending is None else pending.numel(), at_once):
             part: slice | Tensor = slice(start, stop) if pending is None else pending[start:stop]
             chosen = selection.for_queries(part)
