@@ -33,7 +33,8 @@ from elips_torch.kernels.selection import Selection
 # Shares of the workspace: what every query keeps, and a tile; the rest is for rescoring.
 BLOCK_SHARE = 0.4
 _TILE_SHARE = 0.3
-# Bytes that sorting the probes of a query by list takes for each of them.
+# Sorting the probes of all queries by list takes another share, and so many bytes for each.
+PROBE_SHARE = 0.1
 PROBE_BYTES = 48
 # Features of pairs up to which scoring all by the definition is cheaper than anything else.
 _FEW_FEATURES = 2**17
@@ -57,7 +58,7 @@ def choose_tiling(n_queries: int, n_probes: int, layout: ListLayout, dim: int) -
 class _Step(Protocol):
     """One of the searches that are tried in turn."""
 
-    def queries_at_once(self, k: int, n_probes: int, workspace_bytes: int) -> int: ...
+    def queries_at_once(self, k: int, workspace_bytes: int) -> int: ...
 
     def run(
         self,
@@ -89,10 +90,10 @@ class _ApproximatedLists:
         self.tiling = tiling
         self.n_candidates = n_candidates(k)
 
-    def queries_at_once(self, k: int, n_probes: int, workspace_bytes: int) -> int:
+    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
         """Return how many queries fit the workspace."""
         # The query twice, and its candidates with what their rescoring and ranking takes.
-        taken = 32 * self.decode.dim + self.n_candidates * (self.dtype.itemsize + 64) + PROBE_BYTES * n_probes
+        taken = 32 * self.decode.dim + self.n_candidates * (self.dtype.itemsize + 64)
         return max(1, int(workspace_bytes * BLOCK_SHARE) // taken)
 
     def run(
@@ -196,9 +197,9 @@ class _CompleteLists:
         self.metric = metric
         self.tiling = tiling
 
-    def queries_at_once(self, k: int, n_probes: int, workspace_bytes: int) -> int:
+    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
         """Return how many queries fit the workspace."""
-        return max(1, int(workspace_bytes * BLOCK_SHARE) // (40 * k + PROBE_BYTES * n_probes))
+        return max(1, int(workspace_bytes * BLOCK_SHARE) // (40 * k))
 
     def run(
         self,
@@ -262,10 +263,11 @@ def ivf_search_eager(
     if n_rows == 0 or n_queries == 0 or probes.shape[1] == 0:
         return scores, rows
     found = min(k, n_rows)
+    probes_at_once = max(1, int(workspace_bytes * PROBE_SHARE) // (PROBE_BYTES * probes.shape[1]))
     pending: Tensor | None = None
     for step in _steps(queries, probes, layout, decode, k, metric):
         left = []
-        at_once = step.queries_at_once(found, probes.shape[1], workspace_bytes)
+        at_once = min(probes_at_once, step.queries_at_once(found, workspace_bytes))
         for start, stop in spans(n_queries if pending is None else pending.numel(), at_once):
             part: slice | Tensor = slice(start, stop) if pending is None else pending[start:stop]
             chosen = selection.for_queries(part)
