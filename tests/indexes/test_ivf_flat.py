@@ -243,6 +243,20 @@ def test_the_queries_that_read_on_change_no_other(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("nprobe", [2, 19, 20])
+def test_queries_in_blocks_find_the_same(nprobe):
+    index, _ = made(nprobe=nprobe, workspace_bytes=2**28)
+    queries = clusters(1800, seed=1)
+    mask = torch.rand(1800, 2000, generator=torch.Generator().manual_seed(2)) < 0.2
+    exclude = torch.randint(0, 2000, (1800, 3), generator=torch.Generator().manual_seed(3))
+    for k in (5, 150):
+        options = {"k": k, "mask": mask, "exclude": exclude}
+        assert_same(index(queries, workspace_bytes=2**20, **options), index(queries, **options))
+    small = index.range_search(queries, 3.0, mask=mask, workspace_bytes=2**20)
+    for one, other in zip(small, index.range_search(queries, 3.0, mask=mask), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_exclude_self_builds_the_graph_of_neighbours():
     index, vectors = made(800, nprobe=20)
     scores, ids = index(vectors, 5, exclude_self=True)
@@ -300,6 +314,28 @@ def test_states_that_do_not_fit_change_nothing():
         smaller.load_state_dict(state)
 
 
+def test_part_of_a_state_keeps_rows_and_centroids_together():
+    class Labelled(IVFFlatIndex):
+        def __init__(self):
+            super().__init__(16, 4)
+            self.register_buffer("labels", torch.zeros(3))
+
+    index, vectors = made(200, nlist=4)
+    # Where a buffer is missing, neither rows nor centroids load.
+    other = Labelled().fit(-vectors)
+    other.add(-vectors[:50])
+    with unchanged(other):
+        assert other.load_state_dict(index.state_dict(), strict=False).missing_keys == ["labels"]
+    # Centroids alone go to an empty index, and leave one with rows alone.
+    learned = {name: tensor for name, tensor in index.state_dict().items() if name.startswith("coarse")}
+    empty = IVFFlatIndex(16, 4)
+    empty.load_state_dict(learned, strict=False)
+    assert torch.equal(empty.centroids, index.centroids)
+    filled, _ = made(200, nlist=4, spread=1.0)
+    with unchanged(filled):
+        assert "ids" in filled.load_state_dict(learned, strict=False).missing_keys
+
+
 def test_an_unfitted_index_refuses_what_needs_centroids():
     index = IVFFlatIndex(16, 20)
     vectors = clusters(50)
@@ -338,13 +374,13 @@ def test_fitting_again_takes_an_empty_index():
     assert index(vectors[:5] + 5, k=1).scores.tolist() == [[0.0]] * 5
 
 
-def test_more_probes_than_lists_are_clamped_and_said_once():
+def test_more_probes_than_lists_are_clamped_and_said_once(caplog):
     index, vectors = made(nprobe=20)
     wanted = index(vectors[:5])
-    with pytest.warns(UserWarning, match="nprobe is 21, there are 20 lists"):
-        found = index(vectors[:5], nprobe=21)
-    assert_same(found, wanted)
-    assert_same(index(vectors[:5], nprobe=500), wanted)
+    assert not caplog.messages
+    for nprobe in (21, 500):
+        assert_same(index(vectors[:5], nprobe=nprobe), wanted)
+    assert caplog.messages == ["nprobe is 21, there are 20 lists: all are read"]
     for bad, error in ((0, ArgumentError), (2.5, DtypeError), (True, ParameterError)):
         with pytest.raises(error, match="nprobe is"):
             index(vectors[:5], nprobe=bad)
