@@ -120,14 +120,14 @@ def check_k(k: int) -> int:
     return check_count("k", k)
 
 
-def check_count(name: str, count: int) -> int:
-    """Check a number of things, at least 1, and return it."""
+def check_count(name: str, count: int, least: int = 1) -> int:
+    """Check a number of things and return it."""
     if type(count) is not int:
         if isinstance(count, bool) or not isinstance(count, SupportsIndex):
             raise DtypeError(f"{name} is {count!r}, expected an int")
         count = operator.index(count)
-    if count < 1:
-        raise ArgumentError(f"{name} is {count}, expected at least 1")
+    if count < least:
+        raise ArgumentError(f"{name} is {count}, expected at least {least}")
     return count
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError
-from elips_torch.quantizers.learned import check_count
+from elips_torch.core.validation import check_count
 from elips_torch.quantizers.principal_axes import principal_axes
 from elips_torch.quantizers.rotations import closest_rotation, orthonormal, product
 from elips_torch.quantizers.transform import CentredTransform, sampled

@@ -10,9 +10,9 @@ from torch import Tensor
 from elips_torch.core.errors import ArgumentError, NotFittedError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, even_cuts
-from elips_torch.core.validation import check_k, check_values, check_vectors, check_workspace
+from elips_torch.core.validation import check_count, check_k, check_values, check_vectors, check_workspace
 from elips_torch.ops.assign import assign
-from elips_torch.quantizers.learned import Learned, check_count, in_float32, learning
+from elips_torch.quantizers.learned import Learned, in_float32, learning
 from elips_torch.quantizers.lloyd import (
     batch_step,
     full_step,

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError
+from elips_torch.core.validation import check_count
 from elips_torch.ops.assign import assign
 from elips_torch.quantizers.kmeans import KMeans
-from elips_torch.quantizers.learned import check_count
 from elips_torch.quantizers.lloyd import full_step
 from elips_torch.quantizers.principal_axes import principal_axes
 from elips_torch.quantizers.rotations import closest_rotation, product

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError
+from elips_torch.core.validation import check_count
 from elips_torch.ops.linear_map import apply_linear_map
-from elips_torch.quantizers.learned import check_count
 from elips_torch.quantizers.principal_axes import principal_axes
 from elips_torch.quantizers.transform import CentredTransform, sampled
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from elips_torch.core.errors import NotFittedError
 from elips_torch.core.metric import resolve_metric
-from elips_torch.core.validation import check_device, check_values, check_vectors
+from elips_torch.core.validation import check_count, check_device, check_values, check_vectors
 from elips_torch.ops.linear_map import apply_linear_map
-from elips_torch.quantizers.learned import Learned, check_count, in_float32, learning
+from elips_torch.quantizers.learned import Learned, in_float32, learning
 from elips_torch.quantizers.seeding import sample_rows
 
 # Any finite value can be transformed.

@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from elips_torch.core.validation import check_count
 from elips_torch.quantizers.itq import ITQ
-from elips_torch.quantizers.learned import check_count, learning
+from elips_torch.quantizers.learned import learning
 from elips_torch.quantizers.opq import OPQ
 from elips_torch.quantizers.pca import PCA
 from elips_torch.quantizers.rotations import orthonormal
