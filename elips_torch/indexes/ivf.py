@@ -301,8 +301,6 @@ class IVFIndex(ListedRows):
         self._check_fitted("range_search")
         n_probes = self._n_probes(parameters)
         workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
-        if self.check_finite:
-            bad_queries(queries, self._metric)
         return run_ivf_range(
             queries,
             self._nearest_lists(queries, n_probes, workspace),

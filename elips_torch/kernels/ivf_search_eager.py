@@ -35,11 +35,10 @@ BLOCK_SHARE = 0.4
 _TILE_SHARE = 0.3
 # Features of pairs up to which scoring all by the definition is cheaper than anything else.
 _FEW_FEATURES = 2**17
-# Milliseconds that a tile of a list takes, one of a query, and a million features that are gathered for
-# either (measured on an AVX-512 core).
-_LIST_MS = 0.15
-_QUERY_MS = 0.4
-_MILLION_FEATURES_MS = 1.5
+# Milliseconds that the steps of a tile take, and a million features gathered for it, by list and by
+# query: the latter are scattered, and leave the cache (measured on an AVX-512 core).
+_LIST_MS, _LIST_FEATURES_MS = 0.15, 1.5
+_QUERY_MS, _QUERY_FEATURES_MS = 0.4, 3.0
 
 Tiling = Callable[[ListLayout, Tensor, int], Iterator[ListTile]]
 
@@ -47,9 +46,9 @@ Tiling = Callable[[ListLayout, Tensor, int], Iterator[ListTile]]
 def choose_tiling(n_queries: int, n_probes: int, layout: ListLayout, dim: int) -> Tiling:
     """Return the order in which fewest steps and fewest bytes answer the queries."""
     n_lists = min(layout.nlist, n_queries * n_probes)
-    list_ms = layout.n_rows / layout.nlist * dim / 1e6 * _MILLION_FEATURES_MS
-    by_list = n_lists * (_LIST_MS + list_ms)
-    by_query = n_queries * (_QUERY_MS + n_probes * list_ms)
+    features = layout.n_rows / layout.nlist * dim / 1e6
+    by_list = n_lists * (_LIST_MS + features * _LIST_FEATURES_MS)
+    by_query = n_queries * (_QUERY_MS + n_probes * features * _QUERY_FEATURES_MS)
     return list_major_tiles if by_list < by_query else query_major_tiles
 
 
@@ -166,7 +165,15 @@ class _ApproximatedLists:
                 visible[owners] += seen
                 if norms.numel():
                     largest_norm[owners] = torch.maximum(largest_norm[owners], norms.max())
-                merged, best = torch.cat([values[owners], scores], 1).topk(
+                # Most lists hold nothing better than what a query has; NaN compares False.
+                kept = values[owners]
+                if metric.higher_is_better:
+                    improved = ~(scores.amax(1) < kept.amin(1))
+                else:
+                    improved = ~(scores.amin(1) > kept.amax(1))
+                better = improved.nonzero()[:, 0]
+                owners, kept, scores = owners[better], kept[better], scores[better]
+                merged, best = torch.cat([kept, scores], 1).topk(
                     width, dim=1, largest=metric.higher_is_better, sorted=False
                 )
                 # Unknown scores sort as best for these metrics, and so they must count.
@@ -178,9 +185,10 @@ class _ApproximatedLists:
                 column = (best - width).clamp_min_(0)
                 found = tile.rows[column]
                 if dropped is not None:
-                    found.masked_fill_(dropped.expand(owners.shape[0], -1).gather(1, column), -1)
-                kept = rows[owners].gather(1, best.clamp_max(width - 1))
-                rows[owners] = torch.where(best < width, kept, found)
+                    dropped = dropped[better] if dropped.shape[0] > 1 else dropped.expand(better.shape[0], -1)
+                    found.masked_fill_(dropped.gather(1, column), -1)
+                before = rows[owners].gather(1, best.clamp_max(width - 1))
+                rows[owners] = torch.where(best < width, before, found)
         return values, rows, largest_norm[:, None], (rows >= 0).sum(1) == visible
 
 
