@@ -37,8 +37,14 @@ if TYPE_CHECKING:
     from elips_torch.indexes.ivf_pq import IVFPQIndex
     from elips_torch.indexes.ivf_sq import IVFSQIndex
     from elips_torch.indexes.pq import PQIndex
+    from elips_torch.indexes.refine import RefineIndex
     from elips_torch.indexes.sq import SQIndex
+    from elips_torch.indexes.wrappers import PreTransformIndex
+    from elips_torch.quantizers.itq import ITQ
     from elips_torch.quantizers.kmeans import KMeans
+    from elips_torch.quantizers.opq import OPQ
+    from elips_torch.quantizers.pca import PCA
+    from elips_torch.quantizers.transforms import L2Normalize, RandomRotation
 
 # Imported when first asked for: importing the library stays quick however many indexes there are.
 _LAZY = {
@@ -49,6 +55,13 @@ _LAZY = {
     "PQIndex": "elips_torch.indexes.pq",
     "SQIndex": "elips_torch.indexes.sq",
     "KMeans": "elips_torch.quantizers.kmeans",
+    "PreTransformIndex": "elips_torch.indexes.wrappers",
+    "RefineIndex": "elips_torch.indexes.refine",
+    "ITQ": "elips_torch.quantizers.itq",
+    "OPQ": "elips_torch.quantizers.opq",
+    "PCA": "elips_torch.quantizers.pca",
+    "L2Normalize": "elips_torch.quantizers.transforms",
+    "RandomRotation": "elips_torch.quantizers.transforms",
 }
 
 try:
@@ -57,7 +70,10 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "ITQ",
     "METRICS",
+    "OPQ",
+    "PCA",
     "ArgumentError",
     "DeviceError",
     "DtypeError",
@@ -72,13 +88,17 @@ __all__ = [
     "Index",
     "IndexFileError",
     "KMeans",
+    "L2Normalize",
     "MetricError",
     "NonFiniteError",
     "NotEmptyError",
     "NotFittedError",
     "PQIndex",
     "ParameterError",
+    "PreTransformIndex",
+    "RandomRotation",
     "RangeResult",
+    "RefineIndex",
     "SQIndex",
     "SearchResult",
     "ShapeError",

@@ -12,7 +12,9 @@ from elips_torch.indexes.ivf_flat import IVFFlatIndex
 from elips_torch.indexes.ivf_pq import IVFPQIndex
 from elips_torch.indexes.ivf_sq import IVFSQIndex
 from elips_torch.indexes.pq import PQIndex
+from elips_torch.indexes.refine import RefineIndex
 from elips_torch.indexes.sq import SQIndex
+from elips_torch.indexes.wrappers import PreTransformIndex
 
 # The library's own; importing this module makes all of them known.
 INDEXES: tuple[type[Index], ...] = (
@@ -22,6 +24,8 @@ INDEXES: tuple[type[Index], ...] = (
     IVFPQIndex,
     SQIndex,
     PQIndex,
+    PreTransformIndex,
+    RefineIndex,
 )
 
 

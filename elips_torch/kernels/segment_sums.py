@@ -16,7 +16,9 @@ def label_order(labels: Tensor, n_labels: int) -> tuple[Tensor, Tensor, Tensor]:
         Rows ``(N,)`` in the order of their labels, of one label ascending; where each label starts
         among them, and how many rows it has, both ``(n_labels,)``. All int64.
     """
-    order = labels.sort(stable=True).indices
+    # Short keys sort several times faster on a CPU.
+    short = labels.to(torch.int16 if n_labels <= 2**15 else torch.int32)
+    order = short.sort(stable=True).indices
     counts = torch.bincount(labels, minlength=n_labels)
     return order, counts.cumsum(0) - counts, counts
 

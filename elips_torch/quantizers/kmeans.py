@@ -7,12 +7,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import ArgumentError, DtypeError, NotFittedError
+from elips_torch.core.errors import ArgumentError, NotFittedError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, spans
 from elips_torch.core.validation import check_k, check_values, check_vectors, check_workspace
 from elips_torch.ops.assign import assign
-from elips_torch.quantizers.learned import Learned, learning
+from elips_torch.quantizers.learned import Learned, check_count, in_float32, learning
 from elips_torch.quantizers.lloyd import (
     batch_step,
     full_step,
@@ -91,8 +91,8 @@ class KMeans(Learned):
     ) -> None:
         super().__init__(device)
         self.k = check_k(k)
-        self.niter = _check_count("niter", niter, 0)
-        self.seed = _check_count("seed", seed, 0)
+        self.niter = check_count("niter", niter, 0)
+        self.seed = check_count("seed", seed, 0)
         self._metric = resolve_metric(metric)
         if self._metric.name not in _METRICS:
             raise ArgumentError(f"metric is {metric!r}, expected one of {', '.join(map(repr, _METRICS))}")
@@ -100,14 +100,14 @@ class KMeans(Learned):
         if init not in _STARTS:
             raise ArgumentError(f"init is {init!r}, expected one of {', '.join(map(repr, _STARTS))}")
         self.init = init
-        self.batch_size = None if batch_size is None else _check_count("batch_size", batch_size, 1)
-        self.dims = tuple(_check_count("dims", dim, 1) for dim in dims or ())
+        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
+        self.dims = tuple(check_count("dims", dim, 1) for dim in dims or ())
         if list(self.dims) != sorted(set(self.dims)):
             raise ArgumentError(f"dims is {self.dims}, expected ascending numbers of features")
         if max_points_per_centroid is not None:
-            _check_count("max_points_per_centroid", max_points_per_centroid, 1)
+            check_count("max_points_per_centroid", max_points_per_centroid, 1)
         self.max_points_per_centroid = max_points_per_centroid
-        self.min_points_per_centroid = _check_count("min_points_per_centroid", min_points_per_centroid, 0)
+        self.min_points_per_centroid = check_count("min_points_per_centroid", min_points_per_centroid, 0)
         self.progress = progress
         self.workspace_bytes = check_workspace(workspace_bytes)
         self.history: list[float] = []
@@ -147,7 +147,7 @@ class KMeans(Learned):
             NotFittedError: before `fit`.
             ElipsError: the vectors do not fit.
         """
-        self._check(vectors)
+        vectors = self._checked(vectors)
         return assign(vectors, self.centroids, self.metric, self.workspace_bytes)
 
     def quantization_error(self, vectors: Tensor) -> float:
@@ -177,6 +177,7 @@ class KMeans(Learned):
             NonFiniteError: NaN or infinity.
         """
         check_vectors("vectors", vectors)
+        vectors = in_float32(vectors)
         n, dim = vectors.shape
         if n < self.k:
             raise ArgumentError(f"vectors has {n} rows, expected at least k = {self.k}")
@@ -196,7 +197,7 @@ class KMeans(Learned):
                 stacklevel=2,
             )
         with learning(vectors.device):
-            learned, history = self._learn(vectors.detach(), centroids)
+            learned, history = self._learn(vectors, centroids)
         self.centroids, self.history = learned, history
         return self
 
@@ -278,20 +279,14 @@ class KMeans(Learned):
         vectors = vectors.float().contiguous()
         return normalised(vectors, vectors) if self.metric == "cosine" else vectors
 
-    def _check(self, vectors: Tensor) -> None:
+    def _checked(self, vectors: Tensor) -> Tensor:
         if not self.is_trained:
             raise NotFittedError("KMeans has no centroids yet; call fit(vectors) first")
         check_vectors("vectors", vectors, dim=self.dim, owner="KMeans", device=self.centroids.device)
+        vectors = in_float32(vectors)
         if vectors.device.type == "cpu" and not torch.compiler.is_compiling():
             check_values("vectors", vectors, self._metric)
-
-
-def _check_count(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise DtypeError(f"{name} is {value!r}, expected an int")
-    if value < least:
-        raise ArgumentError(f"{name} is {value}, expected at least {least}")
-    return value
+        return vectors
 
 
 def _ticks(total: int, show: bool) -> Iterable[int]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from elips_torch.core.errors import ArgumentError, DtypeError
 from elips_torch.core.execution import plain_arithmetic
 from elips_torch.core.validation import FLOAT_DTYPES
 
@@ -90,6 +91,21 @@ class Learned(nn.Module):
         if tensor.dtype not in FLOAT_DTYPES:
             faults.append(f"got dtype {tensor.dtype}, expected floating point")
         return faults
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """Check a number of something and return it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DtypeError(f"{name} is {value!r}, expected an int")
+    if value < least:
+        raise ArgumentError(f"{name} is {value}, expected at least {least}")
+    return value
+
+
+def in_float32(vectors: Tensor) -> Tensor:
+    """Return vectors without their history, float64 rounded: what float32 cannot hold becomes infinite."""
+    vectors = vectors.detach()
+    return vectors.float() if vectors.dtype == torch.float64 else vectors
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from elips_torch.ops.assign import assign_op
 from elips_torch.ops.candidate_scores import candidate_scores_backward_op, candidate_scores_op
 from elips_torch.ops.knn import knn_backward_op, knn_op
+from elips_torch.ops.linear_map import linear_map_op
 from elips_torch.ops.pairwise_distance import pairwise_distance_backward_op, pairwise_distance_op
 from elips_torch.ops.range_search import range_search_backward_op, range_search_op
 
@@ -80,3 +82,17 @@ def test_the_backward_operators(metric, p, dtypes):
     torch.library.opcheck(pairwise_distance_backward_op, args)
     args = (torch.rand(3, 60).T, x, q, metric, p, MIB)
     torch.library.opcheck(pairwise_distance_backward_op, args)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_assign(metric, dtypes):
+    torch.library.opcheck(assign_op, (*tensors(dtypes), metric, MIB))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_linear_map(dtype, grad):
+    q, x = tensors((dtype, torch.float32))
+    for before, after in [(None, None), (torch.rand(5), torch.rand(60))]:
+        torch.library.opcheck(linear_map_op, (q.detach().requires_grad_(grad), x, before, after))

@@ -239,6 +239,7 @@ def test_bad_arguments_are_refused_and_change_nothing():
         (vectors[0], None, ShapeError, "expected"),
         (vectors.int(), None, DtypeError, "int32"),
         (vectors.numpy(), None, DtypeError, "ndarray"),
+        (vectors.double() * 1e39, None, NonFiniteError, "expected finite torch.float32 values"),
         (vectors, vectors[:4], ArgumentError, "centroids has 4 rows, expected k = 5"),
         (vectors, vectors[:5, :3], ShapeError, "centroids has dim 3"),
         (vectors, vectors[:5].to("meta"), DeviceError, "meta"),
