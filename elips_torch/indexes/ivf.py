@@ -1,5 +1,6 @@
 """What all indexes with inverted files share: training of the centroids, and probing."""
 
+import logging
 import warnings
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
@@ -21,6 +22,8 @@ from elips_torch.kernels.selection import Selection
 from elips_torch.ops.assign import assign
 from elips_torch.ops.ivf_search import IMPLEMENTATIONS, describe, run_ivf, run_ivf_range
 from elips_torch.quantizers.kmeans import KMeans
+
+logger = logging.getLogger("elips_torch")
 
 # Vectors per list under which clustering is poor, and the balance of lists says little.
 _FEW_PER_LIST = 39
@@ -86,7 +89,7 @@ class IVFIndex(ListedRows):
         self.nprobe = check_count("nprobe", nprobe)
         self.niter = check_count("niter", niter)
         self.seed = seed
-        self._said: set[str] = set()
+        self._said_clamped = self._said_unbalanced = False
         self._rows_at_look = 0
 
     # What a subclass writes.
@@ -224,7 +227,7 @@ class IVFIndex(ListedRows):
             self.coarse.fit(centroids)
         self.coarse.reset()
         self.coarse.add(centroids, ids=torch.arange(self.nlist, device=self.device))
-        self._said.discard("unbalanced")
+        self._said_unbalanced = False
         self._rows_at_look = 0
         return self
 
@@ -317,8 +320,9 @@ class IVFIndex(ListedRows):
 
     def _n_probes(self, parameters: dict[str, Any]) -> int:
         nprobe = check_count("nprobe", self._parameter(parameters, "nprobe"))
-        if nprobe > self.nlist:
-            self._warn_once("nprobe", f"nprobe is {nprobe}, there are {self.nlist} lists: all are read")
+        if nprobe > self.nlist and not self._said_clamped:
+            self._said_clamped = True
+            logger.warning("nprobe is %d, there are %d lists: all are read", nprobe, self.nlist)
         return min(nprobe, self.nlist)
 
     def _nearest_lists(self, queries: Tensor, n_probes: int, workspace_bytes: int, read: int = 0) -> Tensor:
@@ -341,11 +345,6 @@ class IVFIndex(ListedRows):
             short &= found < selection.mask.sum(-1)
         return short
 
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            warnings.warn(message, UserWarning, stacklevel=2)
-
     def _append_rows(self, rows: dict[str, Tensor]) -> None:
         super()._append_rows(rows)
         self._look_at_balance()
@@ -360,9 +359,11 @@ class IVFIndex(ListedRows):
             return
         self._rows_at_look = self.ntotal
         factor = self.imbalance_factor()
-        if factor > _BADLY_UNBALANCED:
-            self._warn_once(
-                "unbalanced",
+        if factor > _BADLY_UNBALANCED and not self._said_unbalanced:
+            self._said_unbalanced = True
+            warnings.warn(
                 f"the lists are badly unbalanced (imbalance factor {factor:.1f}): searches read that many "
                 "times what they would of even lists; fit on vectors like those that are added",
+                UserWarning,
+                stacklevel=2,
             )

@@ -12,6 +12,7 @@ from elips_torch.core.validation import check_count
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.inverted_lists import InvertedLists, SlotChange
+from elips_torch.indexes.state import assigns
 from elips_torch.indexes.storage import durable
 
 # Up to so many, the float32 product finds the nearest centroids as fast as codes do (measured on AVX-512).
@@ -179,15 +180,15 @@ class ListedRows(Index):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        n_errors, n_missing = len(error_msgs), len(missing_keys)
-        faults = self._coarse_faults(state_dict, f"{prefix}coarse.", local_metadata)
+        n_errors, before = len(error_msgs), self.ids
+        faults = self._coarse_faults(state_dict, prefix, local_metadata)
         error_msgs += [f"{prefix}coarse.{fault}" for fault in faults]
         if not faults:
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-        if len(error_msgs) > n_errors or len(missing_keys) > n_missing:
-            # Nothing was loaded; then the centroids stay what they are, too.
+        if self.ids is before and (self.ntotal or len(error_msgs) > n_errors):
+            # No rows were loaded: those that there are belong to the centroids that there are.
             own = self.coarse.state_dict(prefix=f"{prefix}coarse.")
             state_dict.update({name: tensor for name, tensor in own.items() if name in state_dict})
 
@@ -195,21 +196,17 @@ class ListedRows(Index):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
     ) -> list[str]:
         """Return what keeps the centroids of a checkpoint from being those of this index."""
-        rows = {name: state_dict.get(prefix + name) for name in self.coarse.row_tensors}
-        next_id = state_dict.get(prefix + "next_id")
-        present = {name: tensor.detach() for name, tensor in rows.items() if tensor is not None}
-        if len(present) < len(rows) or next_id is None:
-            # A checkpoint without the centroids holds no rows either; else the missing ones are reported.
-            return (
-                ["ids: the checkpoint holds rows without their centroids"]
-                if prefix[:-7] + "ids" in state_dict
-                else []
-            )
-        faults = self.coarse._faults(
-            present, next_id, bool(local_metadata.get("assign_to_params_buffers", False))
-        )
-        n = len(present["ids"])
-        if not faults and n not in (0, self.nlist):
+        names = (*self.coarse.row_tensors, "next_id")
+        found = {name: state_dict.get(f"{prefix}coarse.{name}") for name in names}
+        tensors = {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
+        if len(tensors) < len(names):
+            # Without rows either, the checkpoint leaves the whole index out; torch says what is missing.
+            has_rows = f"{prefix}ids" in state_dict
+            return ["ids: the checkpoint holds rows without their centroids"] if has_rows else []
+        next_id = tensors.pop("next_id")
+        faults = self.coarse._faults(tensors, next_id, assigns(local_metadata))
+        n = len(tensors["ids"]) if not faults else 0
+        if n not in (0, self.nlist):
             faults.append(f"ids: got {n} centroids, expected {self.nlist}")
         return faults
 

@@ -100,7 +100,7 @@ class RowState(RowTensors):
             return
         rows = {name: state_dict[prefix + name].detach() for name in self.row_tensors}
         tuned = {name: state_dict[prefix + name] for name in self.tuned_parameters}
-        next_id, assign = state_dict[prefix + "next_id"], _assigns(local_metadata)
+        next_id, assign = state_dict[prefix + "next_id"], assigns(local_metadata)
         faults = self._faults(rows, next_id, assign)
         faults += [f"{name}: got {t}, expected one number" for name, t in tuned.items() if t.numel() != 1]
         if faults:
@@ -183,5 +183,6 @@ class RowState(RowTensors):
         return state
 
 
-def _assigns(local_metadata: dict[str, Any]) -> bool:
+def assigns(local_metadata: dict[str, Any]) -> bool:
+    """Whether a checkpoint is to be loaded by taking its tensors over."""
     return bool(local_metadata.get("assign_to_params_buffers", False))

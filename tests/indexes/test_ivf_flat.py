@@ -300,6 +300,28 @@ def test_states_that_do_not_fit_change_nothing():
         smaller.load_state_dict(state)
 
 
+def test_part_of_a_state_keeps_rows_and_centroids_together():
+    class Labelled(IVFFlatIndex):
+        def __init__(self):
+            super().__init__(16, 4)
+            self.register_buffer("labels", torch.zeros(3))
+
+    index, vectors = made(200, nlist=4)
+    # Where a buffer is missing, neither rows nor centroids load.
+    other = Labelled().fit(-vectors)
+    other.add(-vectors[:50])
+    with unchanged(other):
+        assert other.load_state_dict(index.state_dict(), strict=False).missing_keys == ["labels"]
+    # Centroids alone go to an empty index, and leave one with rows alone.
+    learned = {name: tensor for name, tensor in index.state_dict().items() if name.startswith("coarse")}
+    empty = IVFFlatIndex(16, 4)
+    empty.load_state_dict(learned, strict=False)
+    assert torch.equal(empty.centroids, index.centroids)
+    filled, _ = made(200, nlist=4, spread=1.0)
+    with unchanged(filled):
+        assert "ids" in filled.load_state_dict(learned, strict=False).missing_keys
+
+
 def test_an_unfitted_index_refuses_what_needs_centroids():
     index = IVFFlatIndex(16, 20)
     vectors = clusters(50)
@@ -338,13 +360,13 @@ def test_fitting_again_takes_an_empty_index():
     assert index(vectors[:5] + 5, k=1).scores.tolist() == [[0.0]] * 5
 
 
-def test_more_probes_than_lists_are_clamped_and_said_once():
+def test_more_probes_than_lists_are_clamped_and_said_once(caplog):
     index, vectors = made(nprobe=20)
     wanted = index(vectors[:5])
-    with pytest.warns(UserWarning, match="nprobe is 21, there are 20 lists"):
-        found = index(vectors[:5], nprobe=21)
-    assert_same(found, wanted)
-    assert_same(index(vectors[:5], nprobe=500), wanted)
+    assert not caplog.messages
+    for nprobe in (21, 500):
+        assert_same(index(vectors[:5], nprobe=nprobe), wanted)
+    assert caplog.messages == ["nprobe is 21, there are 20 lists: all are read"]
     for bad, error in ((0, ArgumentError), (2.5, DtypeError), (True, ParameterError)):
         with pytest.raises(error, match="nprobe is"):
             index(vectors[:5], nprobe=bad)
