@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elips_torch.core.dispatch import Explanation, explain_choice
 from elips_torch.core.errors import ArgumentError, NotEmptyError, NotFittedError
-from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
+from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, spans
 from elips_torch.core.validation import bad_queries, check_count, check_k, check_vectors, check_workspace
 from elips_torch.indexes.base import Index, known_indexes
 from elips_torch.indexes.flat import FlatIndex
@@ -25,6 +25,10 @@ from elips_torch.quantizers.kmeans import KMeans
 
 logger = logging.getLogger("elips_torch")
 
+# The lists to read are found for so many queries at a time that they take this part of the workspace.
+_PROBES_SHARE = 8
+# The number and the score of a list, while they are found.
+_PROBE_BYTES = 40
 # Vectors per list under which clustering is poor, and the balance of lists says little.
 _FEW_PER_LIST = 39
 # Imbalance factor from which on a search reads several times what it should.
@@ -260,20 +264,28 @@ class IVFIndex(ListedRows):
     ) -> tuple[Tensor, Tensor]:
         self._check_fitted("search")
         n_probes = self._n_probes(parameters)
+        workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
         bad = bad_queries(queries, self._metric) if self.check_finite else None
         ranks = self._current_id_map().ranks(self.ids)
-        arguments: dict[str, Any] = {
-            "ranks": ranks,
-            "implementation": implementation,
-            "workspace_bytes": check_workspace(self._parameter(parameters, "workspace_bytes")),
-            "check_finite": False,
-        }
         layout, decode = self.lists.layout, self._decoder()
-        workspace = arguments["workspace_bytes"]
-        probes = self._nearest_lists(queries, n_probes, workspace)
-        scores, rows = run_ivf(
-            queries, probes, layout, decode, k, self._metric, selection=selection, **arguments
-        )
+
+        def read(chosen: Tensor | slice, n_read: int, n_probes: int) -> tuple[Tensor, Tensor]:
+            return run_ivf(
+                queries[chosen],
+                self._nearest_lists(queries[chosen], n_probes, workspace, n_read),
+                layout,
+                decode,
+                k,
+                self._metric,
+                ranks=ranks,
+                selection=selection.for_queries(chosen),
+                implementation=implementation,
+                workspace_bytes=workspace - workspace // _PROBES_SHARE,
+                check_finite=False,
+            )
+
+        parts = [read(part, 0, n_probes) for part in self._blocks(queries, n_probes, workspace)]
+        scores, rows = (torch.cat(each) for each in zip(*parts, strict=True))
         if bad is not None:
             scores.masked_fill_(bad[:, None], torch.nan)
             rows.masked_fill_(bad[:, None], -1)
@@ -283,15 +295,21 @@ class IVFIndex(ListedRows):
             pending = (short if bad is None else short & ~bad).nonzero()[:, 0]
             if not pending.numel():
                 break
-            read, n_probes = n_probes, min(2 * n_probes, self.nlist)
-            part, chosen = queries[pending], selection.for_queries(pending)
-            probes = self._nearest_lists(part, n_probes, workspace, read)
-            more = run_ivf(part, probes, layout, decode, k, self._metric, selection=chosen, **arguments)
-            if self.coarse.is_exact:
-                both = torch.cat([scores[pending], more[0]], 1), torch.cat([rows[pending], more[1]], 1)
-                more = merge_ranked(self._metric, *both, k, ranks)
-            scores[pending], rows[pending] = more
+            n_read, n_probes = n_probes, min(2 * n_probes, self.nlist)
+            for block in self._blocks(pending, n_probes, workspace):
+                part = pending[block]
+                more = read(part, n_read, n_probes)
+                if self.coarse.is_exact:
+                    # These lists come beside those that have been read, not again with them.
+                    both = torch.cat([scores[part], more[0]], 1), torch.cat([rows[part], more[1]], 1)
+                    more = merge_ranked(self._metric, *both, k, ranks)
+                scores[part], rows[part] = more
         return scores, rows
+
+    def _blocks(self, queries: Tensor, n_probes: int, workspace_bytes: int) -> list[slice]:
+        """Return parts of the queries whose probes fit a share of the workspace; at least one."""
+        step = max(1, workspace_bytes // _PROBES_SHARE // (_PROBE_BYTES * n_probes))
+        return [slice(*span) for span in spans(queries.shape[0], step)] or [slice(0, 0)]
 
     def _range_search(
         self,
@@ -304,19 +322,28 @@ class IVFIndex(ListedRows):
         self._check_fitted("range_search")
         n_probes = self._n_probes(parameters)
         workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
-        return run_ivf_range(
-            queries,
-            self._nearest_lists(queries, n_probes, workspace),
-            self.lists.layout,
-            self._decoder(),
-            radius,
-            self._metric,
-            ranks=self._current_id_map().ranks(self.ids),
-            selection=selection,
-            implementation=implementation,
-            workspace_bytes=workspace,
-            check_finite=self.check_finite,
-        )
+        ranks = self._current_id_map().ranks(self.ids)
+        parts = [
+            run_ivf_range(
+                queries[part],
+                self._nearest_lists(queries[part], n_probes, workspace),
+                self.lists.layout,
+                self._decoder(),
+                radius[part],
+                self._metric,
+                ranks=ranks,
+                selection=selection.for_queries(part),
+                implementation=implementation,
+                workspace_bytes=workspace - workspace // _PROBES_SHARE,
+                check_finite=self.check_finite,
+            )
+            for part in self._blocks(queries, n_probes, workspace)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        lims, scores, rows = zip(*parts, strict=True)
+        counts = torch.cat([each.diff() for each in lims])
+        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), torch.cat(scores), torch.cat(rows)
 
     def _n_probes(self, parameters: dict[str, Any]) -> int:
         nprobe = check_count("nprobe", self._parameter(parameters, "nprobe"))

@@ -7,12 +7,12 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.ordering import order_keys
 from elips_torch.core.tiling import spans
 from elips_torch.kernels.exact_tile import plan_exact_tiles, score_tile
-from elips_torch.kernels.ivf_search_eager import choose_tiling
+from elips_torch.kernels.ivf_search_eager import PROBE_BYTES, PROBE_SHARE, choose_tiling
 from elips_torch.kernels.list_layout import ListLayout, ListSelection, RowDecoder
 from elips_torch.kernels.range_search_eager import HIT_BYTES
 from elips_torch.kernels.selection import Selection
 
-# Share of the workspace for tiles; the rest is for the hits.
+# Share of the workspace for tiles; what probes leave of the rest is for the hits.
 _TILE_SHARE = 0.5
 _PREFERRED_QUERIES = 4096
 
@@ -33,7 +33,8 @@ def ivf_range_search_eager(
     lims = torch.zeros(n_queries + 1, dtype=torch.int64, device=device)
     all_scores = [torch.empty(0, dtype=torch.float32, device=device)]
     all_rows = [torch.empty(0, dtype=torch.int64, device=device)]
-    first, step = 0, _PREFERRED_QUERIES
+    affordable = int(workspace_bytes * PROBE_SHARE) // (PROBE_BYTES * max(1, probes.shape[1]))
+    first, step = 0, max(1, min(affordable, _PREFERRED_QUERIES))
     while first < n_queries and layout.n_rows and probes.shape[1]:
         last = min(first + step, n_queries)
         part = slice(first, last)
@@ -76,7 +77,7 @@ def _scan(
     """Return query, score and row of each hit; None when several queries have too many."""
     n_queries, dim = queries.shape
     share = int(workspace_bytes * _TILE_SHARE)
-    most = (workspace_bytes - share) // HIT_BYTES
+    most = int(workspace_bytes * (1 - _TILE_SHARE - PROBE_SHARE)) // HIT_BYTES
     tiles = plan_exact_tiles(
         n_queries,
         layout.n_rows,

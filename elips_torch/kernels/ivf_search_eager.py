@@ -33,6 +33,9 @@ from elips_torch.kernels.selection import Selection
 # Shares of the workspace: what every query keeps, and a tile; the rest is for rescoring.
 BLOCK_SHARE = 0.4
 _TILE_SHARE = 0.3
+# Sorting the probes of all queries by list takes another share, and so many bytes for each.
+PROBE_SHARE = 0.1
+PROBE_BYTES = 48
 # Features of pairs up to which scoring all by the definition is cheaper than anything else.
 _FEW_FEATURES = 2**17
 # Milliseconds that the steps of a tile take, and a million features gathered for it, by list and by
@@ -271,6 +274,7 @@ def ivf_search_eager(
     if n_rows == 0 or n_queries == 0 or probes.shape[1] == 0:
         return scores, rows
     found = min(k, n_rows)
+    probes_at_once = max(1, int(workspace_bytes * PROBE_SHARE) // (PROBE_BYTES * probes.shape[1]))
     pending: Tensor | None = None
     steps = _steps(queries, probes, layout, decode, k, metric)
     if first_step is not None:
@@ -278,7 +282,7 @@ def ivf_search_eager(
         steps = steps if first is None else [first, *steps]
     for step in steps:
         left = []
-        at_once = step.queries_at_once(found, workspace_bytes)
+        at_once = min(probes_at_once, step.queries_at_once(found, workspace_bytes))
         for start, stop in spans(n_queries if pending is None else pending.numel(), at_once):
             part: slice | Tensor = slice(start, stop) if pending is None else pending[start:stop]
             chosen = selection.for_queries(part)

@@ -243,6 +243,20 @@ def test_the_queries_that_read_on_change_no_other(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("nprobe", [2, 19, 20])
+def test_queries_in_blocks_find_the_same(nprobe):
+    index, _ = made(nprobe=nprobe, workspace_bytes=2**28)
+    queries = clusters(1800, seed=1)
+    mask = torch.rand(1800, 2000, generator=torch.Generator().manual_seed(2)) < 0.2
+    exclude = torch.randint(0, 2000, (1800, 3), generator=torch.Generator().manual_seed(3))
+    for k in (5, 150):
+        options = {"k": k, "mask": mask, "exclude": exclude}
+        assert_same(index(queries, workspace_bytes=2**20, **options), index(queries, **options))
+    small = index.range_search(queries, 3.0, mask=mask, workspace_bytes=2**20)
+    for one, other in zip(small, index.range_search(queries, 3.0, mask=mask), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_exclude_self_builds_the_graph_of_neighbours():
     index, vectors = made(800, nprobe=20)
     scores, ids = index(vectors, 5, exclude_self=True)

@@ -211,6 +211,15 @@ CASES = {
         "nlist": 50,
         "nprobe": 20,
     },
+    "lists, many probes": {
+        "operation": "ivf",
+        "n": 20_000,
+        "n_queries": 4000,
+        "k": 10,
+        "nlist": 500,
+        "nprobe": 500,
+        "dim": 8,
+    },
     "lists, masks and exclusions": {
         "operation": "ivf",
         "n": 40_000,
