@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, NotFittedError
 from elips_torch.core.metric import resolve_metric
-from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, spans
+from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, even_cuts
 from elips_torch.core.validation import check_k, check_values, check_vectors, check_workspace
 from elips_torch.ops.assign import assign
 from elips_torch.quantizers.learned import Learned, check_count, in_float32, learning
@@ -259,7 +259,7 @@ class KMeans(Learned):
         for _, _ in zip(range(self.niter), ticks, strict=False):
             order = sample_rows(len(vectors), len(vectors), generator).to(vectors.device)
             before, total = seen.clone(), 0.0
-            for start, stop in spans(len(vectors), batch_size):
+            for start, stop in even_cuts(len(vectors), batch_size):
                 batch = vectors[order[start:stop]]
                 labels = self._assign(batch, centroids)
                 centroids, error = batch_step(batch, centroids, labels, seen, self.spherical)
