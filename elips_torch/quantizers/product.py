@@ -75,8 +75,14 @@ class ProductQuantizer(Quantizer):
         if nbits not in _NBITS:
             raise ArgumentError(f"nbits is {nbits!r}, expected 8 or 4")
         super().__init__(dim, packed_size(m, nbits), device)
-        # Made here to have its arguments checked now rather than in `fit`.
-        KMeans(2**nbits, niter=niter, seed=seed, max_points_per_centroid=max_points_per_centroid)
+        # Made for its checks alone: a wrong number is to be refused here rather than in `fit`.
+        KMeans(
+            2**nbits,
+            niter=niter,
+            seed=seed,
+            max_points_per_centroid=max_points_per_centroid,
+            min_points_per_centroid=min_points_per_centroid,
+        )
         self.m = m
         self.nbits = nbits
         self.niter = niter
