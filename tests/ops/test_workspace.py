@@ -248,13 +248,6 @@ CASES = {
         "mask": True,
         "exclude": 100,
     },
-    "codes, many neighbours": {
-        "operation": "codes",
-        "index": "SQ",
-        "n": 20_000,
-        "n_queries": 60,
-        "k": 12_000,
-    },
     "codes, within": {
         "operation": "codes_range",
         "index": "SQ",
@@ -264,7 +257,6 @@ CASES = {
         "radius": 30.0,
     },
     "codes, tables": {"operation": "codes", "index": "PQ", "n": 200_000, "n_queries": 150, "k": 10},
-    "codes in lists": {"operation": "codes", "index": "IVFSQ", "n": 60_000, "n_queries": 40, "k": 10},
     "codes in lists, tables": {"operation": "codes", "index": "IVFPQ", "n": 150_000, "n_queries": 8, "k": 10},
     "pairwise": {"operation": "pairwise_distance", "n": 50_000, "n_queries": 300},
     "pairwise gradient": {"operation": "pairwise_backward", "n": 40_000, "n_queries": 500},
