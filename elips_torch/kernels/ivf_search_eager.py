@@ -30,10 +30,10 @@ from elips_torch.kernels.list_layout import (
 )
 from elips_torch.kernels.selection import Selection
 
-# Shares of the workspace: what every query keeps, and a tile; the rest is for rescoring.
+# Shares of the workspace: what every query keeps, and a tile; the rest is for rescoring, which comes after.
 BLOCK_SHARE = 0.4
 _TILE_SHARE = 0.3
-# Sorting the probes of all queries by list takes another share, and so many bytes for each.
+# Until then, probes sorted by list take a share of that rest, and so many bytes each.
 PROBE_SHARE = 0.1
 PROBE_BYTES = 48
 # Features of pairs up to which scoring all by the definition is cheaper than anything else.
@@ -222,7 +222,7 @@ class _CompleteLists:
         keys = torch.full(shape, EMPTY_KEY, dtype=torch.int64, device=device)
         rows = torch.full(shape, -1, dtype=torch.int64, device=device)
         scores = torch.full(shape, metric.worst, dtype=torch.float32, device=device)
-        share = int(workspace_bytes * (1 - BLOCK_SHARE))
+        share = int(workspace_bytes * (1 - BLOCK_SHARE - PROBE_SHARE))
         tiles = plan_exact_tiles(
             queries.shape[0],
             self.layout.n_rows,
