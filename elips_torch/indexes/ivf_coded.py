@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.tiling import spans
+from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.ivf import IVFIndex
 from elips_torch.indexes.storage import durable
+from elips_torch.kernels.coded_rows import PackedRows
+from elips_torch.kernels.list_layout import DecodedRows, RowDecoder
 from elips_torch.ops.assign import assign
 from elips_torch.quantizers.quantizer import Quantizer
 from elips_torch.quantizers.seeding import sample_rows
@@ -96,6 +99,21 @@ class IVFCodedIndex(IVFIndex):
                 # A centroid and a coded difference can leave it together.
                 vectors.clamp_(low, high)
         return vectors
+
+    def _decoder(self) -> RowDecoder:
+        return DecodedRows(self._decode, self._candidate_dtype(), self.dim, self._packed())
+
+    def _packed(self) -> PackedRows | None:
+        """Return the rows as they are stored, None where more than tables is needed to decode them."""
+        table, centroids = self.quantizer.packed_table(), None
+        if self.by_residual:
+            coarse = self.coarse
+            if not isinstance(coarse, FlatIndex) or coarse.dtype != torch.float32:
+                return None
+            if self._metric.domain[0] > -torch.inf:
+                return None
+            centroids = coarse.vectors.detach()
+        return None if table is None else PackedRows(self.codes, table, centroids, self.assignments)
 
     def _centroids_of(self, lists: Tensor) -> Tensor:
         # The coarse index holds list i in row i.

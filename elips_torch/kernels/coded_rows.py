@@ -44,6 +44,38 @@ class PartDecoder(Decoder, Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedTable:
+    """What one byte or half a byte of a code stands for, as plain tensors.
+
+    Attributes:
+        table: ``(D,)`` float32 steps of a feature's code; or ``(m, ksub, D / m)`` float32 centroids.
+        low: ``(D,)`` float32, what code 0 of a feature stands for; None where the table is of centroids.
+        bits: 8 or 4, of a number among the centroids.
+    """
+
+    table: Tensor
+    low: Tensor | None = None
+    bits: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """Rows in inverted lists as they are stored, for code that decodes them itself.
+
+    Attributes:
+        codes: ``(N, code_size)`` uint8.
+        table: what they stand for.
+        centroids: ``(L, D)`` float32, added to the rows of each list; None where nothing is.
+        assignments: ``(N,)`` int32, the list of each row.
+    """
+
+    codes: Tensor
+    table: PackedTable
+    centroids: Tensor | None
+    assignments: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class PartRows:
     """The decoder of rows in inverted lists whose parts are centroids, on top of the centroid of the list.
 
@@ -53,12 +85,14 @@ class PartRows:
             among all ``m * ksub``.
         codebooks: ``(m, ksub, D / m)`` float32, the centroids of each part.
         centroids: returns ``(L, D)``, what is added to the rows of lists ``(L,)``; None where nothing is.
+        packed: the rows as they are stored, where C++ may decode them.
     """
 
     decode: Callable[[Tensor], Tensor]
     entries: Callable[[Tensor], Tensor]
     codebooks: Tensor
     centroids: Callable[[Tensor], Tensor] | None
+    packed: PackedRows | None = None
 
     @property
     def dtype(self) -> torch.dtype:

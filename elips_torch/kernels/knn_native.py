@@ -5,6 +5,7 @@ while they are still there, so that no bound is ever written to memory. See `nat
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,11 +143,16 @@ class NativeSearch:
         self.plane = plane
         self.k = k
         self.names = names
+        self.n_rows, self.dim = database.shape
         self.query_bytes = database.shape[1] * _FEATURE_BYTES + n_excluded * _EXCLUDED_BYTES
+
+    def shares_queries(self, lists: ProbedLists, threads: int) -> bool:
+        """Whether threads take queries rather than lists."""
+        return lists.shares_queries(threads)
 
     def plan(self, n_queries: int, workspace_bytes: int, lists: ProbedLists | None = None) -> _Plan | None:
         """Return sizes that fit the workspace; None where even a few queries do not."""
-        n_rows = self.database.shape[0]
+        n_rows = self.n_rows
         threads = self.threads(n_queries, lists)
         # A reservoir that is filled to seven eighths drops rows; one that could hold all does not.
         usual = min(n_rows + n_rows // 7 + 8, 6 * self.k + 256)
@@ -155,7 +161,7 @@ class NativeSearch:
         while step:
             blocks = -(-step // _BLOCK)
             if lists is not None:
-                shares_queries = lists.narrowed(0, step).shares_queries(threads)
+                shares_queries = self.shares_queries(lists.narrowed(0, step), threads)
             else:
                 shares_queries = blocks >= _BLOCKS_PER_THREAD * threads or blocks % threads == 0
             parts = 1 if shares_queries else threads
@@ -168,7 +174,7 @@ class NativeSearch:
 
     def threads(self, n_queries: int, lists: ProbedLists | None = None) -> int:
         """Return how many threads the work occupies for longer than waking them takes."""
-        n_rows, dim = self.database.shape
+        n_rows, dim = self.n_rows, self.dim
         if lists is None:
             cells: float = n_rows * (n_queries + _READING)
         else:
@@ -237,10 +243,8 @@ class NativeSearch:
         layout = None if lists is None else lists.layout
         probes = None if lists is None else lists.probes.contiguous()
         native_search(
-            codes=self.plane.codes,
-            terms=self.plane.terms,
-            names=self.names,
-            n_rows=self.plane.n_rows,
+            **self._rows(),
+            n_rows=self.n_rows,
             list_starts=None if layout is None else layout.starts,
             list_sizes=None if layout is None else layout.sizes,
             slots=None if layout is None else layout.slots,
@@ -257,7 +261,6 @@ class NativeSearch:
             mask_stride=0 if mask is None else mask.stride(0),
             exclude=exclude,
             n_excluded=selection.n_excluded,
-            vectors=self.database,
             queries=wide,
             ranks=ranks,
             reservoir_rows=kept_rows,
@@ -276,7 +279,6 @@ class NativeSearch:
             n_parts=plan.parts,
             metric=METRICS[self.metric.name],
             code_type=CODE_TYPES[self.plane.codes.dtype],
-            vector_type=VECTOR_TYPES[self.database.dtype],
             is_exact=int(coded.is_exact),
         )
         if not int(status.max()):
@@ -289,6 +291,20 @@ class NativeSearch:
             )
             status[unsure] = CERTIFIED
         torch.eq(status, CERTIFIED, out=certified)
+
+    def _rows(self) -> dict[str, Any]:
+        """Return what the code is to know of the rows."""
+        return {
+            "codes": self.plane.codes,
+            "terms": self.plane.terms,
+            "names": self.names,
+            "vectors": self.database,
+            "vector_type": VECTOR_TYPES[self.database.dtype],
+        }
+
+    def _scores(self, queries: Tensor, owners: Tensor, rows: Tensor, workspace_bytes: int) -> Tensor:
+        """Return the scores of pairs ``(P,)`` of query and row by the definition."""
+        return score_pairs(self.metric, queries, self.database, owners, rows, workspace_bytes)
 
     def _ranked(
         self,
@@ -303,7 +319,7 @@ class NativeSearch:
         """Rank what has survived for chosen queries by the definition."""
         owners = torch.repeat_interleave(torch.arange(chosen.numel()), counts[chosen])
         rows = torch.cat([kept[query, : int(counts[query])] for query in chosen]).long()
-        scores = score_pairs(self.metric, queries, self.database, chosen[owners], rows, workspace_bytes // 4)
+        scores = self._scores(queries, chosen[owners], rows, workspace_bytes // 4)
         rows = rows if self.names is None else self.names[rows]
         return rank_pairs(self.metric, owners, rows, scores, chosen.numel(), k, ranks)
 

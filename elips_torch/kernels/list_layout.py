@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.tiling import spans
+from elips_torch.kernels.coded_rows import PackedRows
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.selection import Selection
 
@@ -96,11 +97,13 @@ class DecodedRows:
         decode: returns the vectors ``(M, D)`` of rows ``(M,)``.
         dtype: of the vectors.
         dim: D.
+        packed: the rows as they are stored, where C++ may decode them.
     """
 
     decode: Callable[[Tensor], Tensor]
     dtype: torch.dtype
     dim: int
+    packed: PackedRows | None = None
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the vectors ``(M, D)`` of rows ``(M,)``."""

@@ -1,6 +1,7 @@
 """What the C++ of `native/search.cpp` takes, and calling it."""
 
 import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from elips_torch.core.native import NativeLibrary, instruction_options, native_r
 METRICS = {"l2": 0, "ip": 1, "cosine": 2}
 CODE_TYPES = {torch.float32: 0, torch.int8: 1}
 VECTOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# How rows are packed.
+SCALAR, BYTES, NIBBLES = 1, 2, 3
 # Rows that a reservoir's memory holds beside its capacity.
 SPARE = 16
 # What becomes of a query: its result is certain; too much survived; a score's last bit is open.
@@ -43,6 +46,22 @@ def library_compiles() -> bool:
 _FAILURES = {1: "there is not enough memory", 2: "a type is not known"}
 
 
+class Packed(ctypes.Structure):
+    """`struct Packed` of unpack.h; the default is what is not packed."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("low", ctypes.c_void_p),
+        ("centroids", ctypes.c_void_p),
+        ("assignments", ctypes.c_void_p),
+        ("packing", ctypes.c_int32),
+        ("code_size", ctypes.c_int32),
+        ("parts", ctypes.c_int32),
+        ("ksub", ctypes.c_int32),
+    )
+
+
 class Arguments(ctypes.Structure):
     """`struct Arguments` of search.cpp, field by field; tensors go in as their addresses."""
 
@@ -68,6 +87,7 @@ class Arguments(ctypes.Structure):
         ("exclude", ctypes.c_void_p),
         ("n_excluded", ctypes.c_int64),
         ("vectors", ctypes.c_void_p),
+        ("packed", Packed),
         ("queries", ctypes.c_void_p),
         ("ranks", ctypes.c_void_p),
         ("reservoir_rows", ctypes.c_void_p),
@@ -112,7 +132,7 @@ class Coding(ctypes.Structure):
     )
 
 
-def native_search(**arguments: Tensor | float | None) -> None:
+def native_search(**arguments: Tensor | float | ctypes.Structure | None) -> None:
     """Run `elips_search`, which writes into the tensors of the results.
 
     Args:
@@ -137,7 +157,9 @@ def native_code(**arguments: Tensor | float | None) -> None:
 
 
 def _call(
-    function: str, structure: type[ctypes.Structure], arguments: dict[str, Tensor | float | None]
+    function: str,
+    structure: type[ctypes.Structure],
+    arguments: Mapping[str, Tensor | float | ctypes.Structure | None],
 ) -> None:
     library = LIBRARY.load(instruction_options(device_facts("cpu")))
     if library is None:

@@ -10,6 +10,7 @@ from elips_torch.core.errors import ArgumentError, DtypeError, MetricError
 from elips_torch.core.execution import plain_arithmetic
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import spans
+from elips_torch.kernels.coded_rows import PackedTable
 from elips_torch.ops.assign import assign
 from elips_torch.quantizers.kmeans import KMeans
 from elips_torch.quantizers.packing import pack, packed_size, unpack
@@ -75,8 +76,14 @@ class ProductQuantizer(Quantizer):
         if nbits not in _NBITS:
             raise ArgumentError(f"nbits is {nbits!r}, expected 8 or 4")
         super().__init__(dim, packed_size(m, nbits), device)
-        # Made here to have its arguments checked now rather than in `fit`.
-        KMeans(2**nbits, niter=niter, seed=seed, max_points_per_centroid=max_points_per_centroid)
+        # Made for its checks alone: a wrong number is to be refused here rather than in `fit`.
+        KMeans(
+            2**nbits,
+            niter=niter,
+            seed=seed,
+            max_points_per_centroid=max_points_per_centroid,
+            min_points_per_centroid=min_points_per_centroid,
+        )
         self.m = m
         self.nbits = nbits
         self.niter = niter
@@ -143,6 +150,10 @@ class ProductQuantizer(Quantizer):
                 terms = parts * self.codebooks if kind.name == "ip" else (parts - self.codebooks).square_()
                 torch.sum(terms, 3, out=tables[start:stop])
         return tables
+
+    def packed_table(self) -> PackedTable:
+        """Return the codebooks."""
+        return PackedTable(self.codebooks, bits=self.nbits)
 
     def entries(self, codes: Tensor) -> Tensor:
         """Return the centroids of codes ``(N, code_size)``.

@@ -10,6 +10,7 @@ from elips_torch.core.errors import ArgumentError, DtypeError, NotFittedError, S
 from elips_torch.core.execution import plain_arithmetic
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.validation import check_device, check_values, check_vectors
+from elips_torch.kernels.coded_rows import PackedTable
 from elips_torch.quantizers.learned import Learned, learning
 
 # Any finite value can be coded.
@@ -39,6 +40,10 @@ class Quantizer(Learned, ABC):
     @abstractmethod
     def _encode(self, vectors: Tensor, check_finite: bool) -> Tensor:
         """Return uint8 codes ``(N, code_size)`` of ``(N, D)`` vectors of any dtype."""
+
+    def packed_table(self) -> PackedTable | None:
+        """Return what codes stand for as plain tensors, None where it takes more to decode them."""
+        return None
 
     @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:

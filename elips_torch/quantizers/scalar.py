@@ -8,6 +8,7 @@ from torch import Tensor
 from elips_torch.core.errors import ArgumentError, NonFiniteError
 from elips_torch.core.tiling import spans
 from elips_torch.core.validation import describe_rows
+from elips_torch.kernels.coded_rows import PackedTable
 from elips_torch.quantizers.packing import pack, packed_size, unpack
 from elips_torch.quantizers.quantizer import Quantizer, check_dim
 
@@ -116,13 +117,21 @@ class ScalarQuantizer(Quantizer):
         if self.qtype in _FLOATS:
             return codes.contiguous().view(_FLOATS[self.qtype]).float()
         vectors = torch.empty(codes.shape[0], self.dim, dtype=torch.float32, device=codes.device)
-        step = self.extent / (2**self.bits - 1)
-        low = self.minimum + 0.5 * step
+        step, low = self._grid()
         for start, stop in spans(codes.shape[0], self._rows_at_once()):
             part = vectors[start:stop]
             # Two roundings, also where a device could multiply and add with one: the same values everywhere.
             part.copy_(unpack(codes[start:stop], self.bits, self.dim)).mul_(step).add_(low)
         return vectors
+
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        """Return the step of each feature's code and what code 0 stands for, ``(D,)`` each."""
+        step = self.extent / (2**self.bits - 1)
+        return step, self.minimum + 0.5 * step
+
+    def packed_table(self) -> PackedTable | None:
+        """Return steps and lowest values where each feature is a byte."""
+        return PackedTable(*self._grid()) if self.qtype == "int8" else None
 
     def _rows_at_once(self) -> int:
         return max(1, _FEATURES_AT_ONCE // self.dim)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from coded_contract import CodedContract, clustered, recall
 
-from elips_torch import ArgumentError, ImplementationError, PQIndex, SQIndex, knn
+from elips_torch import ArgumentError, ImplementationError, IVFPQIndex, PQIndex, SQIndex, knn
+from elips_torch.reference.knn import knn as reference_knn
 from elips_torch.testing.contract import assert_same
 
 
@@ -120,3 +121,41 @@ def test_repr_shows_what_matters():
     assert repr(PQIndex(12, 4, metric="ip")) == (
         "PQIndex(dim=12, metric='ip', ntotal=0, k=10, dtype=float32, code_size=4, not fitted, m=4, nbits=8)"
     )
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e18])
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+@pytest.mark.parametrize("make", ["plain", "inverted"])
+def test_tables_hold_for_tiny_and_huge_vectors(scale, metric, make):
+    database = clustered(700, 12, 0) * scale
+    # One row far away, and queries beyond all rows, in float64.
+    database[7] *= 30
+    queries = (clustered(12, 12, 1) * scale).double()
+    queries[3] *= 1e3
+    options = {"niter": 2, "min_points_per_centroid": 1}
+    if make == "plain":
+        index = PQIndex(12, 4, 4, metric, **options).fit(database)
+    elif metric != "cosine":
+        index = IVFPQIndex(12, 4, 4, 4, metric, nprobe=2, **options).fit(database)
+    else:
+        pytest.skip("inverted lists have no tables under cosine")
+    index.add(database)
+    other = "decoded" if make == "plain" else "eager"
+    assert_same(
+        index.search(queries, 20, implementation="tables"), index.search(queries, 20, implementation=other)
+    )
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_tables_decide_near_ties_as_the_definition_does(metric):
+    # Centroids that differ by a few units in the last place, far from the origin.
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(1, 12, generator=generator) + 1000
+    steps = torch.randint(-2, 3, (300, 12), generator=generator) * 2.0**-13
+    index = PQIndex(12, 4, 4, metric, niter=0, min_points_per_centroid=1).fit(base + steps)
+    index.add(base + steps)
+    queries = base + torch.randn(10, 12, generator=generator)
+    found = index.search(queries, 15, implementation="tables")
+    assert_same(found, index.search(queries, 15, implementation="decoded"))
+    wanted = reference_knn(queries, index.reconstruct(index.ids), 15, metric)
+    assert_same(found, wanted)

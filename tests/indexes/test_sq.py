@@ -7,7 +7,7 @@ import pytest
 import torch
 from coded_contract import CodedContract, clustered, recall
 
-from elips_torch import ArgumentError, SQIndex, knn
+from elips_torch import ArgumentError, SearchResult, SQIndex, knn
 from elips_torch.quantizers.scalar import QTYPES
 from elips_torch.reference.knn import knn as reference_knn
 from elips_torch.testing.contract import assert_same
@@ -84,3 +84,16 @@ def test_few_and_many_queries_find_the_same(metric, monkeypatch):
     assert_same(index.search(queries, 10, mask=mask), few)
     monkeypatch.setattr("elips_torch.ops.coded_search.MANY_QUERIES", 1)
     assert_same(index.search(queries, 10, mask=mask), few)
+
+
+def test_rows_that_hold_nan_come_last():
+    index = SQIndex(13, "fp16", check_finite=False)
+    database = clustered(200, 13, 0)
+    database[5, 3] = torch.nan
+    database[9, 1] = torch.inf
+    index.add(database)
+    queries = clustered(6, 13, 1)
+    scores, ids = index.search(queries, 200)
+    assert (ids[:, -1] == 5).all()
+    assert (ids[:, -2] == 9).all()
+    assert_same(index.search(queries, 10), SearchResult(scores[:, :10], ids[:, :10]))

@@ -15,7 +15,8 @@ ALLOWANCE = 24 * MIB
 
 PROGRAM = """
 import gc, json, sys, torch
-from elips_torch import FlatIndex, IVFFlatIndex, knn, pairwise_distance, range_search
+from elips_torch import FlatIndex, IVFFlatIndex, IVFPQIndex, IVFSQIndex, PQIndex, SQIndex
+from elips_torch import knn, pairwise_distance, range_search
 
 case = json.loads(sys.argv[1])
 operation, n, n_queries, dim = case["operation"], case["n"], case["n_queries"], case["dim"]
@@ -60,6 +61,21 @@ if operation.startswith("ivf"):
         index.add(database[:columns])
         index.lists
         indexes[columns] = index
+if operation.startswith("codes"):
+    parts = {"m": dim // 8, "nbits": 4, "niter": 1, "min_points_per_centroid": 1}
+    lists = {"nlist": 20, "niter": 1, "nprobe": 20}
+    makers = {
+        "SQ": lambda **options: SQIndex(dim, **options),
+        "PQ": lambda **options: PQIndex(dim, **parts, **options),
+        "IVFSQ": lambda **options: IVFSQIndex(dim, **lists, **options),
+        "IVFPQ": lambda **options: IVFPQIndex(dim, **{**lists, **parts}, **options),
+    }
+    for columns in (n // 4, n):
+        index = makers[case["index"]](workspace_bytes=case["workspace"]).fit(database[:1000])
+        index.add(database[:columns])
+        if case["index"].startswith("IVF"):
+            index.lists
+        indexes[columns] = index
 weight = torch.rand(n_queries, n, generator=generator) if operation == "pairwise_backward" else None
 
 
@@ -77,6 +93,12 @@ def run(rows, columns):
     if operation.startswith("ivf"):
         chosen = {name: chosen[name] for name in ("mask", "exclude") if name in chosen}
         if operation == "ivf":
+            return indexes[columns].search(q, case["k"], **chosen)
+        return indexes[columns].range_search(q, case["radius"], **chosen)
+    if operation.startswith("codes"):
+        chosen = {name: chosen[name] for name in ("mask", "exclude") if name in chosen}
+        if operation == "codes":
+            chosen["implementation"] = case.get("implementation", "auto")
             return indexes[columns].search(q, case["k"], **chosen)
         return indexes[columns].range_search(q, case["radius"], **chosen)
     if operation == "knn":
@@ -216,6 +238,26 @@ CASES = {
         "nlist": 20,
         "nprobe": 20,
     },
+    "codes, masks": {
+        "operation": "codes",
+        "index": "SQ",
+        "n": 100_000,
+        "n_queries": 100,
+        "k": 10,
+        "dim": 256,
+        "mask": True,
+        "exclude": 100,
+    },
+    "codes, within": {
+        "operation": "codes_range",
+        "index": "SQ",
+        "n": 60_000,
+        "n_queries": 20,
+        "dim": 256,
+        "radius": 30.0,
+    },
+    "codes, tables": {"operation": "codes", "index": "PQ", "n": 200_000, "n_queries": 150, "k": 10},
+    "codes in lists, tables": {"operation": "codes", "index": "IVFPQ", "n": 150_000, "n_queries": 8, "k": 10},
     "pairwise": {"operation": "pairwise_distance", "n": 50_000, "n_queries": 300},
     "pairwise gradient": {"operation": "pairwise_backward", "n": 40_000, "n_queries": 500},
 }
@@ -233,5 +275,7 @@ def test_peak_memory_stays_within_the_workspace(name):
     assert done.returncode == 0, done.stderr
     peak, results = json.loads(done.stdout)
     # Range search puts its results together from parts: twice their size for a moment.
-    held = 2 * results if CASES[name]["operation"] in ("range_search", "ivf_range") else results
+    held = (
+        2 * results if CASES[name]["operation"] in ("range_search", "ivf_range", "codes_range") else results
+    )
     assert peak - held <= WORKSPACE + ALLOWANCE, f"{(peak - held) / MIB:.1f} MiB beside the results"

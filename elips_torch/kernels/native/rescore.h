@@ -52,6 +52,15 @@ static inline double sum(Doubles a) {
     return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
 }
 
+static inline double square_of(const float* vector, int dim) {
+    Doubles sums = {};
+    int i = 0;
+    for (; i + 8 <= dim; i += 8) sums += wide8(vector + i) * wide8(vector + i);
+    double total = sum(sums);
+    for (; i < dim; ++i) total += double(vector[i]) * vector[i];
+    return total;
+}
+
 struct Sums {
     double product;
     double row_square;

@@ -15,12 +15,14 @@
 #include "products.h"
 #include "reservoir.h"
 #include "rescore.h"
+#include "unpack.h"
 
 extern "C" {
 
 // All pointers are to contiguous memory that outlives the call.
 struct Arguments {
-    // The plane: (N, D) codes, float32 or int8, and (N, 4) scale, residual, norm and bias.
+    // The plane: (N, D) codes, float32 or int8, and (N, 4) scale, residual, norm and bias. Where rows are
+    // packed, codes are the vectors that are unpacked, and terms are made of them.
     const void* codes;
     const float* terms;
     const int64_t* names;  // (N,), what callers call each row; null where that is its number
@@ -48,6 +50,7 @@ struct Arguments {
     int64_t n_excluded;
     // The vectors: (N, D) float32, float16 or bfloat16; (Q, D) float64; order of ties by name, or null.
     const void* vectors;
+    Packed packed;
     const double* queries;
     const int64_t* ranks;
     // Memory: (T, Q, C + SPARE) each.
@@ -120,6 +123,7 @@ struct Chunk {
     float* norm;
     float* bias;  // with what every bound of the row contains
     int* correction;
+    const float* unpacked;  // (n, D), or null
 
     int64_t row(int r) const { return slots ? slots[r] : first + r; }
 };
@@ -171,6 +175,10 @@ class Scan {
         const int64_t vectors = (last - first + LANES - 1) / LANES;
         terms_ = allocate<float>(4 * chunk_rows_);
         corrections_ = allocate<int>(chunk_rows_ + MOST_ROWS);
+        if (a_.packed.packing) {
+            unpacked_ = allocate<float>(chunk_rows_ * a_.dim);
+            if (!unpacked_) return false;
+        }
         tail_ = allocate<Code>(packed_dim_ + 64);
         blocks_ = allocate<Block<Code>>(vectors + 1);
         packed_ = allocate<typename Product<Code>::Packed>(vectors * LANES * packed_dim_);
@@ -234,7 +242,9 @@ class Scan {
         c.norm = c.residual + chunk_rows_;
         c.bias = c.norm + chunk_rows_;
         c.correction = corrections_.get();
-        for (int r = 0; r < n; ++r) {
+        c.unpacked = nullptr;
+        if (a_.packed.packing) unpack_rows(c);
+        for (int r = 0; r < n && !c.unpacked; ++r) {
             const float* terms = a_.terms + 4 * c.row(r);
             c.scale[r] = terms[0];
             c.residual[r] = terms[1];
@@ -243,7 +253,7 @@ class Scan {
             c.bias[r] = terms[3] + (rest + FLOOR);
         }
         if (n_blocks_ && blocks_[0].vectors)
-            for (int r = 0; r < n; ++r) c.correction[r] = Product<Code>::correction(row(c.row(r)), a_.dim);
+            for (int r = 0; r < n; ++r) c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
         for (int b = 0; b < n_blocks_; ++b) {
             Block<Code>& block = blocks_[b];
             refresh(block);
@@ -259,6 +269,36 @@ class Scan {
 
     const Code* row(int64_t number) const {
         return static_cast<const Code*>(a_.codes) + number * a_.dim;
+    }
+
+    const Code* codes_of(const Chunk& c, int r) const {
+        if (c.unpacked) return reinterpret_cast<const Code*>(c.unpacked) + int64_t(r) * a_.dim;
+        return row(c.row(r));
+    }
+
+    // The rows' vectors and the terms of their bounds, as `plane.plain_plane` makes them.
+    void unpack_rows(Chunk& c) {
+        const double slack = (a_.dim + 8) * UNIT, lost = std::sqrt(double(a_.dim)) / (1ull << 63);
+        for (int r = 0; r < c.n; ++r) {
+            float* vector = unpacked_.get() + int64_t(r) * a_.dim;
+            unpack(a_.packed, c.row(r), a_.dim, vector);
+            const double square = square_of(vector, a_.dim);
+            const double norm = std::sqrt(square);
+            const bool known = norm < double(1ull << 60);
+            c.scale[r] = 1.0f;
+            c.residual[r] = 0.0f;
+            c.norm[r] = known ? static_cast<float>(norm * (1.0 + slack) + lost) : HIGHEST;
+            c.bias[r] = FLOOR;
+            if (a_.metric == COSINE) {
+                const bool bounded = norm > 1.0 / (1ull << 50) || square == 0.0;
+                c.scale[r] = norm > 0.0 ? static_cast<float>(1.0 / norm) : 1.0f;
+                c.residual[r] = static_cast<float>(2.0 * slack);
+                c.norm[r] = known && bounded ? static_cast<float>(1.0 + 2.0 * slack) : HIGHEST;
+            } else if (a_.metric == L2 && known) {
+                c.bias[r] = static_cast<float>(-0.5 * square) + (c.norm[r] * c.norm[r] * a_.slack + FLOOR);
+            }
+        }
+        c.unpacked = unpacked_.get();
     }
 
     void fill(Block<Code>& block) {
@@ -329,7 +369,7 @@ class Scan {
             const int n = std::min(ROWS, c.n - first);
             for (int r = 0; r < ROWS; ++r) {
                 const int place = first + std::min(r, n - 1);
-                rows[r] = row(c.row(place));
+                rows[r] = codes_of(c, place);
                 corrections[r] = c.correction[place];
             }
             if (a_.dim % Product<Code>::PER_STEP) copy_last(rows, ROWS);
@@ -387,7 +427,7 @@ class Scan {
             for (int first = 0; first < c.n; first += LANES) {
                 const int n = std::min(LANES, c.n - first);
                 for (int r = 0; r < n; ++r)
-                    products[r] = Product<Code>::dot(row(c.row(first + r)), query, a_.dim, correction);
+                    products[r] = Product<Code>::dot(codes_of(c, first + r), query, a_.dim, correction);
                 for (int r = n; r < LANES; ++r) products[r] = 0.0f;
                 Floats bound = times(load(products), scale);
                 bound = times_plus(bound, load_first(c.scale + first, n), load_first(c.bias + first, n));
@@ -416,7 +456,7 @@ class Scan {
     float* lower_;
     int n_blocks_ = 0;
     Reservoir* reservoirs_ = nullptr;
-    Memory<float> terms_;
+    Memory<float> terms_, unpacked_;
     Memory<int> corrections_;
     Memory<Code> tail_;
     Memory<Block<Code>> blocks_;
@@ -448,9 +488,10 @@ class Ranking {
    public:
     explicit Ranking(const Arguments& a) : a_(a), found_(allocate<Found>(int64_t(a.n_parts) * a.capacity)) {
         scratch_ = allocate<float>(int64_t(a.n_parts) * a.capacity);
+        unpacked_ = allocate<float>(a.dim);
     }
 
-    bool is_ready() const { return found_ && scratch_; }
+    bool is_ready() const { return found_ && scratch_ && unpacked_; }
 
     void query(int64_t q, Reservoir* reservoirs) {
         float* scores = a_.scores + q * a_.k;
@@ -481,8 +522,7 @@ class Ranking {
                         0.0f;
             } else {
                 if (i + AHEAD < all.n) prefetch(all.rows[i + AHEAD]);
-                const Value* vector = static_cast<const Value*>(a_.vectors) + row * a_.dim;
-                const Score result = score(a_.metric, query, length, vector, a_.dim);
+                const Score result = score_of(query, length, row);
                 value = result.value;
                 sure &= result.sure;
             }
@@ -506,8 +546,18 @@ class Ranking {
     static constexpr int AHEAD = 6;
 
     void prefetch(int64_t row) const {
+        if (a_.packed.packing) return;
         const char* p = reinterpret_cast<const char*>(static_cast<const Value*>(a_.vectors) + row * a_.dim);
         for (int64_t i = 0; i < int64_t(a_.dim) * int64_t(sizeof(Value)); i += 64) __builtin_prefetch(p + i);
+    }
+
+    Score score_of(const double* query, double length, int64_t row) {
+        if (a_.packed.packing) {
+            unpack(a_.packed, row, a_.dim, unpacked_.get());
+            return score(a_.metric, query, length, unpacked_.get(), a_.dim);
+        }
+        const Value* vector = static_cast<const Value*>(a_.vectors) + row * a_.dim;
+        return score(a_.metric, query, length, vector, a_.dim);
     }
 
     // Gather what all threads have kept into the first reservoir.
@@ -542,7 +592,7 @@ class Ranking {
 
     const Arguments& a_;
     Memory<Found> found_;
-    Memory<float> scratch_;
+    Memory<float> scratch_, unpacked_;
 };
 
 template <class Value>
