@@ -216,7 +216,7 @@ def _rescore_cases() -> Iterator[Case]:
             name=f"rescore, {metric}",
             kernel=rescore.rescore_kernel,
             types=types,
-            constants={"METRIC": metric, "P": p, "GROUP": _GROUP, **rescore.BLOCKS},
+            constants={"METRIC": metric, "P": p, "GROUP": _GROUP, **rescore.blocks_for(metric)},
             warps=rescore.WARPS,
             unaligned=("n_pairs", "n_rows"),
         )
