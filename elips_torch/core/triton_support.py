@@ -26,7 +26,10 @@ def find_c_compiler() -> str | None:
 
 
 def _has_python_headers() -> bool:
-    return Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    scheme = sysconfig.get_default_scheme()
+    # Debian's own scheme names a folder in which there are none; Triton looks past it, too.
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    return Path(sysconfig.get_paths(scheme)["include"], "Python.h").is_file()
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from elips_torch.core.metric import resolve_metric
 from elips_torch.core.ordering import EMPTY_KEY
 from elips_torch.kernels import distance_group_min_triton as distance
 from elips_torch.kernels import group_max_kernels as scan
+from elips_torch.kernels import ivf_scan_kernels as lists
 from elips_torch.kernels import merge_triton as merge
 from elips_torch.kernels import rescore_triton as rescore
 from elips_torch.kernels import select_triton as select
@@ -17,17 +18,22 @@ from elips_torch.kernels.group_max_configurations import (
     MEDIUM_QUERIES,
     Blocks,
     large_blocks,
+    list_blocks,
     medium_blocks,
     small_blocks,
     streams,
 )
 from elips_torch.kernels.group_max_triton import SUPERTILE_QUERIES
+from elips_torch.kernels.ivf_scan_triton import LIST_RANGE, QUERY_RANGE
 
 _POINTERS = {torch.int8: "*i8", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _NAMES = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _TENSOR = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma"}
 _GROUP = 32
 _BUDGETS = {"per row": 10.0, "per group, plain biases": 6.0, "per group, without biases": 3.5}
+# Lists begin and end anywhere: what belongs to their rows is read one by one, and a mask through slots.
+_LIST_BUDGETS = {"sm_80": 15.0, "sm_90": 13.0, "sm_100": 19.0, "gfx942": 13.0}
+_LIST_MASKS = {"": 0.0, "rows": 10.0, "pairs": 28.0}
 _SIZES = ("n_queries", "n_rows", "dim", "n_groups", "n_blocks")
 _TERMS = (
     *("scales_ptr", "biases_ptr", "residuals_ptr", "norms_ptr"),
@@ -144,6 +150,59 @@ def _scan_cases(target: str) -> Iterator[Case]:
             yield _scan_case(size, target, torch.int8, n_queries, 1, mask="pairs", ones=True)
 
 
+def _list_case(
+    order: str, target: str, dtype: torch.dtype, dim: int, *, terms: bool = True, mask: str = ""
+) -> Case:
+    by_list = order == "by list"
+    kernel = lists.ivf_scan_lists_kernel if by_list else lists.ivf_scan_queries_kernel
+    blocks = list_blocks(target, dtype, dim, _GROUP) if by_list else small_blocks(dtype, 1, dim, _GROUP)
+    types = _scan_types(dtype, "per row", mask != "")
+    if not terms:
+        # Vectors as they are, under the inner product.
+        types |= dict.fromkeys(_TERMS)
+    numbers = ("pair_queries_ptr", "pair_lists_ptr", "pair_columns_ptr", "item_pairs_ptr", "item_rows_ptr")
+    types |= dict.fromkeys((*numbers, "starts_ptr", "sizes_ptr"), "*i64")
+    types |= {"n_pairs": "i32", "slots_ptr": "*i64" if mask else None}
+    constants = {
+        "BLOCK_QUERIES": blocks.queries,
+        "BLOCK_ROWS": blocks.rows,
+        "BLOCK_FEATURES": blocks.features,
+        "RANGE": LIST_RANGE if by_list else QUERY_RANGE,
+        "GROUP": _GROUP,
+        "EVEN": dim % blocks.features == 0,
+        "PAIR_MASK": mask == "pairs",
+    }
+    words = [kernel.__name__.removesuffix("_kernel"), _NAMES[dtype], f"D {dim}"]
+    words += ([] if terms else ["products only"]) + ([f"mask of {mask}"] if mask else [])
+    tensor = by_list and (dtype != torch.float32 or target == "gfx942")
+    return Case(
+        name=", ".join(words),
+        kernel=kernel,
+        types={name: types[name] for name in kernel.arg_names if name in types},
+        constants={name: value for name, value in constants.items() if name in kernel.arg_names},
+        warps=blocks.warps,
+        stages=blocks.stages,
+        unaligned=("n_pairs",) + (("dim",) if dim % 16 else ()),
+        scores=blocks.queries * blocks.rows if by_list and dtype != torch.float32 else 0,
+        budget=_LIST_BUDGETS[target] + _LIST_MASKS[mask],
+        tensor=_TENSOR[target] if tensor else "",
+    )
+
+
+def _list_cases(target: str) -> Iterator[Case]:
+    yield _list_case("by list", target, torch.int8, 128)
+    yield _list_case("by list", target, torch.int8, 768, mask="pairs")
+    yield _list_case("by list", target, torch.bfloat16, 384)
+    yield _list_case("by list", target, torch.bfloat16, 768, mask="rows")
+    yield _list_case("by list", target, torch.bfloat16, 64, terms=False)
+    yield _list_case("by list", target, torch.float16, 112)
+    yield _list_case("by list", target, torch.float32, 128)
+    yield _list_case("by query", target, torch.int8, 128)
+    yield _list_case("by query", target, torch.bfloat16, 768)
+    yield _list_case("by query", target, torch.float16, 96, mask="rows")
+    yield _list_case("by query", target, torch.float32, 384, terms=False)
+
+
 def _rescore_cases() -> Iterator[Case]:
     types: dict[str, str | None] = {
         "queries_ptr": "*fp32",
@@ -157,7 +216,7 @@ def _rescore_cases() -> Iterator[Case]:
             name=f"rescore, {metric}",
             kernel=rescore.rescore_kernel,
             types=types,
-            constants={"METRIC": metric, "P": p, "GROUP": _GROUP, **rescore.BLOCKS},
+            constants={"METRIC": metric, "P": p, "GROUP": _GROUP, **rescore.blocks_for(metric)},
             warps=rescore.WARPS,
             unaligned=("n_pairs", "n_rows"),
         )
@@ -247,4 +306,11 @@ def _plain_case(
 
 def cases(target: str) -> list[Case]:
     """Return everything that is compiled for a target."""
-    return [*_scan_cases(target), *_distance_cases(), *_selection_cases(), *_rescore_cases(), *_merge_cases()]
+    return [
+        *_scan_cases(target),
+        *_list_cases(target),
+        *_distance_cases(),
+        *_selection_cases(),
+        *_rescore_cases(),
+        *_merge_cases(),
+    ]

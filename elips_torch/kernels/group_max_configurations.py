@@ -47,7 +47,7 @@ class Blocks:
 _MEDIUM = {
     "sm_80": Blocks(128, 128, 128, 4, 3),
     "sm_90": Blocks(128, 128, 128, 4, 4),
-    "sm_100": Blocks(128, 128, 128, 4, 4),
+    "sm_100": Blocks(128, 128, 128, 4, 3),
     "gfx942": Blocks(128, 128, 128, 4, 2),
 }
 _LARGE = {
@@ -63,9 +63,9 @@ _LARGE_WIDE = {
 }
 # Up to this many queries of an inverted list share a program.
 _LIST = {
-    "sm_80": Blocks(64, 128, 128, 4, 3),
-    "sm_90": Blocks(64, 128, 128, 4, 3),
-    "sm_100": Blocks(64, 128, 128, 4, 3),
+    "sm_80": Blocks(64, 128, 128, 8, 3),
+    "sm_90": Blocks(64, 128, 128, 8, 3),
+    "sm_100": Blocks(64, 128, 128, 8, 2),
     "gfx942": Blocks(64, 128, 128, 4, 2),
 }
 # Without tensor cores a score costs one multiply-add per feature, out of registers.

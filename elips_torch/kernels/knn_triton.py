@@ -118,8 +118,8 @@ class TritonSearch:
         per_query += bound_bytes * self.n_groups
         left = max(0, workspace_bytes - _ROW_BYTES * database.shape[0])
         self.step = left // 2 // per_query
-        # For what survives; the rest is for rows that the definition scores.
-        self.answer_bytes = left * 3 // 8
+        # For what survives, and for rows that the definition scores.
+        self.answer_bytes, self.definition_bytes = left * 3 // 8, left // 8
         self.row_sums: Tensor | None = None
         if self.step and metric.name == "jensenshannon":
             self.row_sums = self._largest_of_groups(magnitude_sums(database, left))
@@ -139,7 +139,7 @@ class TritonSearch:
         results = []
         for start, stop in even_cuts(queries.shape[0], self.step):
             part, seen = queries[start:stop].contiguous(), selection.narrowed(start, stop)
-            results += self._answers(part, self._scan(part, seen), k, ranks, seen, workspace_bytes)
+            results += self._answers(part, self._scan(part, seen), k, ranks, seen)
         scores, rows, certified = (torch.cat(each) for each in zip(*results, strict=True))
         return scores, rows, certified
 
@@ -150,10 +150,9 @@ class TritonSearch:
         k: int,
         ranks: Tensor | None,
         selection: Selection,
-        workspace_bytes: int,
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return what `run` does, for as many queries at a time as fit."""
-        found = self._answer(queries, bounds, k, ranks, selection, workspace_bytes)
+        found = self._answer(queries, bounds, k, ranks, selection)
         if found is not None:
             return [found]
         n_queries = queries.shape[0]
@@ -164,7 +163,7 @@ class TritonSearch:
         answers = []
         for start, stop in even_cuts(n_queries, (n_queries + 1) // 2):
             part, seen = queries[start:stop], selection.narrowed(start, stop)
-            answers += self._answers(part, bounds.part(start, stop), k, ranks, seen, workspace_bytes)
+            answers += self._answers(part, bounds.part(start, stop), k, ranks, seen)
         return answers
 
     def _answer(
@@ -174,7 +173,6 @@ class TritonSearch:
         k: int,
         ranks: Tensor | None,
         selection: Selection,
-        workspace_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return scores, rows and which queries are certified; None where that takes too much memory."""
         n_queries = queries.shape[0]
@@ -212,7 +210,7 @@ class TritonSearch:
         del hits, pairs, members, groups
         error = self._error(queries, owners, scores)
         rounded = rounded_pair_scores(
-            self.metric, queries, self.database, owners, rows, scores, error, workspace_bytes // 8
+            self.metric, queries, self.database, owners, rows, scores, error, self.definition_bytes
         )
         smallest = merge_keys_triton if k <= LARGEST_K else smallest_keys
         found = rank_pairs(self.metric, owners, rows, rounded, n_queries, k, ranks, smallest)

@@ -21,6 +21,11 @@ BLOCKS = {"BLOCK_PAIRS": 4, "BLOCK_ROWS": 32, "BLOCK_FEATURES": 32}
 WARPS = 4
 
 
+def blocks_for(metric: str) -> dict[str, int]:
+    """Return the blocks for a metric; "cosine" holds the squares of both sides as well."""
+    return BLOCKS | ({"BLOCK_PAIRS": 2} if metric == "cosine" else {})
+
+
 @triton.jit
 def rescore_kernel(
     queries_ptr,
@@ -146,10 +151,11 @@ def rescore_triton(
     if n_pairs == 0:
         return scores
     n_groups = triton.cdiv(n_rows, group)
+    blocks = blocks_for(metric.name)
     # Groups that are chosen about once would leave most of a block of pairs idle.
-    at_once = BLOCKS["BLOCK_PAIRS"] if n_pairs >= 2 * n_groups else 1
+    at_once = blocks["BLOCK_PAIRS"] if n_pairs >= 2 * n_groups else 1
     work = work_items(pair_groups, n_groups, at_once)
-    block_rows = min(group, BLOCKS["BLOCK_ROWS"])
+    block_rows = min(group, blocks["BLOCK_ROWS"])
     with launch_scope(database):
         rescore_kernel[(work.shape[0], group // block_rows)](
             *(queries, database, pair_queries.contiguous(), pair_groups.contiguous(), work, scores),
@@ -157,7 +163,7 @@ def rescore_triton(
             METRIC=metric.name,
             P=metric.p,
             GROUP=group,
-            **BLOCKS | {"BLOCK_PAIRS": at_once, "BLOCK_ROWS": block_rows},
+            **blocks | {"BLOCK_PAIRS": at_once, "BLOCK_ROWS": block_rows},
             **launch_options(WARPS),
         )
     return scores

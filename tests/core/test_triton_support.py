@@ -82,6 +82,23 @@ def test_with_a_compiler_and_headers_nothing_is_missing(programs, monkeypatch):
     assert launcher_reasons() == ()
 
 
+@pytest.mark.parametrize("default", ["venv", "posix_prefix", "posix_local"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_headers_are_where_triton_looks_for_them(default, is_there, monkeypatch, tmp_path):
+    asked = []
+
+    def paths(scheme):
+        asked.append(scheme)
+        return {"include": str(tmp_path)}
+
+    monkeypatch.setattr(triton_support.sysconfig, "get_default_scheme", lambda: default)
+    monkeypatch.setattr(triton_support.sysconfig, "get_paths", paths)
+    if is_there:
+        (tmp_path / "Python.h").touch()
+    assert triton_support._has_python_headers() == is_there
+    assert asked == ["posix_prefix" if default == "posix_local" else default]
+
+
 @pytest.mark.parametrize("capability", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"])
 def test_gpus_that_the_kernels_are_made_for(capability):
     assert gpu_reasons(DeviceFacts("cuda", "a GPU", capability)) == []
