@@ -107,10 +107,8 @@ class IVFCodedIndex(IVFIndex):
         """Return the rows as they are stored, None where more than tables is needed to decode them."""
         table, centroids = self.quantizer.packed_table(), None
         if self.by_residual:
-            coarse = self.coarse
-            if not isinstance(coarse, FlatIndex) or coarse.dtype != torch.float32:
-                return None
-            if self._metric.domain[0] > -torch.inf:
+            coarse, low = self.coarse, self._metric.domain[0]
+            if not isinstance(coarse, FlatIndex) or coarse.dtype != torch.float32 or low > -torch.inf:
                 return None
             centroids = coarse.vectors.detach()
         return None if table is None else PackedRows(self.codes, table, centroids, self.assignments)

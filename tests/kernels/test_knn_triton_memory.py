@@ -112,7 +112,7 @@ def searched(metric, queries, database, k, *, plane=None, mask=None, exclude=Non
     """Search, compare what is certified with eager search, and return the peaks of both steps."""
     excluded = 0 if exclude is None else exclude.shape[1]
     with MemoryMeter() as making:
-        search = knn_triton.triton_search(database, metric, plane, k + excluded, workspace)
+        search = knn_triton.triton_search(database, metric, plane, k, excluded, workspace)
     with MemoryMeter() as running:
         scores, rows, certified = search.run(queries, k, None, Selection(mask, exclude), workspace)
     options = {"mask": mask, "exclude": exclude, "screen": "none", "implementation": "eager"}
@@ -169,7 +169,7 @@ def test_a_database_whose_features_are_apart_is_copied_within_the_workspace_or_l
     making, running, certified = searched(kind, queries, apart, 10, workspace=2 * WORKSPACE)
     assert making + running <= 2 * WORKSPACE
     assert bool(certified.all())
-    assert knn_triton.triton_search(apart, kind, None, 10, database.nbytes) is None
+    assert knn_triton.triton_search(apart, kind, None, 10, 0, database.nbytes) is None
 
 
 def test_one_query_for_which_too_much_survives_is_left_to_another_search():

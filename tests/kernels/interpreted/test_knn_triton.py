@@ -30,7 +30,7 @@ def data(name, n_rows=500, n_queries=5, dim=20):
 
 def search_of(database, metric, plane, k, exclude=None, workspace=WORKSPACE):
     excluded = 0 if exclude is None else exclude.shape[1]
-    return triton_search(database, metric, plane, k + excluded, workspace)
+    return triton_search(database, metric, plane, k, excluded, workspace)
 
 
 def check(metric, queries, database, k, *, plane=None, ranks=None, mask=None, exclude=None, some=False):
