@@ -6,7 +6,7 @@ from typing import ClassVar
 import faiss
 import pytest
 import torch
-from coded_contract import clustered, recall
+from coded_contract import check_checkpoints_without_database, clustered, recall
 
 from elips_torch import (
     ArgumentError,
@@ -79,6 +79,9 @@ class IVFCodedContract(IndexContract):
             assert torch.equal(index.reconstruct(index.ids), stored)
             index.upsert(self.vectors(60), index.ids)
             assert torch.equal(index.reconstruct(index.ids), stored)
+
+    def test_a_checkpoint_without_the_database_leaves_a_filled_index_alone(self):
+        check_checkpoints_without_database(self, "quantizer", "coarse")
 
     def test_removing_and_adding_back_restores_the_codes(self):
         index = self.filled(60)
