@@ -9,6 +9,7 @@ import torch
 from coded_contract import check_checkpoints_without_database, clustered, recall
 
 from elips_torch import (
+    OPQ,
     ArgumentError,
     FlatIndex,
     ImplementationError,
@@ -18,6 +19,8 @@ from elips_torch import (
     NotEmptyError,
     NotFittedError,
     PQIndex,
+    PreTransformIndex,
+    RefineIndex,
     SQIndex,
     knn,
     load_index,
@@ -313,3 +316,15 @@ def test_plain_and_inverted_codes_of_whole_vectors_are_the_same():
     ).fit(database)
     inverted.add(database)
     assert torch.equal(plain.codes, inverted.codes)
+
+
+def test_rotations_and_refinement_raise_recall(tmp_path):
+    database, queries = clustered(N, DIM, 0), clustered(100, DIM, 1)
+    truth = knn(queries, database, 10).ids
+    codes = our_index("PQ", "l2", True)
+    refined = RefineIndex(PreTransformIndex(OPQ(DIM, 8, nbits=4), our_index("PQ", "l2", True)), k_factor=8)
+    for index in (codes, refined):
+        index.fit(database).add(database)
+    assert recall(refined.search(queries, 10).ids, truth) > recall(codes.search(queries, 10).ids, truth) + 0.1
+    refined.save(tmp_path / "index")
+    assert_same(load_index(tmp_path / "index").search(queries, 10), refined.search(queries, 10))
