@@ -264,7 +264,7 @@ def test_a_few_queries_use_tables_and_many_do_not():
     index = IVFPQIndex(12, 4, 4, 4, min_points_per_centroid=1).fit(database)
     index.add(database)
     assert index.explain(torch.rand(5, 12)).chosen == "tables"
-    assert index.explain(torch.rand(500, 12)).chosen == "eager"
+    assert index.explain(torch.rand(500, 12)).chosen != "tables"
     codes = IVFSQIndex(12, 4, nprobe=2).fit(database)
     with pytest.raises(ImplementationError, match="no parts to look up"):
         codes.search(database, implementation="tables")
