@@ -34,6 +34,7 @@ class CodedIndex(Index):
     def __init__(self, quantizer: Quantizer, metric: str, **options: Any) -> None:
         super().__init__(quantizer.dim, metric, **options)
         self.quantizer = quantizer
+        quantizer.in_state_dict = self.index_in_state_dict
         with durable():
             empty = torch.empty(0, quantizer.code_size, dtype=torch.uint8, device=options.get("device"))
             self.register_buffer("codes", empty)
@@ -148,3 +149,9 @@ class CodedIndex(Index):
             workspace_bytes=check_workspace(self._parameter(parameters, "workspace_bytes")),
             check_finite=self.check_finite,
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "index_in_state_dict" and "quantizer" in self.__dict__.get("_modules", ()):
+            # Codes of one fit mean nothing to another.
+            self.quantizer.in_state_dict = value

@@ -43,6 +43,7 @@ class IVFCodedIndex(IVFIndex):
     ) -> None:
         super().__init__(quantizer.dim, nlist, metric, **options)
         self.quantizer = quantizer
+        quantizer.in_state_dict = self.index_in_state_dict
         self.by_residual = bool(by_residual)
         with durable():
             empty = torch.empty(0, quantizer.code_size, dtype=torch.uint8, device=options.get("device"))
@@ -124,3 +125,9 @@ class IVFCodedIndex(IVFIndex):
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(moved, recurse)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "index_in_state_dict" and "quantizer" in self.__dict__.get("_modules", ()):
+            # Codes of one fit mean nothing to another.
+            self.quantizer.in_state_dict = value

@@ -39,8 +39,7 @@ class IVFPQIndex(IVFCodedIndex):
         min_points_per_centroid: `fit` warns when there are fewer than so many.
         p: exponent of metric "lp".
         device: where the database lies.
-        index_in_state_dict: whether checkpoints hold the database and the centroids of the lists; those
-            of the parts they always hold.
+        index_in_state_dict: whether checkpoints hold the database, and what `fit` has learned.
         check_finite: whether vectors and queries are checked for NaN and infinity.
         workspace_bytes: limit on temporary memory of a search, in bytes. Default 256 MiB.
 

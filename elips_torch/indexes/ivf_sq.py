@@ -35,8 +35,7 @@ class IVFSQIndex(IVFCodedIndex):
         seed: of the random numbers of k-means.
         p: exponent of metric "lp".
         device: where the database lies.
-        index_in_state_dict: whether checkpoints hold the database and the centroids; the ranges of the
-            codes they always hold.
+        index_in_state_dict: whether checkpoints hold the database, and what `fit` has learned.
         check_finite: whether vectors and queries are checked for NaN and infinity.
         workspace_bytes: limit on temporary memory of a search, in bytes. Default 256 MiB.
 

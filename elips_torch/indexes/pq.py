@@ -29,7 +29,7 @@ class PQIndex(CodedIndex):
         min_points_per_centroid: `fit` warns when there are fewer than so many.
         p: exponent of metric "lp".
         device: where the database lies.
-        index_in_state_dict: whether checkpoints hold the database; the centroids they always hold.
+        index_in_state_dict: whether checkpoints hold the database, and what `fit` has learned.
         check_finite: whether vectors and queries are checked for NaN and infinity.
         workspace_bytes: limit on temporary memory of a search, in bytes. Default 256 MiB.
 

@@ -23,7 +23,7 @@ class SQIndex(CodedIndex):
         k: number of neighbours that `search` returns by default.
         p: exponent of metric "lp".
         device: where the database lies.
-        index_in_state_dict: whether checkpoints hold the database; the ranges they always hold.
+        index_in_state_dict: whether checkpoints hold the database, and what `fit` has learned.
         check_finite: whether vectors and queries are checked for NaN and infinity.
         workspace_bytes: limit on temporary memory of a search, in bytes. Default 256 MiB.
 

@@ -1,7 +1,7 @@
 """What every quantizer of vectors shares: its verbs and their checks."""
 
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,12 +26,17 @@ class Quantizer(Learned, ABC):
         dim: D, size of a vector.
         code_size: bytes per code.
         device: where what is learned lies.
+
+    Attributes:
+        in_state_dict: whether checkpoints hold what was learned. An index that leaves its codes out of them
+            leaves this out, too: codes mean nothing to another fit.
     """
 
     def __init__(self, dim: int, code_size: int, device: torch.device | str | None) -> None:
         super().__init__(device)
         self.dim = dim
         self.code_size = code_size
+        self.in_state_dict = True
 
     @abstractmethod
     def _learn(self, vectors: Tensor) -> dict[str, Tensor]:
@@ -127,6 +132,14 @@ class Quantizer(Learned, ABC):
     def _check_fitted(self, verb: str) -> None:
         if not self.is_trained:
             raise NotFittedError(f"{type(self).__name__}.{verb} was called before fit(vectors)")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.in_state_dict:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if self.in_state_dict or any(prefix + name in state_dict for name in self.learned_buffers):
+            super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def check_dim(dim: int) -> int:

@@ -105,9 +105,7 @@ class StateContract(Contract):
     def test_the_database_can_stay_out_of_the_state_dict(self) -> None:
         index = self.filled(10, index_in_state_dict=False)
         model = _Model(index)
-        # What the index has learned is no database.
-        left_out = {f"memory.index.{name}" for name in (*index.row_tensors, "next_id")}
-        assert not left_out & model.state_dict().keys()
+        assert not [name for name in model.state_dict() if name.startswith("memory")]
         with unchanged(index):
             model.load_state_dict(model.state_dict())
         assert len(index) == 10

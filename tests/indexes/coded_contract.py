@@ -71,6 +71,9 @@ class CodedContract(IndexContract):
         other.load_state_dict(index.state_dict())
         self.assert_equal(index, other)
 
+    def test_a_checkpoint_without_the_database_leaves_a_filled_index_alone(self):
+        check_checkpoints_without_database(self, "quantizer")
+
     def test_codes_are_small(self):
         index = self.filled(60)
         assert index.codes.shape == (60, index.code_size)
@@ -93,6 +96,21 @@ class CodedContract(IndexContract):
         shown = str(explanation)
         assert f"coded_search of 3 x 40 x {self.dim} float32, l2, k=5 on cpu" in shown
         assert f"in {index.code_size} bytes a vector" in shown
+
+
+def check_checkpoints_without_database(contract, *learned):
+    """Fail unless `index_in_state_dict` leaves out, and lets alone, what was learned with the rows."""
+    fitted = contract.make(index_in_state_dict=False)
+    index = contract.filled(20, index_in_state_dict=False)
+    stored, queries = index.reconstruct(index.ids), contract.vectors(5, seed=2)
+    wanted = index.search(queries, 5)
+    assert not fitted.state_dict()
+    index.load_state_dict(fitted.state_dict())
+    assert torch.equal(index.reconstruct(index.ids), stored)
+    assert_same(index.search(queries, 5), wanted)
+    index.index_in_state_dict = True
+    parts = {name.split(".")[0] for name in index.state_dict()}
+    assert parts >= {*index.row_tensors, "next_id", *learned}
 
 
 def clustered(n, dim, seed):
