@@ -94,8 +94,8 @@ class PackedSearch(NativeSearch):
         self, packed: PackedRows, decode: RowDecoder, metric: Metric, k: int, n_excluded: int
     ) -> None:
         # Stands for vectors that are made where they are needed.
-        nothing = torch.empty(0, decode.dim)
-        plane = Plane(nothing, torch.empty(0, 4), torch.zeros(decode.dim))
+        nothing = torch.empty(0, decode.dim, device="cpu")
+        plane = Plane(nothing, torch.empty(0, 4, device="cpu"), torch.zeros(decode.dim, device="cpu"))
         super().__init__(nothing, metric, plane, k, n_excluded)
         self.n_rows = packed.codes.shape[0]
         self.packed = packed
@@ -123,7 +123,9 @@ class PackedSearch(NativeSearch):
 
     def _scores(self, queries: Tensor, owners: Tensor, rows: Tensor, workspace_bytes: int) -> Tensor:
         vectors = self.decode(rows)
-        return score_pairs(self.metric, queries, vectors, owners, torch.arange(rows.numel()), workspace_bytes)
+        return score_pairs(
+            self.metric, queries, vectors, owners, torch.arange(rows.numel(), device="cpu"), workspace_bytes
+        )
 
 
 class DecodedLists:
@@ -161,9 +163,9 @@ class DecodedLists:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
         n_queries = queries.shape[0]
-        scores = torch.full((n_queries, k), self.metric.worst, dtype=torch.float32)
-        rows = torch.full((n_queries, k), -1, dtype=torch.int64)
-        certified = torch.ones(n_queries, dtype=torch.bool)
+        scores = torch.full((n_queries, k), self.metric.worst, dtype=torch.float32, device="cpu")
+        rows = torch.full((n_queries, k), -1, dtype=torch.int64, device="cpu")
+        certified = torch.ones(n_queries, dtype=torch.bool, device="cpu")
         rest = int(workspace_bytes * (1 - _DECODED_SHARE) * 0.75)
         for lists in self._groups(probes, workspace_bytes):
             vectors, part = self._decoded(lists)
@@ -173,9 +175,11 @@ class DecodedLists:
                 search = NativeSearch(vectors, self.metric, plane, self.k, self.n_excluded, part.slots)
             if search is None:
                 return scores, rows, certified.fill_(False)
-            local = ListLayout(torch.arange(vectors.shape[0]), part.starts, part.sizes, part.places)
-            number = torch.full((self.layout.nlist + 1,), -1, dtype=torch.int64)
-            number[lists] = torch.arange(lists.numel())
+            local = ListLayout(
+                torch.arange(vectors.shape[0], device="cpu"), part.starts, part.sizes, part.places
+            )
+            number = torch.full((self.layout.nlist + 1,), -1, dtype=torch.int64, device="cpu")
+            number[lists] = torch.arange(lists.numel(), device="cpu")
             # -1 is the last entry, which stays -1.
             own = ProbedLists(local, number[probes])
             more = search.run(queries, k, ranks, selection, rest, own)
@@ -186,7 +190,7 @@ class DecodedLists:
 
     def _groups(self, probes: Tensor, workspace_bytes: int) -> list[Tensor]:
         """Return the lists that some query probes, in groups that fit the workspace together."""
-        probed = torch.zeros(self.layout.nlist + 1, dtype=torch.bool)
+        probed = torch.zeros(self.layout.nlist + 1, dtype=torch.bool, device="cpu")
         probed[probes.flatten()] = True
         lists = probed[:-1].nonzero()[:, 0]
         sizes = self.layout.sizes[lists]

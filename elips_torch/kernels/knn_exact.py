@@ -66,7 +66,7 @@ def knn_exact(
         return empty_results(n_queries, k, metric, queries.device)
     found = min(k, n_rows)
     pending: Tensor | None = None
-    scores, rows = torch.empty(0), torch.empty(0)
+    scores = rows = queries.new_empty(0)
     for search in _searches(queries, database, k, metric, selection, workspace_bytes, plane, first_search):
         left = []
         step = search.queries_at_once(found, workspace_bytes)

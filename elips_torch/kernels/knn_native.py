@@ -45,8 +45,10 @@ _MOST_SURVIVORS = 1 / 32
 _KEPT_BYTES, _RANKED_BYTES = 12, 32
 # Queries that a list must have, on average, for threads to take queries rather than lists.
 _QUERIES_PER_LIST = 16
-# Bytes per query and feature: as float64, as code and packed, with the temporaries of coding.
-_FEATURE_BYTES = 44
+# Bytes per query and feature: as float64, as code and packed by each part, with temporaries of coding.
+_FEATURE_BYTES = 28
+# Bytes that a thread takes for the terms of rows.
+_THREAD_BYTES = 2**18
 # Bytes of a row number that is left out, sorted beside the others.
 _EXCLUDED_BYTES = 24
 # Fewer rows per neighbour than this leave nothing to screen; a few rows are all kept.
@@ -166,7 +168,10 @@ class NativeSearch:
                 shares_queries = blocks >= _BLOCKS_PER_THREAD * threads or blocks % threads == 0
             parts = 1 if shares_queries else threads
             kept = parts * _KEPT_BYTES * step + threads * _RANKED_BYTES * parts
-            room = workspace_bytes - step * self.query_bytes - SPARE * kept
+            query_bytes = self.query_bytes + parts * self.dim * self.plane.codes.itemsize
+            if lists is not None:
+                query_bytes += 12 * lists.probes.shape[1]
+            room = workspace_bytes - step * query_bytes - threads * _THREAD_BYTES - SPARE * kept
             if room // kept >= usual:
                 return _Plan(step, parts, min(most, room // kept))
             step //= 2
@@ -199,9 +204,9 @@ class NativeSearch:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
         n_queries = queries.shape[0]
         plan = self.plan(n_queries, workspace_bytes, lists)
-        scores = torch.empty(n_queries, k, dtype=torch.float32)
-        rows = torch.empty(n_queries, k, dtype=torch.int64)
-        certified = torch.zeros(n_queries, dtype=torch.bool)
+        scores = torch.empty(n_queries, k, dtype=torch.float32, device="cpu")
+        rows = torch.empty(n_queries, k, dtype=torch.int64, device="cpu")
+        certified = torch.zeros(n_queries, dtype=torch.bool, device="cpu")
         if plan is None:
             return scores.fill_(self.metric.worst), rows.fill_(-1), certified
         for start, stop in even_cuts(n_queries, plan.queries):
@@ -228,9 +233,9 @@ class NativeSearch:
         code = code_queries if self.plane.is_integer else code_queries_natively
         coded = code(self.metric, wide, self.plane)
         scores, rows, certified = results
-        status = torch.empty(n_queries, dtype=torch.uint8)
-        counts = torch.empty(n_queries, dtype=torch.int32)
-        kept = torch.empty(3, plan.parts, n_queries, plan.capacity + SPARE, dtype=torch.float32)
+        status = torch.empty(n_queries, dtype=torch.uint8, device="cpu")
+        counts = torch.empty(n_queries, dtype=torch.int32, device="cpu")
+        kept = torch.empty(3, plan.parts, n_queries, plan.capacity + SPARE, dtype=torch.float32, device="cpu")
         kept_rows = kept[0].view(torch.int32)
         mask_rows = None if selection.own_mask is None else selection.numbers(n_queries)
         exclude = None if selection.exclude is None else selection.exclude.sort(1).values.contiguous()
@@ -317,7 +322,7 @@ class NativeSearch:
         workspace_bytes: int,
     ) -> tuple[Tensor, Tensor]:
         """Rank what has survived for chosen queries by the definition."""
-        owners = torch.repeat_interleave(torch.arange(chosen.numel()), counts[chosen])
+        owners = torch.repeat_interleave(torch.arange(chosen.numel(), device="cpu"), counts[chosen])
         rows = torch.cat([kept[query, : int(counts[query])] for query in chosen]).long()
         scores = self._scores(queries, chosen[owners], rows, workspace_bytes // 4)
         rows = rows if self.names is None else self.names[rows]
@@ -327,10 +332,10 @@ class NativeSearch:
 def code_queries_natively(metric: Metric, queries: Tensor, plane: Plane) -> CodedQueries:
     """Do what `code_queries` does, for float64 queries ``(Q, D)`` and int8 or float32 codes, in C++."""
     n_queries, dim = queries.shape
-    codes = torch.empty(n_queries, dim, dtype=plane.codes.dtype)
-    terms = torch.empty(3, n_queries, dtype=torch.float32)
-    rounding, offsets = torch.empty(2, n_queries, dtype=torch.float64)
-    usable = torch.empty(n_queries, dtype=torch.bool)
+    codes = torch.empty(n_queries, dim, dtype=plane.codes.dtype, device="cpu")
+    terms = torch.empty(3, n_queries, dtype=torch.float32, device="cpu")
+    rounding, offsets = torch.empty(2, n_queries, dtype=torch.float64, device="cpu")
+    usable = torch.empty(n_queries, dtype=torch.bool, device="cpu")
     native_code(
         queries=queries,
         mean=plane.mean,
@@ -347,5 +352,5 @@ def code_queries_natively(metric: Metric, queries: Tensor, plane: Plane) -> Code
         code_type=CODE_TYPES[codes.dtype],
         n_threads=native_threads(),
     )
-    slack = torch.tensor(norm_square_slack(metric), dtype=torch.float32)
+    slack = torch.tensor(norm_square_slack(metric), dtype=torch.float32, device="cpu")
     return CodedQueries(codes, terms, slack, rounding, offsets, usable, False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elips_torch import FlatIndex, IVFFlatIndex
+from elips_torch import FlatIndex, IVFFlatIndex, IVFPQIndex, IVFSQIndex
 from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.native import native_reasons
@@ -140,3 +140,33 @@ def test_an_index_keeps_a_plane_and_searches_by_it(monkeypatch):
     flat.add(index.reconstruct(index.ids), index.ids)
     every = index.search(queries, 10, nprobe=24, implementation="native")
     assert_same(every, flat.search(queries, 10))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda metric: IVFSQIndex(36, 32, "int8", metric, nprobe=6),
+        lambda metric: IVFSQIndex(37, 32, "int8", metric, nprobe=6, by_residual=False),
+        lambda metric: IVFPQIndex(36, 32, 12, 8, metric, nprobe=6, min_points_per_centroid=0),
+        lambda metric: IVFPQIndex(36, 32, 9, 4, metric, nprobe=6, by_residual=False),
+        lambda metric: IVFPQIndex(35, 32, 7, 4, metric, nprobe=6),
+        lambda metric: IVFSQIndex(36, 32, "int4", metric, nprobe=6),
+    ],
+    ids=["SQ8", "SQ8 plain", "PQ8", "PQ4 plain", "PQ4", "SQ4"],
+)
+def test_codes_are_decoded_to_the_last_bit(make, metric):
+    """Scores are those of the vectors that the quantizer decodes."""
+    generator = torch.Generator().manual_seed(0)
+    index = make(metric)
+    vectors = torch.randn(3000, index.dim, generator=generator)
+    queries = torch.randn(60, index.dim, generator=generator)
+    index.fit(vectors)
+    index.add(vectors)
+    index.remove(index.ids[5::7])
+    for n_queries in (1, 60):
+        found = index.search(queries[:n_queries], 10, implementation="native")
+        assert_same(found, index.search(queries[:n_queries], 10, implementation="eager"))
+    mask = torch.rand(60, index.ntotal, generator=generator) < 0.3
+    found = index.search(queries, 10, mask=mask, implementation="native")
+    assert_same(found, index.search(queries, 10, mask=mask, implementation="eager"))
