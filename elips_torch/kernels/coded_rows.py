@@ -17,6 +17,9 @@ class Decoder(Protocol):
 
     dim: int
 
+    def packed_table(self) -> "PackedTable | None":
+        """Return what codes stand for as plain tensors, None where it takes more to decode them."""
+
     def decode(self, codes: Tensor) -> Tensor:
         """Return float32 vectors ``(N, D)`` of uint8 codes ``(N, code_size)``.
 
@@ -60,19 +63,19 @@ class PackedTable:
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """Rows in inverted lists as they are stored, for code that decodes them itself.
+    """Rows as they are stored, for code that decodes them itself.
 
     Attributes:
         codes: ``(N, code_size)`` uint8.
         table: what they stand for.
         centroids: ``(L, D)`` float32, added to the rows of each list; None where nothing is.
-        assignments: ``(N,)`` int32, the list of each row.
+        assignments: ``(N,)`` int32, the list of each row; None without centroids.
     """
 
     codes: Tensor
     table: PackedTable
-    centroids: Tensor | None
-    assignments: Tensor
+    centroids: Tensor | None = None
+    assignments: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

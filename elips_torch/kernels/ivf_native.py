@@ -1,19 +1,16 @@
 """Search of inverted lists in C++: the first step of a search, which answers almost every query."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import even_cuts
-from elips_torch.kernels.coded_rows import PackedRows
-from elips_torch.kernels.definition import score_pairs
 from elips_torch.kernels.knn_native import NativeSearch, ProbedLists, native_serves
 from elips_torch.kernels.list_layout import ListLayout, RowDecoder, StoredRows, concatenated_ranges
-from elips_torch.kernels.plane import Plane, plain_plane
+from elips_torch.kernels.packed_native import PackedSearch
+from elips_torch.kernels.plane import plain_plane
 from elips_torch.kernels.ranking import merge_ranked
-from elips_torch.kernels.search_native import BYTES, NIBBLES, SCALAR, Packed, library_compiles
+from elips_torch.kernels.search_native import library_compiles
 from elips_torch.kernels.selection import Selection
 
 # Share of the workspace for vectors that are decoded; the rest is for searching them.
@@ -44,7 +41,7 @@ def native_lists(
         return None
     packed = getattr(decode, "packed", None)
     if packed is not None:
-        search = PackedSearch(packed, decode, metric, k, n_excluded)
+        search = PackedSearch(packed, decode, decode.dim, metric, k, n_excluded)
         return ScreenedLists(search, layout) if search.plan(1, workspace_bytes) else None
     return DecodedLists(layout, decode, metric, k, n_excluded)
 
@@ -77,55 +74,6 @@ class ScreenedLists:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
         lists = ProbedLists(self.layout, probes)
         return self.search.run(queries, k, ranks, selection, workspace_bytes, lists)
-
-
-class PackedSearch(NativeSearch):
-    """Search of rows that C++ decodes where it needs them.
-
-    Args:
-        packed: the rows as they are stored.
-        decode: gives the vectors of rows, the same.
-        metric: "l2", "ip" or "cosine".
-        k: number of neighbours.
-        n_excluded: rows that are left out for each query, at most.
-    """
-
-    def __init__(
-        self, packed: PackedRows, decode: RowDecoder, metric: Metric, k: int, n_excluded: int
-    ) -> None:
-        # Stands for vectors that are made where they are needed.
-        nothing = torch.empty(0, decode.dim, device="cpu")
-        plane = Plane(nothing, torch.empty(0, 4, device="cpu"), torch.zeros(decode.dim, device="cpu"))
-        super().__init__(nothing, metric, plane, k, n_excluded)
-        self.n_rows = packed.codes.shape[0]
-        self.packed = packed
-        self.decode = decode
-
-    def shares_queries(self, lists: ProbedLists, threads: int) -> bool:
-        """Whether threads take queries: no, or each would decode every list."""
-        return threads == 1
-
-    def _rows(self) -> dict[str, Any]:
-        packed, table = self.packed, self.packed.table
-        is_scalar = table.low is not None
-        facts = Packed(
-            codes=packed.codes.data_ptr(),
-            table=table.table.data_ptr(),
-            low=table.low.data_ptr() if table.low is not None else None,
-            centroids=None if packed.centroids is None else packed.centroids.data_ptr(),
-            assignments=packed.assignments.data_ptr(),
-            packing=SCALAR if is_scalar else BYTES if table.bits == 8 else NIBBLES,
-            code_size=packed.codes.shape[1],
-            parts=0 if is_scalar else table.table.shape[0],
-            ksub=0 if is_scalar else table.table.shape[1],
-        )
-        return {"packed": facts}
-
-    def _scores(self, queries: Tensor, owners: Tensor, rows: Tensor, workspace_bytes: int) -> Tensor:
-        vectors = self.decode(rows)
-        return score_pairs(
-            self.metric, queries, vectors, owners, torch.arange(rows.numel(), device="cpu"), workspace_bytes
-        )
 
 
 class DecodedLists:

@@ -148,9 +148,12 @@ class NativeSearch:
         self.n_rows, self.dim = database.shape
         self.query_bytes = database.shape[1] * _FEATURE_BYTES + n_excluded * _EXCLUDED_BYTES
 
-    def shares_queries(self, lists: ProbedLists, threads: int) -> bool:
-        """Whether threads take queries rather than lists."""
-        return lists.shares_queries(threads)
+    def shares_queries(self, n_queries: int, threads: int, lists: ProbedLists | None) -> bool:
+        """Whether threads take queries of their own rather than rows."""
+        if lists is not None:
+            return lists.narrowed(0, n_queries).shares_queries(threads)
+        blocks = -(-n_queries // _BLOCK)
+        return blocks >= _BLOCKS_PER_THREAD * threads or blocks % threads == 0
 
     def plan(self, n_queries: int, workspace_bytes: int, lists: ProbedLists | None = None) -> _Plan | None:
         """Return sizes that fit the workspace; None where even a few queries do not."""
@@ -161,12 +164,7 @@ class NativeSearch:
         most = max(int(n_rows * _MOST_SURVIVORS), usual)
         step = min(n_queries, _QUERIES)
         while step:
-            blocks = -(-step // _BLOCK)
-            if lists is not None:
-                shares_queries = self.shares_queries(lists.narrowed(0, step), threads)
-            else:
-                shares_queries = blocks >= _BLOCKS_PER_THREAD * threads or blocks % threads == 0
-            parts = 1 if shares_queries else threads
+            parts = 1 if self.shares_queries(step, threads, lists) else threads
             kept = parts * _KEPT_BYTES * step + threads * _RANKED_BYTES * parts
             query_bytes = self.query_bytes + parts * self.dim * self.plane.codes.itemsize
             if lists is not None:

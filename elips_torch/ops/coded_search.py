@@ -24,13 +24,15 @@ from elips_torch.core.ordering import order_keys
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, spans
 from elips_torch.core.validation import bad_queries
 from elips_torch.kernels.approximate import has_approximation
-from elips_torch.kernels.coded_rows import Decoder, PartDecoder
+from elips_torch.kernels.coded_rows import Decoder, PackedRows, PartDecoder
 from elips_torch.kernels.knn_approximated import ApproximatedSearch, n_candidates
 from elips_torch.kernels.knn_blocks import merge_results
 from elips_torch.kernels.knn_decoded import DecodedSearch
 from elips_torch.kernels.knn_tables import TableSearch
+from elips_torch.kernels.packed_native import PackedSearch
+from elips_torch.kernels.search_native import library_compiles, library_is_ready, library_reasons
 from elips_torch.kernels.selection import Selection
-from elips_torch.ops.knn import run_knn, screen_for_call
+from elips_torch.ops.knn import run_knn, screen_for_call, small_reasons
 from elips_torch.ops.range_search import run_range_search
 
 # Share of the workspace for the vectors of a block and for decoding them; the rest is for searching it.
@@ -48,10 +50,12 @@ class CodedRequest(Request):
     Attributes:
         code_size: bytes per code; 0 where that decides nothing.
         parts: number of parts that lookup tables have a number for; 0 where codes have no such parts.
+        packed: C++ can decode the codes.
     """
 
     code_size: int = 0
     parts: int = 0
+    packed: bool = False
 
     def __str__(self) -> str:
         size = f", in {self.code_size} bytes a vector" if self.code_size else ""
@@ -81,6 +85,7 @@ def _request(
         k=k,
         code_size=codes.shape[1],
         parts=decoder.m if isinstance(decoder, PartDecoder) else 0,
+        packed=decoder.packed_table() is not None,
     )
 
 
@@ -163,8 +168,47 @@ def search_tables(
     return _search_then_blocks(search, queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
 
 
+def search_natively(
+    queries: Tensor,  # (Q, D)
+    codes: Tensor,  # (N, code_size)
+    decoder: Decoder,
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,  # (N,) int64
+    selection: Selection,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Decode rows in C++ where they are screened; all rows for the queries that this cannot certify."""
+    arguments = (queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
+    table = decoder.packed_table()
+    if table is None or not codes.shape[0] or not library_compiles():
+        return search_decoded(*arguments)
+
+    def decode(rows: Tensor) -> Tensor:
+        return decoder.decode(codes.index_select(0, rows))
+
+    rows = PackedRows(codes, table)
+    search = PackedSearch(rows, decode, decoder.dim, metric, k, selection.n_excluded)
+    if search.plan(1, workspace_bytes) is None:
+        return search_decoded(*arguments)
+    return _search_then_blocks(search, *arguments)
+
+
+def _native_reasons(request: Request) -> list[str]:
+    reasons = library_reasons(request.device)
+    if request.metric.form != "product":
+        reasons.append(f"C++ code screens by products, metric {request.metric.name!r} is none")
+    if not isinstance(request, CodedRequest) or not request.packed:
+        reasons.append("C++ code decodes parts and features of 8 bits, and parts of 4")
+    return reasons
+
+
+def _uncompiled_reasons(request: Request) -> list[str]:
+    return [] if library_is_ready(request.device) else small_reasons(request)
+
+
 def _search_then_blocks(
-    search: ApproximatedSearch,
+    search: ApproximatedSearch | PackedSearch,
     queries: Tensor,
     codes: Tensor,
     decoder: Decoder,
@@ -245,6 +289,7 @@ def _many_queries_reasons(request: Request) -> list[str]:
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("native", search_natively, _native_reasons, _uncompiled_reasons),
     Implementation("tables", search_tables, _table_reasons, _many_queries_reasons),
     Implementation("decoded", search_decoded, float64_reasons),
 )

@@ -55,16 +55,16 @@ def _uncompiled_reasons(request: Request) -> list[str]:
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(
-        "tables",
-        functools.partial(ivf_search_eager, first_step=table_step),
-        _table_reasons,
-        _many_queries_reasons,
-    ),
-    Implementation(
         "native",
         functools.partial(ivf_search_eager, first_step=native_lists),
         _native_reasons,
         _uncompiled_reasons,
+    ),
+    Implementation(
+        "tables",
+        functools.partial(ivf_search_eager, first_step=table_step),
+        _table_reasons,
+        _many_queries_reasons,
     ),
     Implementation("eager", ivf_search_eager, float64_reasons),
 )
