@@ -77,6 +77,16 @@ class PackedRows:
     centroids: Tensor | None = None
     assignments: Tensor | None = None
 
+    def contiguous(self) -> "PackedRows":
+        """Return the rows with every tensor contiguous; a copy only of those that are not."""
+        low = self.table.low
+        table = PackedTable(
+            self.table.table.contiguous(), None if low is None else low.contiguous(), self.table.bits
+        )
+        centroids = None if self.centroids is None else self.centroids.contiguous()
+        assignments = None if self.assignments is None else self.assignments.contiguous()
+        return PackedRows(self.codes.contiguous(), table, centroids, assignments)
+
 
 @dataclasses.dataclass(frozen=True)
 class PartRows:

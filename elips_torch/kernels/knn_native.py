@@ -26,6 +26,7 @@ from elips_torch.kernels.search_native import (
     SPARE,
     UNSURE,
     VECTOR_TYPES,
+    int8_products_are_right,
     library_compiles,
     native_code,
     native_search,
@@ -113,9 +114,9 @@ def native_serves(database: Tensor, plane: Plane) -> bool:
     """Whether there is code for a database and its plane here."""
     if plane.codes.dtype not in CODE_TYPES or database.dtype not in VECTOR_TYPES:
         return False
-    if plane.codes.dtype == torch.int8 and not device_facts("cpu").vnni:
+    if not (database.shape[0] < 2**31 and database.is_contiguous() and library_compiles()):
         return False
-    return database.shape[0] < 2**31 and database.is_contiguous() and library_compiles()
+    return plane.codes.dtype != torch.int8 or (device_facts("cpu").vnni and int8_products_are_right())
 
 
 class NativeSearch:

@@ -36,11 +36,11 @@ class PackedSearch(NativeSearch):
         n_excluded: int,
     ) -> None:
         # Stands for vectors that are made where they are needed.
-        nothing = torch.empty(0, dim, device="cpu")
-        plane = Plane(nothing, torch.empty(0, 4, device="cpu"), torch.zeros(dim, device="cpu"))
+        nothing = torch.empty(0, dim, dtype=torch.float32, device="cpu")
+        plane = Plane(nothing, nothing[:, :4], torch.zeros(dim, dtype=torch.float32, device="cpu"))
         super().__init__(nothing, metric, plane, k, n_excluded)
         self.n_rows = packed.codes.shape[0]
-        self.packed = packed
+        self.packed = packed.contiguous()
         self.decode = decode
 
     def shares_queries(self, n_queries: int, threads: int, lists: ProbedLists | None) -> bool:

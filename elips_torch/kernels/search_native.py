@@ -1,6 +1,7 @@
 """What the C++ of `native/search.cpp` takes, and calling it."""
 
 import ctypes
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,6 +42,57 @@ def library_is_ready(device: torch.device) -> bool:
 def library_compiles() -> bool:
     """Compile the code where that has not been done, and return whether it could be."""
     return LIBRARY.load(instruction_options(device_facts("cpu"))) is not None
+
+
+@functools.cache
+def int8_products_are_right() -> bool:
+    """Search among extreme codes, whose products are known; instructions that saturate fail."""
+    dim, n_rows = 67, 24
+    signs = torch.where(torch.arange(dim, device="cpu") % 3 == 0, -1, 1)
+    rows = torch.stack([127 * signs, -128 * torch.ones_like(signs), 127 * torch.ones_like(signs)])
+    rows = torch.cat([rows, -rows.clamp_min(-127), (signs * torch.arange(dim, device="cpu"))[None]])
+    rows = rows.repeat(-(-n_rows // len(rows)), 1)[:n_rows].to(torch.int8)
+    terms = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float32, device="cpu").repeat(n_rows, 1)
+    for n_queries in (1, 5, 20):
+        queries = rows[:n_queries].contiguous()
+        products = (queries.double() @ rows.double().t()).sort(1, descending=True).values
+        zeros = torch.zeros(3, n_queries, dtype=torch.float64, device="cpu")
+        factors = torch.zeros(3, n_queries, dtype=torch.float32, device="cpu")
+        factors[0] = 1.0
+        kept = torch.empty(3, n_queries, 2 * n_rows + SPARE, dtype=torch.float32, device="cpu")
+        scores = torch.empty(n_queries, n_rows, dtype=torch.float32, device="cpu")
+        found = torch.empty(n_queries, n_rows, dtype=torch.int64, device="cpu")
+        native_search(
+            codes=rows,
+            terms=terms,
+            n_rows=n_rows,
+            query_codes=queries,
+            query_terms=factors,
+            rounding=zeros,
+            offsets=zeros,
+            usable=torch.ones(n_queries, dtype=torch.bool, device="cpu"),
+            vectors=rows,
+            queries=queries.double(),
+            reservoir_rows=kept[0],
+            reservoir_upper=kept[1],
+            reservoir_lower=kept[2],
+            scores=scores,
+            found=found,
+            status=torch.empty(n_queries, dtype=torch.uint8, device="cpu"),
+            counts=torch.empty(n_queries, dtype=torch.int32, device="cpu"),
+            dim=dim,
+            n_queries=n_queries,
+            k=n_rows,
+            capacity=2 * n_rows,
+            n_threads=1,
+            n_parts=1,
+            metric=METRICS["ip"],
+            code_type=CODE_TYPES[torch.int8],
+            is_exact=1,
+        )
+        if not torch.equal(scores.double(), products):
+            return False
+    return True
 
 
 _FAILURES = {1: "there is not enough memory", 2: "a type is not known"}

@@ -259,7 +259,8 @@ def test_tables_and_decoded_lists_give_the_same(nbits, metric, by_residual, offs
             assert_same(*found)
 
 
-def test_a_few_queries_use_tables_and_many_do_not():
+def test_without_cpp_a_few_queries_use_tables_and_many_do_not(monkeypatch):
+    monkeypatch.setattr("elips_torch.ops.ivf_search.library_reasons", lambda device: ["no C++ here"])
     database = clustered(600, 12, 0)
     index = IVFPQIndex(12, 4, 4, 4, min_points_per_centroid=1).fit(database)
     index.add(database)

@@ -84,7 +84,8 @@ def test_tables_and_decoded_vectors_give_the_same(nbits, metric, offset):
             assert_same(*found)
 
 
-def test_a_few_queries_use_tables_and_many_do_not():
+def test_a_few_queries_use_tables_and_many_do_not(monkeypatch):
+    monkeypatch.setattr("elips_torch.ops.coded_search.library_reasons", lambda device: ["no C++ here"])
     index = PQIndex(12, 4, nbits=4, niter=2, min_points_per_centroid=1).fit(clustered(200, 12, 0))
     index.add(clustered(200, 12, 0))
     assert index.explain(torch.rand(5, 12)).chosen == "tables"

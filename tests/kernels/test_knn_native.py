@@ -312,3 +312,14 @@ def test_forked_processes_search_with_one_thread(monkeypatch, certified):
     index.add(x)
     assert_same(index.search(q, 5, implementation="native"), unscreened("l2", q, x, 5))
     assert certified == [9]
+
+
+def test_int8_products_are_looked_at_once_and_left_alone_where_they_are_wrong(monkeypatch):
+    if ("VNNI", "int8") not in WAYS:
+        pytest.skip("this machine has no int8 products")
+    assert search_native.int8_products_are_right()
+    x = torch.randn(3000, 16, generator=torch.Generator().manual_seed(0))
+    plane = plane_of("l2", x, "int8")
+    assert native_first(x, resolve_metric("l2"), plane, 5, 0, WORKSPACE) is not None
+    monkeypatch.setattr(knn_native, "int8_products_are_right", lambda: False)
+    assert native_first(x, resolve_metric("l2"), plane, 5, 0, WORKSPACE) is None

@@ -548,7 +548,7 @@ class Ranking {
     void prefetch(int64_t row) const {
         if (a_.packed.packing) return;
         const char* p = reinterpret_cast<const char*>(static_cast<const Value*>(a_.vectors) + row * a_.dim);
-        for (int64_t i = 0; i < int64_t(a_.dim) * int64_t(sizeof(Value)); i += 64) __builtin_prefetch(p + i);
+        for (int64_t i = 0; i < int64_t(a_.dim) * int64_t(sizeof(Value)); i += 64) __builtin_prefetch(p + i, 0, 2);
     }
 
     Score score_of(const double* query, double length, int64_t row) {
