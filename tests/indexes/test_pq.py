@@ -8,8 +8,13 @@ import torch
 from coded_contract import CodedContract, clustered, recall
 
 from elips_torch import ArgumentError, ImplementationError, IVFPQIndex, PQIndex, SQIndex, knn
+from elips_torch.core.hardware import device_facts
+from elips_torch.core.native import native_reasons
 from elips_torch.reference.knn import knn as reference_knn
 from elips_torch.testing.contract import assert_same
+
+# Where C++ can be compiled.
+NATIVE = [] if native_reasons(device_facts("cpu")) else ["native"]
 
 
 class TestPQIndex(CodedContract):
@@ -79,9 +84,11 @@ def test_tables_and_decoded_vectors_give_the_same(nbits, metric, offset):
     for options in ({}, {"mask": mask}, {"exclude": exclude}, {"mask": mask[0], "workspace_bytes": 2**20}):
         for k in (1, 10, 100):
             found = [
-                index.search(queries, k, implementation=name, **options) for name in ("tables", "decoded")
+                index.search(queries, k, implementation=name, **options)
+                for name in ("decoded", "tables", *NATIVE)
             ]
-            assert_same(*found)
+            for other in found[1:]:
+                assert_same(other, found[0])
 
 
 def test_a_few_queries_use_tables_and_many_do_not(monkeypatch):
