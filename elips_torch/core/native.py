@@ -118,7 +118,9 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _digest(folder: Path, options: tuple[str, ...]) -> str:
-    digest = hashlib.sha256(" ".join((find_cpp_compiler() or "", *_OPTIONS, *options)).encode())
+    # Machines that share a home folder need not share their system's libraries.
+    made_with = (*platform.libc_ver(), find_cpp_compiler() or "", *_OPTIONS, *options)
+    digest = hashlib.sha256(" ".join(made_with).encode())
     for file in sorted(folder.iterdir()):
         if file.suffix in (".cpp", ".h"):
             digest.update(file.read_bytes())

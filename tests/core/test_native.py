@@ -71,7 +71,10 @@ def test_other_sources_and_options_are_another_file(tmp_path, monkeypatch):
     write_sources(tmp_path / "code")
     monkeypatch.setattr(native, "find_cpp_compiler", lambda: "/another/g++")
     paths.add(library.path(("-mavx2",)))
-    assert len(paths) == 6
+    monkeypatch.setattr(native.platform, "libc_ver", lambda: ("glibc", "2.1"))
+    native._digest.cache_clear()
+    paths.add(library.path(("-mavx2",)))
+    assert len(paths) == 7
 
 
 def test_the_same_sources_are_the_same_file(tmp_path):
@@ -146,6 +149,15 @@ def test_an_interrupted_compilation_leaves_no_file(tmp_path, cache, monkeypatch)
     assert list(cache.iterdir()) == []
     # It has not failed: the next call tries again.
     assert library.load(OPTIONS).answer(1) == 21
+
+
+def test_a_file_that_does_not_load_leaves_the_work_to_torch(tmp_path, cache, monkeypatch, caplog):
+    library = NativeLibrary(write_sources(tmp_path / "code"))
+    cache.mkdir()
+    library.path(OPTIONS or ("-mavx2",)).write_bytes(b"no library")
+    monkeypatch.setattr(subprocess, "run", no_compiling)
+    assert library.load(OPTIONS or ("-mavx2",)) is None
+    assert len(caplog.records) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch, caplog):
