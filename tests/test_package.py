@@ -4,6 +4,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -141,6 +142,17 @@ def test_public_names_are_documented(name):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 450
+
+
+def test_wheels_hold_every_file_that_is_no_python():
+    """Most of all the C++ code, which is compiled from what was installed."""
+    settings = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["elips_torch"]
+    shipped = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    others = {path for path in ROOT.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert ROOT / "kernels" / "native" / "search.cpp" in others
+    assert others <= shipped
+    assert all(list(ROOT.glob(pattern)) for pattern in patterns)
 
 
 def test_every_index_is_known_without_being_imported():

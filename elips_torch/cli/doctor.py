@@ -13,8 +13,11 @@ from elips_torch.core.compilation import find_cpp_compiler
 from elips_torch.core.dispatch import Request, explain_choice
 from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import resolve_metric
+from elips_torch.core.native import instruction_options
 from elips_torch.engines.faiss.builds import faster_build, is_installed, load_installed
 from elips_torch.kernels.screen_choice import choose_screen
+from elips_torch.kernels.search_native import LIBRARY, library_is_ready, library_reasons
+from elips_torch.ops import coded_search, ivf_search
 from elips_torch.ops.explain import OPERATIONS
 
 # Operation, number of queries, number of database vectors, k; all with dim 384.
@@ -22,10 +25,19 @@ _SEARCHES: dict[str, tuple[str, int, int, int | None]] = {
     "knn, small": ("knn", 1, 1_000, 10),
     "knn, medium": ("knn", 32, 100_000, 10),
     "knn, large": ("knn", 4_096, 1_000_000, 100),
+    "ivf_search": ("ivf_search", 32, 1_000_000, 10),
+    "coded_search": ("coded_search", 1, 1_000_000, 10),
     "range_search": ("range_search", 32, 100_000, None),
     "pairwise_distance": ("pairwise_distance", 32, 10_000, None),
 }
 _DIM = 384
+# Product codes of a vector: bytes, one for each part.
+_PARTS = 48
+_IMPLEMENTATIONS = {
+    **OPERATIONS,
+    "ivf_search": ivf_search.IMPLEMENTATIONS,
+    "coded_search": coded_search.IMPLEMENTATIONS,
+}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,6 +57,7 @@ def examine() -> dict[str, Any]:
         "versions": versions(),
         "faiss": _faiss(),
         "compiler": find_cpp_compiler(),
+        "native": _native(),
         "hardware": hardware(),
         "devices": {str(device): str(device_facts(device)) for device in devices},
         "operations": {str(device): _operations(device) for device in devices},
@@ -68,20 +81,37 @@ def _faiss() -> dict[str, Any] | None:
     }
 
 
+def _native() -> dict[str, Any]:
+    """Return whether the library's C++ is compiled or can be, for which instructions, and its file."""
+    device = torch.device("cpu")
+    options = instruction_options(device_facts(device))
+    return {
+        "compiled": library_is_ready(device),
+        "reasons": library_reasons(device),
+        "instructions": options[-1].removeprefix("-m") if options else None,
+        "file": str(LIBRARY.path(options)),
+    }
+
+
 def _operations(device: torch.device) -> dict[str, Any]:
     """Return for each kind of call what serves it and why the others do not."""
     served = {}
-    metric = resolve_metric("l2")
-    screen = choose_screen("auto", metric, torch.float32, _DIM, device)
     for name, (operation, n_queries, n_rows, k) in _SEARCHES.items():
-        # Only shapes count, so the rows need no memory. Searches are those of an index with its plane.
-        row = torch.empty(1, _DIM, device=device)
-        queries, database = row.expand(n_queries, -1), row.expand(n_rows, -1)
-        kept = screen if operation == "knn" else "none"
-        request = Request.of(queries, database, metric, k, kept)
-        found = explain_choice(operation, OPERATIONS[operation], request, "auto")
+        request = _request(device, operation, n_queries, n_rows, k)
+        found = explain_choice(operation, _IMPLEMENTATIONS[operation], request, "auto")
         served[name] = {"request": found.request, "chosen": found.chosen, "reasons": found.reasons}
     return served
+
+
+def _request(device: torch.device, operation: str, n_queries: int, n_rows: int, k: int | None) -> Request:
+    """Describe a search of an index: one for "knn" has its plane."""
+    metric = resolve_metric("l2")
+    sizes = device, torch.float32, torch.float32, n_queries, n_rows, _DIM, metric, k
+    if operation == "coded_search":
+        return coded_search.CodedRequest(*sizes, code_size=_PARTS, parts=_PARTS)
+    if operation == "knn":
+        return Request(*sizes, choose_screen("auto", metric, torch.float32, _DIM, device))
+    return Request(*sizes)
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -91,8 +121,9 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(_line(name, version or "not installed"))
     lines += _faiss_lines(report["faiss"])
     lines.append(
-        _line("C++ compiler", report["compiler"] or "none found: torch.compile cannot serve the CPU")
+        _line("C++ compiler", report["compiler"] or "none found: nothing can be compiled for the CPU")
     )
+    lines += _native_lines(report["native"])
     lines += ["", "hardware"]
     facts = report["hardware"]
     lines.append(
@@ -126,6 +157,15 @@ def format_report(report: dict[str, Any]) -> str:
             )
     lines += ["", "elips_torch works here" if report["passed"] else "elips_torch does NOT work here"]
     return "\n".join(lines)
+
+
+def _native_lines(native: dict[str, Any]) -> list[str]:
+    if native["reasons"]:
+        return [_line("C++ search", f"not available: {'; '.join(native['reasons'])}")]
+    if native["compiled"]:
+        return [_line("C++ search", f"compiled for {native['instructions']}, {native['file']}")]
+    text = f"will be compiled for {native['instructions']} at the first large search, once, into"
+    return [_line("C++ search", f"{text} {native['file']}")]
 
 
 def _faiss_lines(faiss: dict[str, Any] | None) -> list[str]:

@@ -12,10 +12,12 @@ from torch import Tensor
 from elips_torch.core.errors import ElipsError
 from elips_torch.indexes.catalog import load_index
 from elips_torch.indexes.flat import FlatIndex
+from elips_torch.indexes.ivf_flat import IVFFlatIndex
 from elips_torch.reference.knn import knn as reference_knn
 
 _ROWS, _DIM, _QUERIES, _K = 400, 24, 8, 5
 _METRICS = ("l2", "ip", "cosine")
+_LISTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,9 @@ def _filled(device: torch.device, metric: str = "l2") -> tuple[FlatIndex, Tensor
     return index, vectors, queries
 
 
-def _differs(index: FlatIndex, queries: Tensor, vectors: Tensor, ids: Tensor | None = None) -> str:
+def _differs(
+    index: FlatIndex | IVFFlatIndex, queries: Tensor, vectors: Tensor, ids: Tensor | None = None
+) -> str:
     """Return how a search differs from the reference; empty where it does not."""
     scores, found = index.search(queries.to(index.device), _K)
     wanted = reference_knn(queries, vectors, _K, index.metric, ids=ids)
@@ -119,9 +123,27 @@ def _save_and_load(device: torch.device) -> str:
     return _differs(loaded, queries, vectors)
 
 
+def _inverted_lists(device: torch.device) -> str:
+    vectors, queries = _data()
+    # Where all lists are read, results are exact.
+    index = IVFFlatIndex(_DIM, nlist=_LISTS, nprobe=_LISTS, device=device).fit(vectors.to(device))
+    ids = index.add(vectors.to(device))
+    difference = _differs(index, queries, vectors)
+    if difference:
+        return difference
+    found = index.search(vectors.to(device), 1, nprobe=1).ids[:, 0]
+    if not torch.equal(found.cpu(), ids.cpu()):
+        return "vectors are not found in their own lists"
+    index.remove(ids[::2])
+    if index.ntotal != _ROWS // 2:
+        return f"{index.ntotal} vectors are left, expected {_ROWS // 2}"
+    return _differs(index, queries, vectors[1::2], ids=ids[1::2].cpu())
+
+
 STEPS: dict[str, Callable[[torch.device], str]] = {
     "add and search": _search,
     "remove": _remove,
     "gradient": _gradient,
     "save and load": _save_and_load,
+    "inverted lists": _inverted_lists,
 }

@@ -46,7 +46,8 @@ def native_reasons(facts: DeviceFacts) -> list[str]:
         return [f"C++ code runs on a CPU, the tensors are on {facts.type}"]
     reasons = []
     if sys.platform != "linux" or platform.machine() != "x86_64" or not instruction_options(facts):
-        reasons.append(f"there is C++ code for x86-64 with AVX2 under Linux, this is {facts.capability}")
+        here = f"{facts.capability} on {platform.machine()} under {platform.system()}"
+        reasons.append(f"there is C++ code for x86-64 with AVX2 under Linux, this is {here}")
     elif find_cpp_compiler() is None:
         reasons.append("there is no C++ compiler to make it with; install g++")
     return reasons
@@ -71,7 +72,8 @@ class NativeLibrary:
     def is_ready(self, options: tuple[str, ...]) -> bool:
         """Whether the code need not be compiled first."""
         if options not in self._loaded:
-            return self._path(options).exists()
+            # A folder that may not be looked into holds nothing.
+            return os.path.exists(self.path(options))
         return not self.has_failed(options)
 
     def has_failed(self, options: tuple[str, ...]) -> bool:
@@ -89,9 +91,9 @@ class NativeLibrary:
         return self._loaded[options]
 
     def _load(self, options: tuple[str, ...]) -> ctypes.CDLL | None:
-        path = self._path(options)
+        path = self.path(options)
         try:
-            if not path.exists():
+            if not os.path.exists(path):
                 logger.info("compiling %s for %s, once", self._main.name, options[-1].removeprefix("-m"))
                 _compile(self._main, options, path)
             return ctypes.CDLL(str(path))
@@ -100,21 +102,25 @@ class NativeLibrary:
             logger.warning("%s does not compile here: %s", self._main.name, output.strip()[:500])
             return None
 
-    def _path(self, options: tuple[str, ...]) -> Path:
+    def path(self, options: tuple[str, ...]) -> Path:
+        """Return the file of the compiled code, whether or not it is there yet."""
         return cache_folder() / f"{self._main.stem}_{_digest(self._main.parent, options)}.so"
 
 
-@functools.cache
 def cache_folder() -> Path:
-    """Return the folder in which compiled code is kept: where torch keeps its own."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    """Return the folder in which compiled code is kept, beside what torch keeps for its user.
 
-    return Path(cache_dir()) / "elips_torch"
+    By default ``~/.cache/torch/elips_torch``. Torch's compiler keeps its code elsewhere, but asking it where
+    takes seconds, which small searches would pay.
+    """
+    return Path(torch.hub.get_dir()).parent / "elips_torch"
 
 
 @functools.cache
 def _digest(folder: Path, options: tuple[str, ...]) -> str:
-    digest = hashlib.sha256(" ".join((find_cpp_compiler() or "", *_OPTIONS, *options)).encode())
+    # Machines that share a home folder need not share their system's libraries.
+    made_with = (*platform.libc_ver(), find_cpp_compiler() or "", *_OPTIONS, *options)
+    digest = hashlib.sha256(" ".join(made_with).encode())
     for file in sorted(folder.iterdir()):
         if file.suffix in (".cpp", ".h"):
             digest.update(file.read_bytes())

@@ -29,10 +29,11 @@ class FlatIndex(ScreenedVectors):
         dtype: how vectors are stored: float32, float16, bfloat16 or float64.
         screen: the low-precision copy of the vectors that is kept beside them, so that searches read
             less; results are the same with any. "int8" takes about 27% more memory than float32 vectors
-            alone from 384 features on, "bf16" 51%, "none" nothing. "auto" keeps "int8" where the device
-            multiplies int8 matrices fast, the metric is "l2", "ip" or "cosine", and the database is not
-            learnable. It follows every change of the vectors but writes through ``vectors.data``; that of a
-            learnable database is made anew at every search.
+            alone from 384 features on, "bf16" 51%, "none" nothing. "auto" is for the metrics "l2", "ip" and
+            "cosine" and a database that is not learnable: "int8" where the device multiplies int8 fast (a
+            CPU does with AVX512-VNNI); on other CPUs 16 bytes a vector, with which float32 vectors are
+            screened as they are. It follows every change of the vectors but writes through ``vectors.data``;
+            that of a learnable database is made anew at every search. `explain` says what serves.
         learnable: whether the database is a parameter. Whatever changes its size then makes a new
             parameter, which the optimiser must be given, and compiled code is compiled again.
         p: exponent of metric "lp".

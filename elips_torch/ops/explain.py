@@ -29,7 +29,8 @@ def explain(
 ) -> Explanation:
     """Return which implementation would serve a call and why the others would not.
 
-    The result shows as text at a prompt and in a notebook; a script prints it.
+    The result shows as text at a prompt and in a notebook; a script prints it. Asking compiles nothing:
+    where C++ or a compiled function is chosen, the call itself compiles it, once.
 
     Args:
         queries: ``(Q, D)`` or ``(D,)``; only shape, dtype and device are looked at.
@@ -53,6 +54,7 @@ def explain(
     >>> explanation  # doctest: +ELLIPSIS
     knn of 2 x 100 x 8 float32, l2, k=10 on cpu (...)
       triton       Triton kernels run on CUDA and ROCm, the tensors are on cpu...
+      native       ...there is no screening plane in int8 or float32 to run C++ code on
       compiled     there is no screening plane to run compiled code on
       eager        chosen
     >>> explanation.chosen

@@ -155,7 +155,9 @@ def knn(
         screen: a low-precision copy of the database to look at first: "int8", "bf16", "none", or
             "auto", which makes one where there are queries enough to repay it. It is made block by block
             within the workspace; `FlatIndex` keeps its own. Results are the same with any.
-        implementation: "auto", or a name that `explain` lists, which then serves or raises.
+        implementation: "auto", or a name that `explain` lists, which then serves or raises: "triton" on a
+            GPU; "native", C++ that screens by a plane on a CPU and is compiled at the first large search;
+            "compiled", the same steps through `torch.compile`; "eager", which serves every call.
         workspace_bytes: limit on temporary memory, in bytes, at least 1 MiB. Default 256 MiB.
 
     Returns:

@@ -57,7 +57,7 @@ def test_native_code_says_why_it_cannot_serve(monkeypatch):
     with pytest.raises(ImplementationError, match="no screening plane in int8 or float32"):
         knn(queries, database, 5, screen="bf16", implementation="native")
     facts = DeviceFacts("cpu", "2 cores", "NEON")
-    monkeypatch.setattr("elips_torch.ops.knn.device_facts", lambda device: facts)
+    monkeypatch.setattr("elips_torch.kernels.search_native.device_facts", lambda device: facts)
     with pytest.raises(
         ImplementationError, match="C\\+\\+ code for x86-64 with AVX2 under Linux, this is NEON"
     ):
