@@ -192,7 +192,9 @@ def test_every_kind_of_part_can_be_made():
 
 def test_an_index_from_a_description_works():
     vectors = torch.randn(700, 32, generator=torch.Generator().manual_seed(0))
-    index = index_factory(32, "OPQ8,IVF8,PQ8x4,RFlat", "cosine", nprobe=8, k_factor=10, k=3, niter=4).fit(vectors)
+    index = index_factory(32, "OPQ8,IVF8,PQ8x4,RFlat", "cosine", nprobe=8, k_factor=10, k=3, niter=4).fit(
+        vectors
+    )
     index.add(vectors)
     found = index.search(vectors[:50])
     assert found.ids.shape == (50, 3)
