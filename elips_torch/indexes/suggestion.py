@@ -143,7 +143,7 @@ def suggest_index(
 def _candidates(n: int, dim: int, metric: str, *, exact: bool) -> Iterator[_Candidate]:
     """Yield what there is for these vectors, from the best to the smallest."""
     is_product = resolve_metric(metric).form == "product"
-    lists = "" if exact else f"IVF{_nlist(n)},"
+    lists = "" if exact else f"IVF{usual_nlist(n)},"
     for storage in _STORAGES:
         if not storage.features_per_part:
             text = storage.text
@@ -159,7 +159,7 @@ def _candidates(n: int, dim: int, metric: str, *, exact: bool) -> Iterator[_Cand
         )
 
 
-def _nlist(n: int) -> int:
+def usual_nlist(n: int) -> int:
     """Return a power of two near 4 roots of n, with enough vectors in each list to learn from."""
     wanted = round(math.log2(4 * math.sqrt(n)))
     return int(2 ** min(wanted, int(math.log2(n / _PER_CENTROID))))

@@ -105,7 +105,7 @@ def test_the_estimated_memory_is_what_is_taken(description, metric):
 def test_the_memory_of_a_suggestion_is_what_is_taken():
     vectors = torch.randn(21_000, 16, generator=torch.Generator().manual_seed(0))
     kinds = set()
-    for limit in (None, 1_600_000, 1_000_000, 940_000):
+    for limit in (None, 1_600_000, 1_200_000, 940_000):
         suggestion = suggest_index(21_000, 16, memory_bytes=limit, target_recall=0.9)
         kinds.add(str(suggestion))
         assert filled(suggestion, vectors).memory_bytes() == pytest.approx(suggestion.memory_bytes, rel=0.05)
