@@ -11,6 +11,7 @@ from elips_torch.core.errors import (
     DtypeError,
     DuplicateIdError,
     ElipsError,
+    FactoryError,
     ImplementationError,
     IndexFileError,
     MetricError,
@@ -33,12 +34,14 @@ from elips_torch.ops.range_search import range_search
 
 if TYPE_CHECKING:
     from elips_torch.indexes.catalog import load_index
+    from elips_torch.indexes.factory import index_factory
     from elips_torch.indexes.ivf_flat import IVFFlatIndex
     from elips_torch.indexes.ivf_pq import IVFPQIndex
     from elips_torch.indexes.ivf_sq import IVFSQIndex
     from elips_torch.indexes.pq import PQIndex
     from elips_torch.indexes.refine import RefineIndex
     from elips_torch.indexes.sq import SQIndex
+    from elips_torch.indexes.suggestion import suggest_index
     from elips_torch.indexes.wrappers import PreTransformIndex
     from elips_torch.quantizers.itq import ITQ
     from elips_torch.quantizers.kmeans import KMeans
@@ -49,12 +52,14 @@ if TYPE_CHECKING:
 # Imported when first asked for: importing the library stays quick however many indexes there are.
 _LAZY = {
     "load_index": "elips_torch.indexes.catalog",
+    "index_factory": "elips_torch.indexes.factory",
     "IVFFlatIndex": "elips_torch.indexes.ivf_flat",
     "IVFPQIndex": "elips_torch.indexes.ivf_pq",
     "IVFSQIndex": "elips_torch.indexes.ivf_sq",
     "PQIndex": "elips_torch.indexes.pq",
     "RefineIndex": "elips_torch.indexes.refine",
     "SQIndex": "elips_torch.indexes.sq",
+    "suggest_index": "elips_torch.indexes.suggestion",
     "PreTransformIndex": "elips_torch.indexes.wrappers",
     "ITQ": "elips_torch.quantizers.itq",
     "KMeans": "elips_torch.quantizers.kmeans",
@@ -80,6 +85,7 @@ __all__ = [
     "DuplicateIdError",
     "ElipsError",
     "Explanation",
+    "FactoryError",
     "FlatIndex",
     "IVFFlatIndex",
     "IVFPQIndex",
@@ -105,11 +111,13 @@ __all__ = [
     "UnknownIdError",
     "__version__",
     "explain",
+    "index_factory",
     "knn",
     "load_index",
     "pairwise_distance",
     "prepare_for_ddp",
     "range_search",
+    "suggest_index",
 ]
 
 

@@ -23,6 +23,18 @@ def test_the_first_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "index.safetensors").stat().st_size > 0
 
 
+def test_the_approximate_example_runs(capsys):
+    torch.manual_seed(0)
+    names = {}
+    (block,) = (block for block in blocks() if "IVFFlatIndex(" in block)
+    exec(block, names)
+    assert (names["even"].ids % 2 == 0).all()
+    assert (names["found"][:, 0] == names["ids"][:100]).all()
+    assert (names["even"].ids >= 0).all()
+    assert names["small"].is_trained
+    assert capsys.readouterr().out.startswith("IVF4096,SQ8 159")
+
+
 def test_the_training_example_runs():
     names = {}
     (block,) = (block for block in blocks() if "class Retriever" in block)

@@ -44,6 +44,10 @@ class MetricError(ArgumentError):
     """The metric is unknown, or its parameter does not fit."""
 
 
+class FactoryError(ArgumentError):
+    """A description of an index has a part that means nothing, or nothing where it stands."""
+
+
 class ParameterError(ElipsError, TypeError):
     """A search parameter does not exist for this index."""
 

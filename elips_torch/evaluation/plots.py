@@ -56,3 +56,41 @@ def draw_times(
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="upper left")
     figure.savefig(os.fspath(path), dpi=150)
+
+
+def draw_recall(
+    path: str | os.PathLike[str],
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    title: str,
+) -> None:
+    """Write a picture of recall and queries per second; up and to the right is better.
+
+    Args:
+        path: file to write; its suffix says the format.
+        panels: for each panel, by its title, the curve of each contender: recall and queries per second of
+            each of its searches.
+        title: above the picture.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    check_plotting()
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.5 * lines + 0.5), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (name, curves) in zip(grid.flat, panels.items(), strict=False):
+        for contender, points in curves.items():
+            # In the order of the searches, so that a line shows what reading more brings.
+            recalls, rates = zip(*points, strict=True)
+            axes.plot(recalls, rates, marker="o", label=contender)
+        axes.set_yscale("log")
+        axes.set(xlabel="recall", ylabel="queries per second", title=name)
+        axes.grid(which="both", alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    figure.savefig(os.fspath(path), dpi=150)

@@ -11,6 +11,7 @@ from elips_torch.core.results import RangeResult, SearchResult
 from elips_torch.core.validation import check_device, check_vectors
 from elips_torch.indexes.base import Index, known_indexes
 from elips_torch.indexes.row_tensors import RowTensors
+from elips_torch.indexes.rows import Rows
 from elips_torch.indexes.storage import durable
 from elips_torch.indexes.untraced import untraced
 from elips_torch.kernels.selection import Selection
@@ -110,6 +111,11 @@ class WrapperIndex(Index):
     def extra_repr(self) -> str:
         """Return what `repr` shows."""
         return repr(self.index)
+
+    def memory_bytes(self) -> int:
+        """Return the bytes that the stored tensors occupy, those of the inner index included."""
+        # The inner index may count what is no buffer, such as lists.
+        return super().memory_bytes() - Rows.memory_bytes(self.index) + self.index.memory_bytes()
 
     # The rows.
 

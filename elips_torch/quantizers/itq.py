@@ -19,7 +19,7 @@ class ITQ(CentredTransform):
 
     Args:
         dim_in: D, size of a vector.
-        dim_out: number of signs, at most D.
+        dim_out: number of signs, at most D; default is D.
         niter: rounds of taking signs and rotating towards them.
         max_points_per_dim: learn from a random sample of at most so many vectors per feature; None
             learns from all.
@@ -43,15 +43,15 @@ class ITQ(CentredTransform):
     def __init__(
         self,
         dim_in: int,
-        dim_out: int,
+        dim_out: int | None = None,
         *,
         niter: int = 50,
         max_points_per_dim: int | None = 100,
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(dim_in, dim_out, device)
-        if dim_out > dim_in:
+        super().__init__(dim_in, dim_in if dim_out is None else dim_out, device)
+        if self.dim_out > self.dim_in:
             raise ArgumentError(f"dim_out is {dim_out}, expected at most dim_in = {dim_in}")
         self.niter = check_count("niter", niter, 0)
         if max_points_per_dim is not None:

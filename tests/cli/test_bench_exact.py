@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from elips_torch.cli import bench_exact
-from elips_torch.cli.bench_exact import equal_terms, make_cell
+from elips_torch.cli.bench_exact import make_cell
+from elips_torch.cli.equal_terms import equal_terms
 from elips_torch.cli.exact_report import format_cells
 from elips_torch.cli.main import main
 from elips_torch.cli.roofline import Roofline

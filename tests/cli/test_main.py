@@ -31,6 +31,7 @@ def test_exit_codes_reach_the_shell():
     [
         (["--help"], "elips-torch doctor"),
         (["bench", "exact", "--help"], "elips-torch bench exact --faiss faster-faiss"),
+        (["bench", "ann", "--help"], "elips-torch bench ann --own-centroids"),
         (["doctor", "--help"], "elips-torch doctor --json"),
     ],
 )
