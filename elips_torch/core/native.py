@@ -22,7 +22,7 @@ from elips_torch.core.hardware import DeviceFacts
 
 logger = logging.getLogger("elips_torch")
 
-_OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-w")
+_OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-fast-math", "-w")
 # Instruction sets, each with what it needs beside those before it.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")

@@ -1,10 +1,12 @@
 """Search of inverted lists in C++: the first step of a search, which answers almost every query."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from elips_torch.core.metric import Metric
-from elips_torch.core.tiling import even_cuts
+from elips_torch.core.tiling import spans
 from elips_torch.kernels.knn_native import NativeSearch, ProbedLists, native_serves
 from elips_torch.kernels.list_layout import ListLayout, RowDecoder, StoredRows, concatenated_ranges
 from elips_torch.kernels.packed_native import PackedSearch
@@ -115,8 +117,8 @@ class DecodedLists:
         rows = torch.full((n_queries, k), -1, dtype=torch.int64, device="cpu")
         certified = torch.ones(n_queries, dtype=torch.bool, device="cpu")
         rest = int(workspace_bytes * (1 - _DECODED_SHARE) * 0.75)
-        for lists in self._groups(probes, workspace_bytes):
-            vectors, part = self._decoded(lists)
+        for lists, part in self._parts(probes, workspace_bytes):
+            vectors = self.decode(part.slots).contiguous()
             plane = plain_plane(self.metric, vectors)
             search = None
             if plane is not None and native_serves(vectors, plane):
@@ -136,21 +138,24 @@ class DecodedLists:
             scores, rows = merge_ranked(self.metric, *both, k, ranks)
         return scores, rows, certified
 
-    def _groups(self, probes: Tensor, workspace_bytes: int) -> list[Tensor]:
-        """Return the lists that some query probes, in groups that fit the workspace together."""
+    def _parts(self, probes: Tensor, workspace_bytes: int) -> Iterator[tuple[Tensor, ListLayout]]:
+        """Yield the rows of all probed lists in parts that fit the workspace.
+
+        Yields:
+            The lists of which a part holds rows, and where these lie; slots hold their numbers.
+        """
         probed = torch.zeros(self.layout.nlist + 1, dtype=torch.bool, device="cpu")
         probed[probes.flatten()] = True
         lists = probed[:-1].nonzero()[:, 0]
         sizes = self.layout.sizes[lists]
+        ends = sizes.cumsum(0)
+        starts = ends - sizes
         row_bytes = _FEATURE_BYTES * self.decode.dim + _ROW_BYTES
-        budget = int(workspace_bytes * _DECODED_SHARE) // row_bytes
-        longest = int(sizes.max()) if sizes.numel() else 0
-        n_groups = -(-int(sizes.sum()) // max(1, budget - longest)) if budget > longest else lists.numel()
-        return [lists[a:b] for a, b in even_cuts(lists.numel(), -(-lists.numel() // max(1, n_groups)))]
-
-    def _decoded(self, lists: Tensor) -> tuple[Tensor, ListLayout]:
-        """Return the vectors of lists, one list after the other, and where their rows lie."""
-        sizes = self.layout.sizes[lists]
-        rows = self.layout.slots[concatenated_ranges(self.layout.starts[lists], sizes)]
-        starts = sizes.cumsum(0) - sizes
-        return self.decode(rows).contiguous(), ListLayout(rows, starts, sizes, rows)
+        step = max(1, int(workspace_bytes * _DECODED_SHARE) // row_bytes)
+        for begin, end in spans(int(ends[-1]) if ends.numel() else 0, step):
+            within = (ends > begin) & (starts < end)
+            first = (begin - starts[within]).clamp_min_(0)
+            lengths = (end - starts[within]).minimum(sizes[within]) - first
+            places = concatenated_ranges(self.layout.starts[lists[within]] + first, lengths)
+            rows = self.layout.slots[places]
+            yield lists[within], ListLayout(rows, lengths.cumsum(0) - lengths, lengths, rows)

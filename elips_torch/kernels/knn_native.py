@@ -15,10 +15,12 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.native import native_threads
 from elips_torch.core.tiling import even_cuts
 from elips_torch.kernels.definition import score_pairs
+from elips_torch.kernels.knn_screened import ScreenedSearch, screened_search
 from elips_torch.kernels.list_layout import ListLayout
 from elips_torch.kernels.plane import LARGEST_NORM, Plane
 from elips_torch.kernels.ranking import rank_pairs
 from elips_torch.kernels.screen import CodedQueries, code_queries, norm_square_slack, rounded_units
+from elips_torch.kernels.screen_passes import EAGER
 from elips_torch.kernels.search_native import (
     CERTIFIED,
     CODE_TYPES,
@@ -62,11 +64,13 @@ class _Plan:
 
     Attributes:
         queries: how many are searched at a time.
+        threads: how many threads search.
         parts: reservoirs per query; one for each thread where threads share the rows.
         capacity: rows that a reservoir holds.
     """
 
     queries: int
+    threads: int
     parts: int
     capacity: int
 
@@ -101,13 +105,20 @@ def native_first(
     database: Tensor, metric: Metric, plane: Plane | None, k: int, n_excluded: int, workspace_bytes: int
 ) -> "NativeSearch | None":
     """Return a search in C++ by a plane, or None where it cannot serve."""
-    if plane is None or not native_serves(database, plane):
-        return None
     n_rows = database.shape[0]
-    if n_rows > _FEW_ROWS and n_rows < _ROWS_PER_NEIGHBOUR * k:
+    if plane is None or (n_rows > _FEW_ROWS and n_rows < _ROWS_PER_NEIGHBOUR * k):
         return None
     search = NativeSearch(database, metric, plane, k, n_excluded)
-    return search if search.plan(_BLOCK, workspace_bytes) else None
+    serves = search.plan(_BLOCK, workspace_bytes) is not None and native_serves(database, plane)
+    return search if serves else None
+
+
+def native_or_eager(
+    database: Tensor, metric: Metric, plane: Plane | None, k: int, n_excluded: int, workspace_bytes: int
+) -> "NativeSearch | ScreenedSearch | None":
+    """Return a search in C++; one in torch where sizes or the compiler turn out to be in the way."""
+    arguments = (database, metric, plane, k, n_excluded, workspace_bytes)
+    return native_first(*arguments) or screened_search(EAGER, *arguments)
 
 
 def native_serves(database: Tensor, plane: Plane) -> bool:
@@ -172,7 +183,7 @@ class NativeSearch:
                 query_bytes += 12 * lists.probes.shape[1]
             room = workspace_bytes - step * query_bytes - threads * _THREAD_BYTES - SPARE * kept
             if room // kept >= usual:
-                return _Plan(step, parts, min(most, room // kept))
+                return _Plan(step, threads, parts, min(most, room // kept))
             step //= 2
         return None
 
@@ -239,14 +250,12 @@ class NativeSearch:
         mask_rows = None if selection.own_mask is None else selection.numbers(n_queries)
         exclude = None if selection.exclude is None else selection.exclude.sort(1).values.contiguous()
         mask = selection.mask
-        if mask is not None and mask.stride(-1) != 1:
-            mask = mask.contiguous()
         # Named, so that they live as long as the call.
         rounding, offsets = coded.rounding.contiguous(), coded.offsets
         query_codes, query_terms, usable = coded.codes.contiguous(), coded.terms.contiguous(), coded.usable
         layout = None if lists is None else lists.layout
         probes = None if lists is None else lists.probes.contiguous()
-        native_search(
+        had_memory = native_search(
             **self._rows(),
             n_rows=self.n_rows,
             list_starts=None if layout is None else layout.starts,
@@ -263,6 +272,7 @@ class NativeSearch:
             mask=mask,
             mask_rows=mask_rows,
             mask_stride=0 if mask is None else mask.stride(0),
+            mask_step=0 if mask is None else mask.stride(-1),
             exclude=exclude,
             n_excluded=selection.n_excluded,
             queries=wide,
@@ -279,12 +289,15 @@ class NativeSearch:
             n_queries=n_queries,
             k=k,
             capacity=plan.capacity,
-            n_threads=self.threads(n_queries, lists),
+            n_threads=plan.threads,
             n_parts=plan.parts,
             metric=METRICS[self.metric.name],
             code_type=CODE_TYPES[self.plane.codes.dtype],
             is_exact=int(coded.is_exact),
         )
+        if not had_memory:
+            # Nothing is certain; another search answers.
+            return
         if not int(status.max()):
             certified.fill_(True)
             return
@@ -335,7 +348,7 @@ def code_queries_natively(metric: Metric, queries: Tensor, plane: Plane) -> Code
     terms = torch.empty(3, n_queries, dtype=torch.float32, device="cpu")
     rounding, offsets = torch.empty(2, n_queries, dtype=torch.float64, device="cpu")
     usable = torch.empty(n_queries, dtype=torch.bool, device="cpu")
-    native_code(
+    had_memory = native_code(
         queries=queries,
         mean=plane.mean,
         codes=codes,
@@ -351,5 +364,7 @@ def code_queries_natively(metric: Metric, queries: Tensor, plane: Plane) -> Code
         code_type=CODE_TYPES[codes.dtype],
         n_threads=native_threads(),
     )
+    if not had_memory:
+        return code_queries(metric, queries, plane)
     slack = torch.tensor(norm_square_slack(metric), dtype=torch.float32, device="cpu")
     return CodedQueries(codes, terms, slack, rounding, offsets, usable, False)

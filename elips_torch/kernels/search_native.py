@@ -47,55 +47,56 @@ def library_compiles() -> bool:
 @functools.cache
 def int8_products_are_right() -> bool:
     """Search among extreme codes, whose products are known; instructions that saturate fail."""
-    dim, n_rows = 67, 24
+    return all(_products_are_right(dim, n_queries) for dim in (67, 300) for n_queries in (1, 20, 40, 72))
+
+
+def _products_are_right(dim: int, n_queries: int) -> bool:
+    n_rows = 72
     signs = torch.where(torch.arange(dim, device="cpu") % 3 == 0, -1, 1)
     rows = torch.stack([127 * signs, -128 * torch.ones_like(signs), 127 * torch.ones_like(signs)])
     rows = torch.cat([rows, -rows.clamp_min(-127), (signs * torch.arange(dim, device="cpu"))[None]])
     rows = rows.repeat(-(-n_rows // len(rows)), 1)[:n_rows].to(torch.int8)
     terms = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float32, device="cpu").repeat(n_rows, 1)
-    for n_queries in (1, 5, 20):
-        queries = rows[:n_queries].contiguous()
-        products = (queries.double() @ rows.double().t()).sort(1, descending=True).values
-        zeros = torch.zeros(3, n_queries, dtype=torch.float64, device="cpu")
-        factors = torch.zeros(3, n_queries, dtype=torch.float32, device="cpu")
-        factors[0] = 1.0
-        kept = torch.empty(3, n_queries, 2 * n_rows + SPARE, dtype=torch.float32, device="cpu")
-        scores = torch.empty(n_queries, n_rows, dtype=torch.float32, device="cpu")
-        found = torch.empty(n_queries, n_rows, dtype=torch.int64, device="cpu")
-        native_search(
-            codes=rows,
-            terms=terms,
-            n_rows=n_rows,
-            query_codes=queries,
-            query_terms=factors,
-            rounding=zeros,
-            offsets=zeros,
-            usable=torch.ones(n_queries, dtype=torch.bool, device="cpu"),
-            vectors=rows,
-            queries=queries.double(),
-            reservoir_rows=kept[0],
-            reservoir_upper=kept[1],
-            reservoir_lower=kept[2],
-            scores=scores,
-            found=found,
-            status=torch.empty(n_queries, dtype=torch.uint8, device="cpu"),
-            counts=torch.empty(n_queries, dtype=torch.int32, device="cpu"),
-            dim=dim,
-            n_queries=n_queries,
-            k=n_rows,
-            capacity=2 * n_rows,
-            n_threads=1,
-            n_parts=1,
-            metric=METRICS["ip"],
-            code_type=CODE_TYPES[torch.int8],
-            is_exact=1,
-        )
-        if not torch.equal(scores.double(), products):
-            return False
-    return True
+    queries = rows[:n_queries].contiguous()
+    products = (queries.double() @ rows.double().t()).sort(1, descending=True).values
+    zeros = torch.zeros(3, n_queries, dtype=torch.float64, device="cpu")
+    factors = torch.zeros(3, n_queries, dtype=torch.float32, device="cpu")
+    factors[0] = 1.0
+    kept = torch.empty(3, n_queries, 2 * n_rows + SPARE, dtype=torch.float32, device="cpu")
+    scores = torch.empty(n_queries, n_rows, dtype=torch.float32, device="cpu")
+    found = torch.empty(n_queries, n_rows, dtype=torch.int64, device="cpu")
+    native_search(
+        codes=rows,
+        terms=terms,
+        n_rows=n_rows,
+        query_codes=queries,
+        query_terms=factors,
+        rounding=zeros,
+        offsets=zeros,
+        usable=torch.ones(n_queries, dtype=torch.bool, device="cpu"),
+        vectors=rows,
+        queries=queries.double(),
+        reservoir_rows=kept[0],
+        reservoir_upper=kept[1],
+        reservoir_lower=kept[2],
+        scores=scores,
+        found=found,
+        status=torch.empty(n_queries, dtype=torch.uint8, device="cpu"),
+        counts=torch.empty(n_queries, dtype=torch.int32, device="cpu"),
+        dim=dim,
+        n_queries=n_queries,
+        k=n_rows,
+        capacity=2 * n_rows,
+        n_threads=1,
+        n_parts=1,
+        metric=METRICS["ip"],
+        code_type=CODE_TYPES[torch.int8],
+        is_exact=1,
+    )
+    return torch.equal(scores.double(), products)
 
 
-_FAILURES = {1: "there is not enough memory", 2: "a type is not known"}
+_NO_MEMORY = 1
 
 
 class Packed(ctypes.Structure):
@@ -136,6 +137,7 @@ class Arguments(ctypes.Structure):
         ("mask", ctypes.c_void_p),
         ("mask_rows", ctypes.c_void_p),
         ("mask_stride", ctypes.c_int64),
+        ("mask_step", ctypes.c_int64),
         ("exclude", ctypes.c_void_p),
         ("n_excluded", ctypes.c_int64),
         ("vectors", ctypes.c_void_p),
@@ -184,41 +186,54 @@ class Coding(ctypes.Structure):
     )
 
 
-def native_search(**arguments: Tensor | float | ctypes.Structure | None) -> None:
+def native_search(**arguments: Tensor | float | ctypes.Structure | None) -> bool:
     """Run `elips_search`, which writes into the tensors of the results.
 
     Args:
         **arguments: the fields of `Arguments`; tensors are contiguous.
 
-    Raises:
-        ImplementationError: the code could not be compiled, or failed.
+    Returns:
+        Whether there was memory enough; else nothing was written that means anything.
     """
-    _call("elips_search", Arguments, arguments)
+    return _call("elips_search", Arguments, arguments)
 
 
-def native_code(**arguments: Tensor | float | None) -> None:
+def native_code(**arguments: Tensor | float | None) -> bool:
     """Run `elips_code`, which writes into the tensors of the results.
 
     Args:
         **arguments: the fields of `Coding`; tensors are contiguous.
 
-    Raises:
-        ImplementationError: the code could not be compiled, or failed.
+    Returns:
+        As `native_search`.
     """
-    _call("elips_code", Coding, arguments)
+    return _call("elips_code", Coding, arguments)
 
 
 def _call(
     function: str,
     structure: type[ctypes.Structure],
     arguments: Mapping[str, Tensor | float | ctypes.Structure | None],
-) -> None:
+) -> bool:
     library = LIBRARY.load(instruction_options(device_facts("cpu")))
     if library is None:
         raise ImplementationError("the C++ code of exact search does not compile here; see the log")
+    _check_sizes(library)
     values = {
         name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
     }
     failure = getattr(library, function)(ctypes.byref(structure(**values)))
-    if failure:
-        raise ImplementationError(f"exact search in C++ failed: {_FAILURES[failure]}")
+    if failure not in (0, _NO_MEMORY):
+        raise ImplementationError("exact search in C++ does not know a type that it was given")
+    return bool(failure != _NO_MEMORY)
+
+
+@functools.cache
+def _check_sizes(library: ctypes.CDLL) -> None:
+    """Compare the structures here with those of the code."""
+    for which, structure in enumerate((Arguments, Coding, Packed)):
+        size = library.elips_size(which)
+        if size != ctypes.sizeof(structure):
+            raise ImplementationError(
+                f"{structure.__name__} has {ctypes.sizeof(structure)} bytes, the C++ code has {size}"
+            )

@@ -25,7 +25,7 @@ from elips_torch.core.validation import (
 from elips_torch.kernels.candidate_gradient import database_gradient
 from elips_torch.kernels.knn_blocks import knn_blocks
 from elips_torch.kernels.knn_exact import compiled_first, knn_exact
-from elips_torch.kernels.knn_native import native_first
+from elips_torch.kernels.knn_native import native_or_eager
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
 from elips_torch.kernels.search_native import library_is_ready, library_reasons
@@ -73,6 +73,8 @@ def _triton_reasons(request: Request) -> list[str]:
 
 def _native_reasons(request: Request) -> list[str]:
     reasons = library_reasons(request.device)
+    if request.screen == "int8" and not device_facts(request.device).vnni:
+        reasons.append("C++ code multiplies int8 codes with AVX512-VNNI only")
     if request.screen not in ("int8", "fp32"):
         reasons.append("there is no screening plane in int8 or float32 to run C++ code on")
     return reasons
@@ -110,7 +112,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", _triton, _triton_reasons),
     Implementation(
         "native",
-        functools.partial(knn_exact, first_search=native_first),
+        functools.partial(knn_exact, first_search=native_or_eager),
         _native_reasons,
         _uncompiled_reasons,
     ),

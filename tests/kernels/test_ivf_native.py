@@ -108,17 +108,24 @@ def test_selections_ranks_and_probes_of_nothing(kind):
 
 
 def test_what_does_not_fit_is_decoded_in_parts(monkeypatch):
-    queries, database, _, probes, layout = problem(40, n=20_000, dim=64)
+    queries, database, assignments, probes, _ = problem(40, n=20_000, dim=64)
+    # One list is longer than the workspace has room for.
+    assignments = torch.where(torch.arange(20_000) % 3 > 0, 5, assignments)
+    lists = InvertedLists()
+    lists.rebuild(assignments, 17)
+    layout = lists.layout
     decoded = []
-    groups = ivf_native.DecodedLists._groups
+    parts = ivf_native.DecodedLists._parts
 
     def spy(self, *args):
-        decoded.append(groups(self, *args))
-        return decoded[-1]
+        for lists, part in parts(self, *args):
+            decoded.append(part.n_rows)
+            yield lists, part
 
-    monkeypatch.setattr(ivf_native.DecodedLists, "_groups", spy)
+    monkeypatch.setattr(ivf_native.DecodedLists, "_parts", spy)
     found = search("decoded", "l2", queries, database, probes, layout, 10, workspace=4 * 2**20)
-    assert len(decoded[0]) > 3
+    assert len(decoded) > 3
+    assert max(decoded) * 64 * 4 < 2 * 2**20
     assert_same(found, search("fp32", "l2", queries, database, probes, layout, 10))
 
 

@@ -69,7 +69,7 @@ struct Product<int8_t> {
         const __m512i ones = _mm512_set1_epi8(1);
         __m512i sums = _mm512_setzero_si512();
         for (int i = 0; i < dim; i += 64) sums = _mm512_dpbusd_epi32(sums, ones, bytes(row + i, dim - i));
-        return -128 * _mm512_reduce_add_epi32(sums);
+        return static_cast<int>(-128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(sums)));
     }
     static Sums start(int correction) { return _mm512_set1_epi32(correction); }
     static Sums step(Sums sums, const Packed* queries, const int8_t* row) {
@@ -94,7 +94,9 @@ struct Product<int8_t> {
         for (; i < dim; i += 64)
             a = _mm512_dpbusd_epi32(a, _mm512_xor_si512(bytes(row + i, dim - i), high),
                                     bytes(query + i, dim - i));
-        return static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)) + correction);
+        // Sums may wrap around on the way.
+        const auto sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)));
+        return static_cast<float>(static_cast<int32_t>(sum + static_cast<uint32_t>(correction)));
     }
 
    private:

@@ -46,6 +46,7 @@ struct Arguments {
     const uint8_t* mask;
     const int64_t* mask_rows;  // (Q,), which row of the mask; null where all share one
     int64_t mask_stride;       // bytes between rows of the mask
+    int64_t mask_step;         // bytes between the entries of a row
     const int64_t* exclude;
     int64_t n_excluded;
     // The vectors: (N, D) float32, float16 or bfloat16; (Q, D) float64; order of ties by name, or null.
@@ -333,7 +334,8 @@ class Scan {
     }
 
     bool sees(int64_t query, int64_t row) const {
-        if (a_.mask && a_.mask_rows && !a_.mask[a_.mask_rows[query] * a_.mask_stride + row]) return false;
+        if (a_.mask && a_.mask_rows && !a_.mask[a_.mask_rows[query] * a_.mask_stride + row * a_.mask_step])
+            return false;
         const int64_t* out = a_.exclude + query * a_.n_excluded;
         return !std::binary_search(out, out + a_.n_excluded, row);
     }
@@ -359,7 +361,9 @@ class Scan {
         }
     }
 
-    bool hidden(int64_t row) const { return a_.mask && !a_.mask_rows && !a_.mask[name_of(a_, row)]; }
+    bool hidden(int64_t row) const {
+        return a_.mask && !a_.mask_rows && !a_.mask[name_of(a_, row) * a_.mask_step];
+    }
 
     template <int ROWS, int VECTORS>
     void tiles(const Chunk& c, Block<Code>& block) {
@@ -528,7 +532,9 @@ class Ranking {
             }
             all.upper[i] = value;
             const int64_t name = name_of(a_, row);
-            found_[i] = {descends ? -value : value, a_.ranks ? a_.ranks[name] : name, name};
+            // NaN comes last; it is in no order with numbers.
+            const float key = value != value ? HIGHEST : descends ? -value : value;
+            found_[i] = {key, a_.ranks ? a_.ranks[name] : name, name};
         }
         const int n = std::min(all.n, a_.k);
         Found* last = found_.get() + all.n;
@@ -668,6 +674,15 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
 
 extern "C" {
 
+// Sizes of the structures, for callers to compare with theirs.
+int elips_size(int which) {
+    switch (which) {
+        case 0: return static_cast<int>(sizeof(Arguments));
+        case 1: return static_cast<int>(sizeof(Coding));
+        default: return static_cast<int>(sizeof(Packed));
+    }
+}
+
 // Fills the codes of queries and their terms. Returns as elips_search does.
 int elips_code(const Coding* coding) {
     const Coding& c = *coding;
@@ -706,6 +721,7 @@ int elips_search(const Arguments* arguments) {
     std::fill(limits.get(), limits.get() + a.n_queries, LOWEST);
     float* shared = a.n_parts > 1 ? limits.get() : nullptr;
     bool ready;
+    if (a.packed.packing && a.code_type != 0) return 2;
     if (a.code_type == 0) {
         ready = scan<float>(a, reservoirs.get(), shared);
     } else if (a.code_type == 1 && HAS_INT8) {
