@@ -48,14 +48,12 @@ class _Storage:
             clusters of 64 features, on which codes do worse than on embeddings.
         features_per_part: of product quantization; 0 for others.
         text: in a description; ``{m}`` is the number of parts.
-        refinement: in a description.
     """
 
     name: str
     recall: float
     text: str
     features_per_part: int = 0
-    refinement: str = ""
 
 
 # From the best to the smallest.
@@ -63,9 +61,9 @@ _STORAGES: tuple[_Storage, ...] = (
     _Storage("as they are", 1.0, "Flat"),
     _Storage("in 16 bits per feature", 0.999, "SQfp16"),
     _Storage("in 8 bits per feature", 0.98, "SQ8"),
-    _Storage("in 6 bits per feature", 0.95, "SQ6"),
+    _Storage("in 6 bits per feature", 0.94, "SQ6"),
     _Storage("in 8 bits per 2 features", 0.85, "PQ{m}", 2),
-    _Storage("in 8 bits per 4 features", 0.6, "PQ{m}", 4),
+    _Storage("in 8 bits per 4 features", 0.65, "PQ{m}", 4),
     _Storage("in 8 bits per 8 features", 0.4, "PQ{m}", 8),
 )
 

@@ -44,13 +44,15 @@ TRANSFORMS = {
 def faiss_structure(index):
     """Return what an index of faiss consists of, as nested tuples."""
     index = faiss.downcast_index(index)
-    if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
+    # By name: where a process has loaded two builds of faiss, objects may be dressed as classes of the other.
+    kinds = [kind.__name__ for kind in type(index).__mro__]
+    if kinds[0] in ("IndexIDMap", "IndexIDMap2"):
         return faiss_structure(index.index)
-    if isinstance(index, faiss.IndexRefine):
+    if "IndexRefine" in kinds:
         kept = faiss.downcast_index(index.refine_index)
-        dtype = "fp32" if isinstance(kept, faiss.IndexFlat) else QTYPES[kept.sq.qtype]
+        dtype = "fp32" if type(kept).__name__.startswith("IndexFlat") else QTYPES[kept.sq.qtype]
         return "RefineIndex", dtype, faiss_structure(index.base_index)
-    if isinstance(index, faiss.IndexPreTransform):
+    if kinds[0] == "IndexPreTransform":
         inner = faiss_structure(index.index)
         for i in reversed(range(index.chain.size())):
             step = faiss.downcast_VectorTransform(index.chain.at(i))
@@ -62,8 +64,8 @@ def faiss_structure(index):
             inner = "PreTransformIndex", (kind, step.d_in, step.d_out, *facts), inner
         return inner
     lists = ()
-    if isinstance(index, faiss.IndexIVF):
-        lists = (index.nlist, None if isinstance(index, faiss.IndexIVFFlat) else index.by_residual)
+    if "IndexIVF" in kinds:
+        lists = (index.nlist, None if kinds[0] == "IndexIVFFlat" else index.by_residual)
     if hasattr(index, "pq"):
         facts = (index.pq.M, index.pq.nbits)
     else:

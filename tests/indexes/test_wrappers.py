@@ -15,6 +15,7 @@ from elips_torch import (
     ArgumentError,
     DtypeError,
     FlatIndex,
+    IVFFlatIndex,
     L2Normalize,
     NonFiniteError,
     NotFittedError,
@@ -315,3 +316,13 @@ def test_repr_shows_the_whole():
         "RefineIndex(PreTransformIndex(L2Normalize(dim=12), FlatIndex(dim=12, metric='l2'"
     )
     assert repr(index).endswith("k_factor=4, dtype=float32)")
+
+
+def test_the_memory_of_the_inner_index_counts():
+    vectors = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
+    lists = IVFFlatIndex(8, 8)
+    index = RefineIndex(PreTransformIndex(PCA(16, 8), lists)).fit(vectors)
+    index.add(vectors)
+    # The matrix, the mean and the variances, and the originals; the lists are no buffers.
+    own = 4 * (8 * 16 + 16 + 8) + vectors.nbytes
+    assert index.memory_bytes() == lists.memory_bytes() + own

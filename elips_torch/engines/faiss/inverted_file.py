@@ -78,4 +78,5 @@ class FaissInvertedFile:
     @property
     def centroids(self) -> Tensor:
         """``(nlist, D)`` float32."""
-        return torch.from_numpy(self._quantizer.reconstruct_n(0, self._nlist))
+        # An array, or a tensor once something has imported `faiss.contrib.torch_utils`.
+        return torch.as_tensor(self._quantizer.reconstruct_n(0, self._nlist))
