@@ -14,6 +14,7 @@ BUILT_IN = {
     "DuplicateIdError": ValueError,
     "UnknownIdError": KeyError,
     "MetricError": ValueError,
+    "FactoryError": ValueError,
     "ParameterError": TypeError,
     "NotFittedError": RuntimeError,
     "NotEmptyError": RuntimeError,
