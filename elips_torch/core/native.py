@@ -93,9 +93,13 @@ class NativeLibrary:
     def _load(self, options: tuple[str, ...]) -> ctypes.CDLL | None:
         path = self.path(options)
         try:
-            if not os.path.exists(path):
-                logger.info("compiling %s for %s, once", self._main.name, options[-1].removeprefix("-m"))
-                _compile(self._main, options, path)
+            if os.path.exists(path):
+                try:
+                    return ctypes.CDLL(str(path))
+                except OSError as error:
+                    logger.info("%s does not load and is compiled again: %s", path, error)
+            logger.info("compiling %s for %s, once", self._main.name, options[-1].removeprefix("-m"))
+            _compile(self._main, options, path)
             return ctypes.CDLL(str(path))
         except (OSError, subprocess.SubprocessError) as error:
             output = getattr(error, "stderr", None) or str(error)

@@ -130,8 +130,7 @@ class IVFIndex(ListedRows):
 
         The mean length of the list of a vector, in units of the mean length of a list, as faiss has it.
         """
-        sizes = self.list_sizes().double()
-        return float(sizes.square().sum() * self.nlist / sizes.sum().square()) if self.ntotal else 1.0
+        return _imbalance(self.list_sizes())
 
     def extra_repr(self) -> str:
         """Return what `repr` shows."""
@@ -224,14 +223,24 @@ class IVFIndex(ListedRows):
             workspace_bytes=self.workspace_bytes,
         )
         centroids = kmeans.fit(vectors).centroids
-        self._fit_payload(vectors, centroids)
-        if not self.coarse.is_trained:
-            self.coarse.fit(centroids)
-        self.coarse.reset()
-        self.coarse.add(centroids, ids=torch.arange(self.nlist, device=self.device))
+        before = self.coarse.reconstruct(self.coarse.ids) if self.coarse.ntotal else None
+        try:
+            if not self.coarse.is_trained:
+                self.coarse.fit(centroids)
+            self._set_centroids(centroids)
+            self._fit_payload(vectors, centroids)
+        except Exception:
+            # What failed leaves the centroids that there were.
+            self._set_centroids(before)
+            raise
         self._said_unbalanced = False
         self._rows_at_look = 0
         return self
+
+    def _set_centroids(self, centroids: Tensor | None) -> None:
+        self.coarse.reset()
+        if centroids is not None:
+            self.coarse.add(centroids, ids=torch.arange(self.nlist, device=self.device))
 
     def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
         self._check_fitted("add")
@@ -370,20 +379,22 @@ class IVFIndex(ListedRows):
             short &= found < selection.mask.sum(-1)
         return short
 
-    def _append_rows(self, rows: dict[str, Tensor]) -> None:
-        super()._append_rows(rows)
-        self._look_at_balance()
+    def _append(self, encoded: dict[str, Tensor], ids: Tensor, *, automatic: bool) -> Tensor:
+        # Before anything changes: a warning may be an error here.
+        self._look_at_balance(encoded["assignments"])
+        return super()._append(encoded, ids, automatic=automatic)
 
     def _keep_rows(self, keep: Tensor) -> None:
         super()._keep_rows(keep)
         self._rows_at_look = min(self._rows_at_look, self.ntotal)
 
-    def _look_at_balance(self) -> None:
+    def _look_at_balance(self, more: Tensor) -> None:
         # Each time that the number of vectors has doubled.
-        if self.ntotal < max(2 * self._rows_at_look, _FEW_PER_LIST * self.nlist):
+        n = self.ntotal + more.shape[0]
+        if n < max(2 * self._rows_at_look, _FEW_PER_LIST * self.nlist):
             return
-        self._rows_at_look = self.ntotal
-        factor = self.imbalance_factor()
+        self._rows_at_look = n
+        factor = _imbalance(self.list_sizes() + torch.bincount(more, minlength=self.nlist))
         if factor > _BADLY_UNBALANCED and not self._said_unbalanced:
             self._said_unbalanced = True
             warnings.warn(
@@ -392,3 +403,10 @@ class IVFIndex(ListedRows):
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _imbalance(sizes: Tensor) -> float:
+    """Return the imbalance factor of lists of some sizes ``(nlist,)``."""
+    wide = sizes.double()
+    total = float(wide.sum())
+    return float(wide.square().sum()) * sizes.numel() / total**2 if total else 1.0

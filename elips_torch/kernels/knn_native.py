@@ -51,7 +51,9 @@ _QUERIES_PER_LIST = 16
 # Bytes per query and feature: as float64, as code and packed by each part, with temporaries of coding.
 _FEATURE_BYTES = 28
 # Bytes that a thread takes for the terms of rows.
-_THREAD_BYTES = 2**18
+THREAD_BYTES = 2**18
+# A step of the product reads so many int8 codes of a row at once.
+_LEAST_INT8_DIM = 4
 # Bytes of a row number that is left out, sorted beside the others.
 _EXCLUDED_BYTES = 24
 # Fewer rows per neighbour than this leave nothing to screen; a few rows are all kept.
@@ -127,7 +129,10 @@ def native_serves(database: Tensor, plane: Plane) -> bool:
         return False
     if not (database.shape[0] < 2**31 and database.is_contiguous() and library_compiles()):
         return False
-    return plane.codes.dtype != torch.int8 or (device_facts("cpu").vnni and int8_products_are_right())
+    if plane.codes.dtype != torch.int8:
+        return True
+    fits = database.shape[1] >= _LEAST_INT8_DIM and device_facts("cpu").vnni
+    return fits and int8_products_are_right()
 
 
 class NativeSearch:
@@ -158,6 +163,7 @@ class NativeSearch:
         self.k = k
         self.names = names
         self.n_rows, self.dim = database.shape
+        self.thread_bytes = THREAD_BYTES
         self.query_bytes = database.shape[1] * _FEATURE_BYTES + n_excluded * _EXCLUDED_BYTES
 
     def shares_queries(self, n_queries: int, threads: int, lists: ProbedLists | None) -> bool:
@@ -174,14 +180,17 @@ class NativeSearch:
         # A reservoir that is filled to seven eighths drops rows; one that could hold all does not.
         usual = min(n_rows + n_rows // 7 + 8, 6 * self.k + 256)
         most = max(int(n_rows * _MOST_SURVIVORS), usual)
-        step = min(n_queries, _QUERIES)
+        step = min(n_queries, _QUERIES) if n_rows < 2**31 else 0
+        list_bytes = 0 if lists is None else 8 * lists.layout.nlist
         while step:
             parts = 1 if self.shares_queries(step, threads, lists) else threads
             kept = parts * _KEPT_BYTES * step + threads * _RANKED_BYTES * parts
             query_bytes = self.query_bytes + parts * self.dim * self.plane.codes.itemsize
             if lists is not None:
                 query_bytes += 12 * lists.probes.shape[1]
-            room = workspace_bytes - step * query_bytes - threads * _THREAD_BYTES - SPARE * kept
+            room = (
+                workspace_bytes - list_bytes - step * query_bytes - threads * self.thread_bytes - SPARE * kept
+            )
             if room // kept >= usual:
                 return _Plan(step, threads, parts, min(most, room // kept))
             step //= 2

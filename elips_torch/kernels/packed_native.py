@@ -13,6 +13,9 @@ from elips_torch.kernels.knn_native import NativeSearch, ProbedLists
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.search_native import BYTES, NIBBLES, SCALAR, Packed
 
+# What the code unpacks at a time: so many bytes, or rows where these take more.
+_UNPACKED_BYTES, _UNPACKED_ROWS = 768 * 2**10, 48
+
 
 class PackedSearch(NativeSearch):
     """Search of rows that C++ decodes where it needs them.
@@ -40,6 +43,8 @@ class PackedSearch(NativeSearch):
         plane = Plane(nothing, nothing[:, :4], torch.zeros(dim, dtype=torch.float32, device="cpu"))
         super().__init__(nothing, metric, plane, k, n_excluded)
         self.n_rows = packed.codes.shape[0]
+        # Each thread unpacks a chunk of rows.
+        self.thread_bytes += max(_UNPACKED_BYTES, _UNPACKED_ROWS * dim * 4)
         self.packed = packed.contiguous()
         self.decode = decode
 

@@ -27,6 +27,8 @@ LIBRARY = NativeLibrary(Path(__file__).parent / "native" / "search.cpp")
 
 def library_reasons(device: torch.device) -> list[str]:
     """Return why the C++ code cannot serve tensors on a device; empty where it can."""
+    if device.type != "cpu":
+        return [f"C++ code runs on a CPU, the tensors are on {device.type}"]
     facts = device_facts(device)
     reasons = native_reasons(facts)
     if not reasons and LIBRARY.has_failed(instruction_options(facts)):

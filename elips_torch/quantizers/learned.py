@@ -77,6 +77,12 @@ class Learned(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        with learning(torch.device("cpu")):
+            for name in loaded:
+                # Loading with assign takes tensors as they are.
+                buffer = self._buffers[name]
+                if buffer is not None:
+                    self._buffers[name] = buffer.float().contiguous()
 
     def _faults(self, name: str, tensor: Tensor) -> list[str]:
         faults = []

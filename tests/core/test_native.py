@@ -151,13 +151,24 @@ def test_an_interrupted_compilation_leaves_no_file(tmp_path, cache, monkeypatch)
     assert library.load(OPTIONS).answer(1) == 21
 
 
-def test_a_file_that_does_not_load_leaves_the_work_to_torch(tmp_path, cache, monkeypatch, caplog):
+@needs_compiler
+def test_a_file_that_does_not_load_is_compiled_again(tmp_path, cache):
     library = NativeLibrary(write_sources(tmp_path / "code"))
     cache.mkdir()
-    library.path(OPTIONS or ("-mavx2",)).write_bytes(b"no library")
-    monkeypatch.setattr(subprocess, "run", no_compiling)
+    library.path(OPTIONS).write_bytes(b"no library")
+    assert library.load(OPTIONS).answer() == 21
+
+
+def test_what_does_not_load_when_compiled_again_leaves_the_work_to_torch(
+    tmp_path, cache, monkeypatch, caplog
+):
+    def broken(command, **options):
+        Path(command[-1]).write_bytes(b"no library")
+
+    monkeypatch.setattr(subprocess, "run", broken)
+    library = NativeLibrary(write_sources(tmp_path / "code"))
     assert library.load(OPTIONS or ("-mavx2",)) is None
-    assert len(caplog.records) == 1
+    assert caplog.text.count("does not compile here") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch, caplog):

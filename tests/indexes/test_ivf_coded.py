@@ -169,7 +169,7 @@ def test_recall_is_that_of_faiss(kind, metric, by_residual):
     # With their centroids, the same scores.
     same = our_index(kind, metric, by_residual)
     state = ours.state_dict()
-    state["coarse.vectors"] = torch.from_numpy(coarse.reconstruct_n(0, NLIST))
+    state["coarse.vectors"] = torch.as_tensor(coarse.reconstruct_n(0, NLIST))
     if kind == "SQ":
         trained = torch.from_numpy(faiss.vector_to_array(theirs.sq.trained))
         state["quantizer.minimum"], state["quantizer.extent"] = trained.view(2, DIM)

@@ -114,7 +114,7 @@ def test_with_the_centroids_of_faiss_results_are_those_of_faiss(metric):
     theirs.train(vectors.numpy())
     theirs.add(vectors.numpy())
     coarse = FlatIndex(16, metric)
-    coarse.add(torch.from_numpy(quantizer.reconstruct_n(0, 50)))
+    coarse.add(torch.as_tensor(quantizer.reconstruct_n(0, 50)))
     ours = IVFFlatIndex(16, 50, metric, coarse=coarse)
     ours.add(vectors)
     assert ours.is_trained
@@ -405,8 +405,9 @@ def test_the_parts_of_an_index_are_shown_and_counted():
     assert sizes.sum() == 2000
     spread = f"list_sizes={sizes.min()}..{sizes.max()}, imbalance={index.imbalance_factor():.2f}"
     assert f"nlist=20, nprobe=8, {spread}" in repr(index)
-    # Vectors, ids, assignments, centroids and their ids; then slots, places and three numbers per list.
-    stored = 2000 * (16 * 4 + 8 + 4) + index.coarse.memory_bytes()
+    # Vectors, ids, assignments, centroids and the plane; then slots, places and three numbers per list.
+    plane = sum(tensor.nbytes for tensor in index.plane.buffers())
+    stored = 2000 * (16 * 4 + 8 + 4) + index.coarse.memory_bytes() + plane
     lists = 8 * (index.lists.capacity + 2000 + 3 * 20)
     assert index.memory_bytes() == stored + lists
     assert lists < 2000 * 8 * 2.5

@@ -4,15 +4,25 @@ import adversarial
 import pytest
 import torch
 
+from elips_torch.core.errors import ImplementationError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.indexes.inverted_lists import InvertedLists
 from elips_torch.kernels import ivf_range_search_eager, ivf_search_eager
 from elips_torch.kernels.list_layout import DecodedRows, StoredRows, list_major_tiles, query_major_tiles
 from elips_torch.kernels.selection import Selection
-from elips_torch.ops.ivf_search import IMPLEMENTATIONS, run_ivf, run_ivf_range
+from elips_torch.ops.ivf_search import IMPLEMENTATIONS, describe, run_ivf, run_ivf_range
 from elips_torch.reference.ivf_search import ivf_search
 
-NAMES = [each.name for each in IMPLEMENTATIONS]
+# What looks up parts of codes has no part in vectors that are stored as they are.
+NAMES = [each.name for each in IMPLEMENTATIONS if each.name != "tables"]
+
+
+def skip_unless_it_serves(name, queries, layout, decode, kind):
+    """Skip what an implementation says that it cannot do."""
+    request = describe(queries, layout, decode, kind, 10)
+    reasons = next(each for each in IMPLEMENTATIONS if each.name == name).unsupported_reasons(request)
+    if reasons:
+        pytest.skip(f"{name}: {'; '.join(reasons)}")
 
 
 def lists_of(assignments, nlist):
@@ -49,16 +59,15 @@ def _no_search_is_small(monkeypatch):
 
 @pytest.mark.usefixtures("_tiling", "_no_search_is_small")
 @pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(("metric", "p"), adversarial.CASES, ids=adversarial.NAMES)
-def test_equals_the_reference(implementation, metric, p):
+def test_equals_the_reference(implementation, metric, p, dtype):
     kind = resolve_metric(metric, p)
-    for dtype in (torch.float32, torch.float16, torch.float64):
-        queries, database, assignments, probes, layout = problem(kind, dtype=dtype)
-        for k in (1, 10, 200, 400):
-            found = run_ivf(
-                queries, probes, layout, StoredRows(database), k, kind, implementation=implementation
-            )
-            assert_same(found, ivf_search(queries, database, assignments, probes, k, metric, p))
+    queries, database, assignments, probes, layout = problem(kind, dtype=dtype)
+    skip_unless_it_serves(implementation, queries, layout, StoredRows(database), kind)
+    for k in (1, 10, 200, 400):
+        found = run_ivf(queries, probes, layout, StoredRows(database), k, kind, implementation=implementation)
+        assert_same(found, ivf_search(queries, database, assignments, probes, k, metric, p))
 
 
 @pytest.mark.usefixtures("_tiling", "_no_search_is_small")
@@ -71,6 +80,7 @@ def test_selections_and_ranks(implementation, decoded):
     database = (database * 2).round() / 2
     ids = torch.randperm(600, generator=torch.Generator().manual_seed(5))
     decode = DecodedRows(lambda rows: database[rows], torch.float32, 10) if decoded else StoredRows(database)
+    skip_unless_it_serves(implementation, queries, layout, decode, kind)
     generator = torch.Generator().manual_seed(4)
     exclude = torch.randint(-1, 600, (9, 20), generator=generator)
     excluded_ids = torch.where(exclude < 0, -1, ids[exclude.clamp_min(0)])
@@ -106,6 +116,7 @@ def test_hard_data_is_exact(implementation, metric, p, name):
     assignments = torch.arange(120) % 2 * 2
     probes = torch.tensor([[0, 2]]).expand(5, -1)
     layout = lists_of(assignments, 3)
+    skip_unless_it_serves(implementation, queries, layout, StoredRows(database), kind)
     found = run_ivf(queries, probes, layout, StoredRows(database), 8, kind, implementation=implementation)
     assert_same(found, adversarial.oracle_knn(kind, queries, database, 8))
 
@@ -167,3 +178,15 @@ def test_nothing_to_probe():
     empty = lists_of(torch.empty(0, dtype=torch.int64), 7)
     assert (run_ivf(queries, probes, empty, StoredRows(database[:0]), 4, kind)[1] == -1).all()
     assert run_ivf(queries[:0], probes[:0], layout, StoredRows(database), 4, kind)[0].shape == (0, 4)
+
+
+def test_implementations_say_what_they_cannot():
+    queries, database, _, probes, layout = problem(resolve_metric("l2"))
+    for name, metric, why in (
+        ("native", "l1", "screens by products"),
+        ("tables", "l2", "no parts to look up"),
+    ):
+        with pytest.raises(ImplementationError, match=why):
+            run_ivf(
+                queries, probes, layout, StoredRows(database), 3, resolve_metric(metric), implementation=name
+            )
