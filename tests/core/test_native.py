@@ -156,7 +156,7 @@ def test_a_file_that_does_not_load_is_compiled_again(tmp_path, cache):
     library = NativeLibrary(write_sources(tmp_path / "code"))
     cache.mkdir()
     library.path(OPTIONS).write_bytes(b"no library")
-    assert library.load(OPTIONS).answer() == 21
+    assert library.load(OPTIONS).answer(1) == 21
 
 
 def test_what_does_not_load_when_compiled_again_leaves_the_work_to_torch(
