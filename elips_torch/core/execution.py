@@ -18,11 +18,13 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     tensor subclasses such as fake tensors.
 
     Raises:
-        ImplementationError: under forward-mode differentiation or `torch.func`, whose tangents a
+        ImplementationError: under `torch.jit.trace`; under forward-mode differentiation or `torch.func`, whose tangents a
             direct call would drop in silence.
     """
     if torch.compiler.is_compiling():
         return False
+    if torch.jit.is_tracing():
+        raise ImplementationError("torch.jit.trace cannot follow a search; use torch.compile")
     present = [tensor for tensor in tensors if tensor is not None]
     transformed = torch._C._are_functorch_transforms_active()
     if transformed or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in present):

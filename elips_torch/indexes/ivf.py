@@ -137,6 +137,8 @@ class IVFIndex(ListedRows):
         lists = f", nlist={self.nlist}, nprobe={self.nprobe}"
         if not self.is_trained:
             return super().extra_repr() + lists + ", not fitted"
+        if self.ids.is_meta:
+            return super().extra_repr() + lists
         sizes = self.list_sizes()
         spread = (
             f", list_sizes={int(sizes.min())}..{int(sizes.max())}, imbalance={self.imbalance_factor():.2f}"

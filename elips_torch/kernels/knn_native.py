@@ -127,6 +127,9 @@ def native_serves(database: Tensor, plane: Plane) -> bool:
     """Whether there is code for a database and its plane here."""
     if plane.codes.dtype not in CODE_TYPES or database.dtype not in VECTOR_TYPES:
         return False
+    if len({len(database), len(plane.codes), len(plane.terms)}) > 1:
+        # Another thread is changing the index.
+        return False
     if not (database.shape[0] < 2**31 and database.is_contiguous() and library_compiles()):
         return False
     if plane.codes.dtype != torch.int8:
@@ -272,6 +275,7 @@ class NativeSearch:
             slots=None if layout is None else layout.slots,
             probes=probes,
             n_lists=0 if layout is None else layout.nlist,
+            n_slots=0 if layout is None else layout.slots.shape[0],
             n_probes=0 if probes is None else probes.shape[1],
             query_codes=query_codes,
             query_terms=query_terms,

@@ -130,6 +130,7 @@ class Arguments(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("probes", ctypes.c_void_p),
         ("n_lists", ctypes.c_int64),
+        ("n_slots", ctypes.c_int64),
         ("n_probes", ctypes.c_int64),
         ("query_codes", ctypes.c_void_p),
         ("query_terms", ctypes.c_void_p),

@@ -41,7 +41,7 @@ def _eager_milliseconds(request: Request) -> float:
     """Estimate an unscreened eager search from its sizes (rates measured on two AVX-512 cores)."""
     features = request.n_rows * request.dim
     product = max(features * 4 / 9e6, request.n_queries * features * 2 / 1.5e8)
-    return product + request.n_queries * request.n_rows / 1e6
+    return 1.2 + product + request.n_queries * request.n_rows * 3e-6
 
 
 def _triton(

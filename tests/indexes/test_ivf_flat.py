@@ -488,3 +488,8 @@ def test_the_index_compiles_and_grows():
     mask = torch.rand(6, len(index)) < 0.1
     assert torch.equal(compiled(inputs, mask).ids, model(inputs, mask).ids)
     torch._dynamo.reset()
+
+
+def test_an_index_on_the_meta_device_is_shown():
+    index, _ = made(nlist=20)
+    assert "nlist=20" in repr(index.to("meta"))

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from elips_torch import FlatIndex, prepare_for_ddp
+from elips_torch.core.errors import ImplementationError
 
 pytestmark = [
     # Advice about the number of workers, which does not matter here.
@@ -192,3 +193,10 @@ def test_two_processes_train_and_keep_their_own_rows():
             assert same_weights
             planes = ["index.plane.codes", "index.plane.mean", "index.plane.terms"]
             assert ignored == ["index.ids", *planes, "index.vectors"]
+
+
+def test_tracing_is_refused_in_words():
+    index = FlatIndex(8)
+    index.add(torch.randn(50, 8))
+    with pytest.raises(ImplementationError, match="torch.compile"):
+        torch.jit.trace(lambda queries: index(queries, 3).scores, (torch.randn(2, 8),))

@@ -177,3 +177,12 @@ def test_codes_are_decoded_to_the_last_bit(make, metric):
     mask = torch.rand(60, index.ntotal, generator=generator) < 0.3
     found = index.search(queries, 10, mask=mask, implementation="native")
     assert_same(found, index.search(queries, 10, mask=mask, implementation="eager"))
+
+
+def test_lists_that_another_thread_is_changing_are_not_read_outside():
+    queries, database, _, probes, layout = problem(5)
+    layout.slots[int(layout.starts[0])] = 10**9
+    layout.sizes[1] = 10**9
+    layout.starts[2] = -5
+    scores, rows = search("fp32", "l2", queries, database, probes, layout, 10)
+    assert int(rows.max()) < 700

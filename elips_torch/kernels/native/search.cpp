@@ -34,6 +34,7 @@ struct Arguments {
     const int64_t* slots;
     const int64_t* probes;
     int64_t n_lists;
+    int64_t n_slots;
     int64_t n_probes;
     // The coded queries: (Q, D) codes; (3, Q) scale and factors of residual and norm.
     const void* query_codes;
@@ -222,9 +223,13 @@ class Scan {
     }
 
     void list(int64_t number) {
-        const int64_t size = a_.list_sizes[number];
+        const int64_t start = a_.list_starts[number], size = a_.list_sizes[number];
+        // Another thread may be changing the lists: what is read may be wrong then, but not outside.
+        if (start < 0 || size < 0 || start + size > a_.n_slots) return;
+        for (int64_t slot = start; slot < start + size; ++slot)
+            if (a_.slots[slot] < 0 || a_.slots[slot] >= a_.n_rows) return;
         for (int64_t done = 0; done < size; done += chunk_rows_)
-            chunk(0, a_.slots + a_.list_starts[number] + done,
+            chunk(0, a_.slots + start + done,
                   static_cast<int>(std::min(chunk_rows_, size - done)));
     }
 
