@@ -41,6 +41,8 @@ def library_compiles() -> bool:
 
 
 _FAILURES = {1: "there is not enough memory", 2: "a type is not known"}
+# Returned where a centroid is too large.
+_UNBOUNDED = 3
 
 
 class Arguments(ctypes.Structure):
@@ -112,6 +114,29 @@ class Coding(ctypes.Structure):
     )
 
 
+class Assigning(ctypes.Structure):
+    """`struct Assigning` of assign.h."""
+
+    _fields_ = (
+        ("vectors", ctypes.c_void_p),
+        ("centroids", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("terms", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("rounded", ctypes.c_double),
+        ("largest", ctypes.c_double),
+        ("n_vectors", ctypes.c_int64),
+        ("n_centroids", ctypes.c_int32),
+        ("dim", ctypes.c_int32),
+        ("metric", ctypes.c_int32),
+        ("code_type", ctypes.c_int32),
+        ("vector_type", ctypes.c_int32),
+        ("is_coded", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+    )
+
+
 def native_search(**arguments: Tensor | float | None) -> None:
     """Run `elips_search`, which writes into the tensors of the results.
 
@@ -136,15 +161,28 @@ def native_code(**arguments: Tensor | float | None) -> None:
     _call("elips_code", Coding, arguments)
 
 
+def native_assign(**arguments: Tensor | float | None) -> bool:
+    """Run `elips_assign`, which writes into the labels, and return whether it could bound the centroids.
+
+    Args:
+        **arguments: the fields of `Assigning`; tensors are contiguous.
+
+    Raises:
+        ImplementationError: the code could not be compiled, or failed.
+    """
+    return _call("elips_assign", Assigning, arguments) != _UNBOUNDED
+
+
 def _call(
     function: str, structure: type[ctypes.Structure], arguments: dict[str, Tensor | float | None]
-) -> None:
+) -> int:
     library = LIBRARY.load(instruction_options(device_facts("cpu")))
     if library is None:
         raise ImplementationError("the C++ code of exact search does not compile here; see the log")
     values = {
         name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
     }
-    failure = getattr(library, function)(ctypes.byref(structure(**values)))
-    if failure:
+    failure: int = getattr(library, function)(ctypes.byref(structure(**values)))
+    if failure in _FAILURES:
         raise ImplementationError(f"exact search in C++ failed: {_FAILURES[failure]}")
+    return failure
