@@ -18,8 +18,8 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     tensor subclasses such as fake tensors.
 
     Raises:
-        ImplementationError: under `torch.jit.trace`; under forward-mode differentiation or `torch.func`, whose tangents a
-            direct call would drop in silence.
+        ImplementationError: under `torch.jit.trace`; under forward-mode differentiation or
+            `torch.func`, whose tangents a direct call would drop in silence.
     """
     if torch.compiler.is_compiling():
         return False

@@ -6,6 +6,8 @@ one is the nearest row; the few other queries are decided by the definition. The
 the same on every machine, with any number of threads and any split of the queries.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -180,4 +182,6 @@ class _Tables:
 def _norms(vectors: Tensor) -> Tensor:
     """Return norms ``(N,)`` float64 that the true ones do not exceed."""
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=1)
-    return norms.double() * (1.0 + norm_slack(vectors.shape[1]))
+    dim = vectors.shape[1]
+    # Squares below the normal numbers may be lost.
+    return norms.double() * (1.0 + norm_slack(dim)) + math.sqrt(dim) * 2.0**-63

@@ -98,7 +98,8 @@ def _products_are_right(dim: int, n_queries: int) -> bool:
     return torch.equal(scores.double(), products)
 
 
-_NO_MEMORY = 1
+# What the functions return: done, not enough memory, an unknown type, a row too large to be bounded.
+_DONE, _NO_MEMORY, _UNKNOWN_TYPE, _UNBOUNDED = range(4)
 
 
 class Packed(ctypes.Structure):
@@ -189,6 +190,29 @@ class Coding(ctypes.Structure):
     )
 
 
+class Assigning(ctypes.Structure):
+    """`struct Assigning` of assign.h."""
+
+    _fields_ = (
+        ("vectors", ctypes.c_void_p),
+        ("centroids", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("terms", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("rounded", ctypes.c_double),
+        ("largest", ctypes.c_double),
+        ("n_vectors", ctypes.c_int64),
+        ("n_centroids", ctypes.c_int32),
+        ("dim", ctypes.c_int32),
+        ("metric", ctypes.c_int32),
+        ("code_type", ctypes.c_int32),
+        ("vector_type", ctypes.c_int32),
+        ("is_coded", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+    )
+
+
 def native_search(**arguments: Tensor | float | ctypes.Structure | None) -> bool:
     """Run `elips_search`, which writes into the tensors of the results.
 
@@ -213,6 +237,18 @@ def native_code(**arguments: Tensor | float | None) -> bool:
     return _call("elips_code", Coding, arguments)
 
 
+def native_assign(**arguments: Tensor | float | None) -> bool:
+    """Run `elips_assign`, which writes into the labels.
+
+    Args:
+        **arguments: the fields of `Assigning`; tensors are contiguous.
+
+    Returns:
+        Whether it could bound the centroids and had memory enough; else the labels mean nothing.
+    """
+    return _call("elips_assign", Assigning, arguments)
+
+
 def _call(
     function: str,
     structure: type[ctypes.Structure],
@@ -226,15 +262,15 @@ def _call(
         name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
     }
     failure = getattr(library, function)(ctypes.byref(structure(**values)))
-    if failure not in (0, _NO_MEMORY):
+    if failure == _UNKNOWN_TYPE:
         raise ImplementationError("exact search in C++ does not know a type that it was given")
-    return bool(failure != _NO_MEMORY)
+    return bool(failure == _DONE)
 
 
 @functools.cache
 def _check_sizes(library: ctypes.CDLL) -> None:
     """Compare the structures here with those of the code."""
-    for which, structure in enumerate((Arguments, Coding, Packed)):
+    for which, structure in enumerate((Arguments, Coding, Packed, Assigning)):
         size = library.elips_size(which)
         if size != ctypes.sizeof(structure):
             raise ImplementationError(

@@ -11,7 +11,7 @@ from elips_torch.core.errors import ArgumentError, NotFittedError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, even_cuts
 from elips_torch.core.validation import check_count, check_k, check_values, check_vectors, check_workspace
-from elips_torch.ops.assign import assign
+from elips_torch.ops.assign import assign, vector_codes
 from elips_torch.quantizers.learned import Learned, in_float32, learning
 from elips_torch.quantizers.lloyd import (
     batch_step,
@@ -237,8 +237,9 @@ class KMeans(Learned):
     ) -> tuple[Tensor, list[float]]:
         history: list[float] = []
         before: Tensor | None = None
+        codes = vector_codes(vectors, centroids, self.workspace_bytes)
         for _, _ in zip(range(self.niter), ticks, strict=False):
-            labels = self._assign(vectors, centroids)
+            labels = assign(vectors, centroids, self.metric, self.workspace_bytes, codes)
             if before is not None and torch.equal(labels, before):
                 break
             centroids, error = full_step(vectors, centroids, labels, self.spherical)

@@ -184,5 +184,5 @@ def test_lists_that_another_thread_is_changing_are_not_read_outside():
     layout.slots[int(layout.starts[0])] = 10**9
     layout.sizes[1] = 10**9
     layout.starts[2] = -5
-    scores, rows = search("fp32", "l2", queries, database, probes, layout, 10)
+    _, rows = search("fp32", "l2", queries, database, probes, layout, 10)
     assert int(rows.max()) < 700

@@ -54,6 +54,14 @@ def test_values_of_any_size(metric, scale):
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_queries_whose_squares_are_lost(metric):
+    generator = torch.Generator().manual_seed(5)
+    directions = 1.0 + 0.01 * torch.rand(60, 2, generator=generator)
+    queries = torch.cat([directions, (directions + directions.roll(1, 0)) / 2]) * 1e-24
+    assert torch.equal(found(queries, directions, metric), expected(queries, directions, metric))
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_rows_closer_than_the_product_tells_apart(metric):
     # Far from the origin, neighbours differ by a few units in the last place.
     generator = torch.Generator().manual_seed(2)

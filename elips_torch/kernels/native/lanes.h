@@ -19,6 +19,8 @@ static inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 static inline Floats all(float x) { return _mm512_set1_ps(x); }
 static inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 static inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// Where a is NaN, b.
+static inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 // One bit per lane where a is not below b; NaN is not below anything.
 static inline unsigned not_below(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 static inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
@@ -41,6 +43,7 @@ static inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 static inline Floats all(float x) { return _mm256_set1_ps(x); }
 static inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 static inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 static inline unsigned not_below(Floats a, Floats b) {
     return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
 }

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 
+#include "assign.h"
 #include "coding.h"
 #include "products.h"
 #include "reservoir.h"
@@ -684,7 +685,8 @@ int elips_size(int which) {
     switch (which) {
         case 0: return static_cast<int>(sizeof(Arguments));
         case 1: return static_cast<int>(sizeof(Coding));
-        default: return static_cast<int>(sizeof(Packed));
+        case 2: return static_cast<int>(sizeof(Packed));
+        default: return static_cast<int>(sizeof(Assigning));
     }
 }
 
@@ -713,6 +715,15 @@ int elips_code(const Coding* coding) {
         }
     }
     return ready ? 0 : 1;
+}
+
+// Fills the labels. Returns as elips_search does; 3 where a centroid cannot be bounded.
+int elips_assign(const Assigning* assigning) {
+    if (assigning->code_type == 0) return assigning::run<float>(*assigning);
+#if defined(__AVX512VNNI__)
+    if (assigning->code_type == 1) return assigning::run<int8_t>(*assigning);
+#endif
+    return 2;
 }
 
 // Fills scores, found, status and counts. Returns 0; 1 where memory ran out, 2 for an unknown type.
