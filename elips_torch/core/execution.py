@@ -23,7 +23,7 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         raise ImplementationError("torch.jit.trace cannot follow a search; use torch.compile")
     present = [tensor for tensor in tensors if tensor is not None]
     transformed = torch._C._are_functorch_transforms_active()

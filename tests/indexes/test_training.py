@@ -195,6 +195,8 @@ def test_two_processes_train_and_keep_their_own_rows():
             assert ignored == ["index.ids", *planes, "index.vectors"]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
 def test_tracing_is_refused_in_words():
     index = FlatIndex(8)
     index.add(torch.randn(50, 8))
