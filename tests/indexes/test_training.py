@@ -197,6 +197,7 @@ def test_two_processes_train_and_keep_their_own_rows():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_tracing_is_refused_in_words():
     index = FlatIndex(8)
     index.add(torch.randn(50, 8))
