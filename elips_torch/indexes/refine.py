@@ -1,7 +1,8 @@
 """An index that rescores what another has found, by the vectors as they were added."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -76,7 +77,6 @@ class RefineIndex(WrapperIndex):
             self.register_buffer("vectors", torch.empty(0, self.dim, dtype=dtype, device=device))
         self._dtype = dtype
         self._pending: tuple[Tensor, Tensor, float, bool] | None = None
-        self.register_load_state_dict_post_hook(_load_pending)  # type: ignore[no-untyped-call]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,7 +104,7 @@ class RefineIndex(WrapperIndex):
         index = known_indexes()[name]._from_config(inner, device)
         return cls(index, config["k_factor"], dtype)
 
-    # Rows: the inner index changes first, because it may refuse.
+    # Rows: originals are appended first, because the inner index cannot take back what it has overwritten.
 
     @untraced
     def fit(self, vectors: Tensor) -> Self:
@@ -123,9 +123,8 @@ class RefineIndex(WrapperIndex):
     def add(self, vectors: Tensor, ids: Tensor | Sequence[int] | None = None) -> Tensor:
         """Store vectors under new ids; see `Index.add`."""
         originals = self._originals(vectors)
-        labels = self.index.add(vectors, ids)
-        self._append_originals(originals, labels)
-        return labels
+        with self._appended(originals):
+            return self.index.add(vectors, ids)
 
     @untraced
     def upsert(self, vectors: Tensor, ids: Tensor | Sequence[int]) -> Tensor:
@@ -133,24 +132,31 @@ class RefineIndex(WrapperIndex):
         originals = self._originals(vectors)
         labels = self._own_ids(vectors.shape[0], ids)
         rows = self._rows_of(labels).to(originals.device)
-        self.index.upsert(vectors, labels)
-        new = rows < 0
-        self._append_originals(originals[new], labels[new.to(labels.device)])
-        self._overwrite_rows(rows[~new], {"vectors": originals[~new]})
+        known = rows >= 0
+        where, stale = rows[known], originals[known]
+        with self._appended(originals[~known]):
+            self.index.upsert(vectors, labels)
+            self._overwrite_rows(where, {"vectors": stale})
         return labels
 
     def _originals(self, vectors: Tensor) -> Tensor:
         return self._check_new(vectors).to(self.vectors.device)
 
-    def _append_originals(self, originals: Tensor, labels: Tensor) -> None:
-        if not labels.numel():
-            return
-        try:
-            self._append_rows({"vectors": originals})
-        except (MemoryError, RuntimeError):
-            # The inner index has them already.
-            self.index.remove(labels)
-            raise
+    @contextmanager
+    def _appended(self, originals: Tensor) -> Iterator[None]:
+        """Append originals for the rows that the inner index gets meanwhile; drop both if it fails."""
+        n = self.ntotal
+        self._append_rows({"vectors": originals})
+        with ExitStack() as undo:
+            undo.callback(self._drop_rows_after, n)
+            yield
+            undo.pop_all()
+
+    def _drop_rows_after(self, n: int) -> None:
+        if self.ntotal > n:
+            self.index._keep_rows(torch.arange(self.ntotal, device=self.device) < n)
+        with durable():
+            self._assign_rows({"vectors": self.vectors[:n]})
 
     # Searches.
 
@@ -275,12 +281,15 @@ class RefineIndex(WrapperIndex):
             rest, prefix, local_metadata, strict, expected, unexpected_keys, error_msgs
         )
         absent = [key for key in own if key not in state_dict]
+        ids = state_dict.get(prefix + self._ids_key)
         if absent:
             if len(absent) < len(own) or self.index_in_state_dict:
                 missing_keys += absent
+            if ids is not None:
+                error_msgs.append(f"{absent[0]}: the checkpoint holds rows without it")
+                self._withhold(state_dict, f"{prefix}index.")
             return
         vectors, factor = (state_dict[key].detach() for key in own)
-        ids = state_dict.get(prefix + self._ids_key)
         faults = []
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             faults.append(f"vectors: got shape {tuple(vectors.shape)}, expected (N, {self.dim})")
@@ -291,31 +300,30 @@ class RefineIndex(WrapperIndex):
             faults.append(f"vectors: got dtype {vectors.dtype}, expected floating point")
         if factor.numel() != 1 or not float(factor) >= 1.0:
             faults.append(f"k_factor: got {factor}, expected one number >= 1")
-        if faults or ids is None:
+        if faults:
             error_msgs += [prefix + fault for fault in faults]
+            self._withhold(state_dict, f"{prefix}index.")
             return
         # The inner index loads after this and may refuse: then the originals stay as they are.
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        self._pending = (vectors, ids.detach(), float(factor), assign)
+        self._pending = (vectors, self.ids, float(factor), assign)
 
-
-def _load_pending(index: RefineIndex, incompatible_keys: Any) -> None:
-    """Take the originals of a state dictionary whose ids the inner index has taken."""
-    pending, index._pending = index._pending, None
-    if pending is None:
-        return
-    vectors, ids, factor, assign = pending
-    if not torch.equal(index.ids, ids.to(index.ids.device)):
-        return
-    with durable():
-        own = index.vectors
-        if assign:
-            loaded = owned(vectors if index.refine_device is None else vectors.to(index.refine_device))
-        else:
-            loaded = torch.empty(vectors.shape, dtype=own.dtype, device=own.device).copy_(vectors)
-        index._reserves.clear()
-        index._assign_rows({"vectors": loaded})
-    index.k_factor = _as_given(factor)
+    def _loaded(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        vectors, ids_before, factor, assign = pending
+        if self.ids is ids_before:
+            return
+        with durable():
+            own = self.vectors
+            if assign:
+                loaded = owned(vectors if self.refine_device is None else vectors.to(self.refine_device))
+            else:
+                loaded = torch.empty(vectors.shape, dtype=own.dtype, device=own.device).copy_(vectors)
+            self._reserves.clear()
+            self._assign_rows({"vectors": loaded})
+        self.k_factor = _as_given(factor)
 
 
 def _as_given(factor: float) -> float:

@@ -1,6 +1,7 @@
 """Indexes around another index: what they share, and the one that transforms vectors first."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,6 +14,7 @@ from elips_torch.indexes.base import Index, known_indexes
 from elips_torch.indexes.row_tensors import RowTensors
 from elips_torch.indexes.rows import Rows
 from elips_torch.indexes.storage import durable
+from elips_torch.indexes.tensors_before import TensorsBefore
 from elips_torch.indexes.untraced import untraced
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.index_search import register
@@ -45,6 +47,8 @@ class WrapperIndex(Index):
         self.index = index
         self.dim = dim
         self._handle = register(self)
+        self._withheld: tuple[str, ...] = ()
+        self.register_load_state_dict_post_hook(_finish_load)  # type: ignore[no-untyped-call]
 
     @property
     def search_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -135,9 +139,14 @@ class WrapperIndex(Index):
         return self.index._current_id_map()
 
     def _keep_rows(self, keep: Tensor) -> None:
-        self.index._keep_rows(keep)
-        if self.row_tensors:
-            RowTensors._keep_rows(self, keep)
+        with durable():
+            # First what needs memory.
+            own = {name: getattr(self, name).detach() for name in self.row_tensors}
+            kept = {name: tensor[keep.to(tensor.device)] for name, tensor in own.items()}
+            self.index._keep_rows(keep)
+            if kept:
+                self._assign_rows(kept)
+                self._reserves.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return RowTensors._apply(self, fn, recurse)
@@ -147,6 +156,15 @@ class WrapperIndex(Index):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         RowTensors._load_from_state_dict(self, state_dict, prefix, *rest)
+
+    def _withhold(self, state_dict: dict[str, Any], *prefixes: str) -> None:
+        """Let the modules of these prefixes load nothing, and nobody miss it."""
+        for key in [key for key in state_dict if key.startswith(prefixes)]:
+            del state_dict[key]
+        self._withheld = prefixes
+
+    def _loaded(self) -> None:
+        """Called after the modules inside have loaded a state dictionary, or refused it."""
 
     def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
         # Vectors are added through the inner index, which encodes them.
@@ -162,6 +180,14 @@ class WrapperIndex(Index):
 
     def _inner_config(self) -> list[Any]:
         return [type(self.index).__name__, self.index.config()]
+
+
+def _finish_load(index: WrapperIndex, incompatible_keys: Any) -> None:
+    withheld, index._withheld = index._withheld, ()
+    if withheld:
+        missing = incompatible_keys.missing_keys
+        missing[:] = [key for key in missing if not key.startswith(withheld)]
+    index._loaded()
 
 
 class PreTransformIndex(WrapperIndex):
@@ -204,6 +230,8 @@ class PreTransformIndex(WrapperIndex):
         if index.ntotal and not transform.is_trained:
             raise ArgumentError(f"index holds {index.ntotal} vectors, expected a transform that is trained")
         self.transform = transform
+        self._before_load: tuple[TensorsBefore, Tensor, list[str], int] | None = None
+        self.register_state_dict_post_hook(_leave_out_transform)  # type: ignore[no-untyped-call]
 
     @property
     def is_trained(self) -> bool:
@@ -238,9 +266,14 @@ class PreTransformIndex(WrapperIndex):
             The index itself.
         """
         vectors = self._check_new(vectors)
-        if not self.transform.is_trained:
-            self.transform.fit(vectors)
-        self.index.fit(self._transformed(vectors))
+        before = TensorsBefore(self.transform)
+        with ExitStack() as undo:
+            # A transform that stays trained would not be trained anew with better vectors.
+            undo.callback(before.put_back)
+            if not self.transform.is_trained:
+                self.transform.fit(vectors)
+            self.index.fit(self._transformed(vectors))
+            undo.pop_all()
         return self
 
     @untraced
@@ -334,6 +367,53 @@ class PreTransformIndex(WrapperIndex):
     def _decode(self, rows: Tensor) -> Tensor:
         with durable():
             return self.transform.reverse(self.index._decode(rows))
+
+    # Checkpoints. Rows that went through one transform mean nothing behind another.
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._before_load = None
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        inside = f"{prefix}transform."
+        absent = self.transform.state_dict(prefix=inside).keys() - state_dict.keys()
+        faults = self.transform._loaded_faults(state_dict, inside)
+        if absent and prefix + self._ids_key in state_dict:
+            faults.append(f"{inside[:-1]}: the checkpoint holds rows without {', '.join(sorted(absent))}")
+        if faults:
+            error_msgs += faults
+            self._withhold(state_dict, inside, f"{prefix}index.")
+        elif absent and not self.index_in_state_dict:
+            self._withhold(state_dict, inside)
+        else:
+            # Which rows there will be is known when the inner index has loaded.
+            self._before_load = TensorsBefore(self.transform), self.ids, error_msgs, len(error_msgs)
+
+    def _loaded(self) -> None:
+        before, self._before_load = self._before_load, None
+        if before is None:
+            return
+        transform, ids, errors, n_errors = before
+        if self.ids is ids and (self.ntotal or len(errors) > n_errors):
+            transform.put_back()
+
+
+def _leave_out_transform(
+    index: PreTransformIndex, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    """Take the transform out of a checkpoint that leaves the rows out."""
+    if not index.index_in_state_dict:
+        for key in [key for key in state_dict if key.startswith(f"{prefix}transform.")]:
+            del state_dict[key]
 
 
 def _known_transforms() -> dict[str, type[Transform]]:

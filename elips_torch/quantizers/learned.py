@@ -57,14 +57,7 @@ class Learned(nn.Module):
         error_msgs: list[str],
     ) -> None:
         loaded = {name: state_dict.get(prefix + name) for name in self.learned_buffers}
-        faults = [
-            f"{prefix}{name}: {fault}"
-            for name, tensor in loaded.items()
-            if tensor is not None
-            for fault in self._faults(name, tensor)
-        ]
-        if len({tensor.numel() > 0 for tensor in loaded.values() if tensor is not None}) > 1:
-            faults.append(f"{prefix}: some of {', '.join(self.learned_buffers)} are trained, others not")
+        faults = self._loaded_faults(state_dict, prefix)
         if faults:
             error_msgs += faults
             return
@@ -83,6 +76,20 @@ class Learned(nn.Module):
                 buffer = self._buffers[name]
                 if buffer is not None:
                     self._buffers[name] = buffer.float().contiguous()
+
+    def _loaded_faults(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """Return what keeps buffers of a checkpoint from being the state of this module."""
+        found = {
+            name: state_dict[prefix + name] for name in self.learned_buffers if prefix + name in state_dict
+        }
+        faults = [
+            f"{prefix}{name}: {fault}"
+            for name, tensor in found.items()
+            for fault in self._faults(name, tensor)
+        ]
+        if len({tensor.numel() > 0 for tensor in found.values()}) > 1:
+            faults.append(f"{prefix}: some of {', '.join(self.learned_buffers)} are trained, others not")
+        return faults
 
     def _faults(self, name: str, tensor: Tensor) -> list[str]:
         faults = []

@@ -326,3 +326,53 @@ def test_the_memory_of_the_inner_index_counts():
     # The matrix, the mean and the variances, and the originals; the lists are no buffers.
     own = 4 * (8 * 16 + 16 + 8) + vectors.nbytes
     assert index.memory_bytes() == lists.memory_bytes() + own
+
+
+def test_a_checkpoint_without_rows_leaves_the_transform_alone():
+    full = PreTransformIndex(PCA(12, 6), FlatIndex(6)).fit(vectors())
+    full.add(vectors())
+    matrix = full.transform.matrix.clone()
+    other = PreTransformIndex(PCA(12, 6), FlatIndex(6)).fit(vectors(seed=5) * torch.arange(12))
+    fitted = {key: value for key, value in other.state_dict().items() if key.startswith("transform.")}
+    other.index.index_in_state_dict = full.index_in_state_dict = False
+    assert not other.state_dict()
+    for state in (other.state_dict(), fitted):
+        full.load_state_dict(state)
+        assert torch.equal(full.transform.matrix, matrix)
+
+
+def test_a_failed_load_changes_neither_originals_nor_inner_rows():
+    index, other = RefineIndex(FlatIndex(12)), RefineIndex(FlatIndex(12))
+    index.add(vectors(20))
+    other.add(vectors(20, seed=1))
+    state = other.state_dict()
+    for bad in (
+        {**state, "index.vectors": state["index.vectors"][:, :2]},
+        {**state, "vectors": state["vectors"][:, :2]},
+    ):
+        with pytest.raises(RuntimeError, match="got shape"):
+            index.load_state_dict(bad)
+        assert torch.equal(index.vectors, vectors(20))
+        assert torch.equal(index.index.vectors, vectors(20))
+
+
+def test_a_failed_fit_leaves_the_transform_untrained():
+    index = PreTransformIndex(PCA(12, 6), IVFFlatIndex(6, nlist=100))
+    with pytest.raises(ArgumentError):
+        index.fit(vectors(50))
+    assert not index.transform.is_trained
+
+
+@pytest.mark.parametrize("verb", ["add", "upsert"])
+def test_without_memory_for_originals_nothing_is_stored(verb, monkeypatch):
+    index = RefineIndex(FlatIndex(12))
+    index.add(vectors(5))
+
+    def refuse(rows):
+        raise MemoryError
+
+    monkeypatch.setattr(index, "_append_rows", refuse)
+    with pytest.raises(MemoryError):
+        getattr(index, verb)(vectors(2, seed=1), ids=[4, 9] if verb == "upsert" else None)
+    assert torch.equal(index.vectors, vectors(5))
+    assert torch.equal(index.index.vectors, vectors(5))
