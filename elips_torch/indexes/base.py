@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from elips_torch.core.dispatch import Explanation
 from elips_torch.core.errors import (
+    ImplementationError,
     IndexFileError,
     ParameterError,
     ShapeError,
@@ -105,6 +107,10 @@ class Index(Rows):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """Return the constructor keywords that make an empty index like this one, for JSON."""
+
+    def explain(self, queries: Tensor, k: int | None = None, *, implementation: str = "auto") -> Explanation:
+        """Return which implementation would serve `search` and why the others would not, shown as text."""
+        raise ImplementationError(f"{type(self).__name__} has a single way to search")
 
     @property
     def is_exact(self) -> bool:

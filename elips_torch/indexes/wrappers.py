@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from elips_torch.core.dispatch import Explanation
 from elips_torch.core.errors import ArgumentError, DtypeError, IndexFileError
 from elips_torch.core.results import RangeResult, SearchResult
 from elips_torch.core.validation import check_device, check_vectors
@@ -115,6 +116,10 @@ class WrapperIndex(Index):
     def extra_repr(self) -> str:
         """Return what `repr` shows."""
         return repr(self.index)
+
+    def explain(self, queries: Tensor, k: int | None = None, *, implementation: str = "auto") -> Explanation:
+        """Return which implementation serves the search in the inner index; see `Index.explain`."""
+        return self.index.explain(queries, k, implementation=implementation)
 
     def memory_bytes(self) -> int:
         """Return the bytes that the stored tensors occupy, those of the inner index included."""
@@ -329,6 +334,10 @@ class PreTransformIndex(WrapperIndex):
             implementation=implementation,
             **parameters,
         )
+
+    def explain(self, queries: Tensor, k: int | None = None, *, implementation: str = "auto") -> Explanation:
+        """Return which implementation serves the search in the inner index; see `Index.explain`."""
+        return super().explain(self._transformed_queries(queries).detach(), k, implementation=implementation)
 
     def _transformed_queries(self, queries: Tensor) -> Tensor:
         check_vectors("queries", queries, dim=self.dim, allow_single=True)

@@ -23,6 +23,7 @@ from elips_torch import (
     PreTransformIndex,
     RandomRotation,
     RefineIndex,
+    index_factory,
     load_index,
 )
 from elips_torch.core.metric import resolve_metric
@@ -376,3 +377,13 @@ def test_without_memory_for_originals_nothing_is_stored(verb, monkeypatch):
         getattr(index, verb)(vectors(2, seed=1), ids=[4, 9] if verb == "upsert" else None)
     assert torch.equal(index.vectors, vectors(5))
     assert torch.equal(index.index.vectors, vectors(5))
+
+
+@pytest.mark.parametrize("description", ["SQ8,RFlat", "PCA8,Flat", "PCA8,IVF4,Flat,RFlat"])
+def test_explain_speaks_of_the_inner_index(description):
+    vectors = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
+    index = index_factory(16, description).fit(vectors)
+    index.add(vectors)
+    explanation = index.explain(vectors[:3], 5)
+    assert explanation.chosen is not None
+    assert "3 x 400 x" in str(explanation)
