@@ -225,6 +225,18 @@ class IVFIndex(ListedRows):
             workspace_bytes=self.workspace_bytes,
         )
         centroids = kmeans.fit(vectors).centroids
+        if self._has_own_coarse:
+            # It takes any centroids; only what follows can fail.
+            self._fit_payload(vectors, centroids)
+            self._set_centroids(centroids)
+        else:
+            self._fit_around(vectors, centroids)
+        self._said_unbalanced = False
+        self._rows_at_look = 0
+        return self
+
+    def _fit_around(self, vectors: Tensor, centroids: Tensor) -> None:
+        """Fill a coarse index of the user's, which may refuse, and learn the payload."""
         before = self.coarse.reconstruct(self.coarse.ids) if self.coarse.ntotal else None
         try:
             if not self.coarse.is_trained:
@@ -235,9 +247,6 @@ class IVFIndex(ListedRows):
             # What failed leaves the centroids that there were.
             self._set_centroids(before)
             raise
-        self._said_unbalanced = False
-        self._rows_at_look = 0
-        return self
 
     def _set_centroids(self, centroids: Tensor | None) -> None:
         self.coarse.reset()

@@ -276,6 +276,8 @@ def _knn(
 
 def screen_for_call(screen: str, queries: Tensor, database: Tensor, metric: Metric) -> str:
     """Return the plane to make for one call: making one costs as much as some queries save."""
+    if metric.form != "product":
+        return "none"
     if screen == "auto" and queries.shape[0] < _REPAY_PLANE:
         return "none"
     kept = choose_screen(screen, metric, database.dtype, database.shape[1], database.device)
