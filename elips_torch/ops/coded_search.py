@@ -30,9 +30,9 @@ from elips_torch.kernels.knn_blocks import merge_results
 from elips_torch.kernels.knn_decoded import DecodedSearch
 from elips_torch.kernels.knn_tables import TableSearch
 from elips_torch.kernels.packed_native import PackedSearch
-from elips_torch.kernels.search_native import library_compiles, library_is_ready, library_reasons
+from elips_torch.kernels.search_native import library_compiles, library_reasons
 from elips_torch.kernels.selection import Selection
-from elips_torch.ops.knn import run_knn, screen_for_call, small_reasons
+from elips_torch.ops.knn import run_knn, screen_for_call, uncompiled_reasons
 from elips_torch.ops.range_search import run_range_search
 
 # Share of the workspace for the vectors of a block and for decoding them; the rest is for searching it.
@@ -203,10 +203,6 @@ def _native_reasons(request: Request) -> list[str]:
     return reasons
 
 
-def _uncompiled_reasons(request: Request) -> list[str]:
-    return [] if library_is_ready(request.device) else small_reasons(request)
-
-
 def _search_then_blocks(
     search: ApproximatedSearch | PackedSearch,
     queries: Tensor,
@@ -289,7 +285,7 @@ def _many_queries_reasons(request: Request) -> list[str]:
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("native", search_natively, _native_reasons, _uncompiled_reasons),
+    Implementation("native", search_natively, _native_reasons, uncompiled_reasons),
     Implementation("tables", search_tables, _table_reasons, _many_queries_reasons),
     Implementation("decoded", search_decoded, float64_reasons),
 )

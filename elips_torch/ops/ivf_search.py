@@ -16,10 +16,10 @@ from elips_torch.kernels.ivf_range_search_eager import ivf_range_search_eager
 from elips_torch.kernels.ivf_search_eager import ivf_search_eager
 from elips_torch.kernels.ivf_tables import table_step
 from elips_torch.kernels.list_layout import ListLayout, RowDecoder
-from elips_torch.kernels.search_native import library_is_ready, library_reasons
+from elips_torch.kernels.search_native import library_reasons
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.coded_search import CodedRequest
-from elips_torch.ops.knn import small_reasons
+from elips_torch.ops.knn import uncompiled_reasons
 
 # From so many queries on, decoding each list once costs less than tables for every query (measured).
 MANY_QUERIES = 32
@@ -49,16 +49,12 @@ def _native_reasons(request: Request) -> list[str]:
     return reasons
 
 
-def _uncompiled_reasons(request: Request) -> list[str]:
-    return [] if library_is_ready(request.device) else small_reasons(request)
-
-
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(
         "native",
         functools.partial(ivf_search_eager, first_step=native_lists),
         _native_reasons,
-        _uncompiled_reasons,
+        uncompiled_reasons,
     ),
     Implementation(
         "tables",

@@ -80,7 +80,8 @@ def _native_reasons(request: Request) -> list[str]:
     return reasons
 
 
-def _uncompiled_reasons(request: Request) -> list[str]:
+def uncompiled_reasons(request: Request) -> list[str]:
+    """Return why the C++ code is not worth compiling for a call; empty where it is, or is compiled."""
     return [] if library_is_ready(request.device) else small_reasons(request)
 
 
@@ -114,7 +115,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         "native",
         functools.partial(knn_exact, first_search=native_or_eager),
         _native_reasons,
-        _uncompiled_reasons,
+        uncompiled_reasons,
     ),
     Implementation(
         "compiled",
