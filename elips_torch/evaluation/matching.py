@@ -68,7 +68,7 @@ def match_ids(
         # An empty list says nothing of a device.
         device = retrieved.device
     retrieved = check_retrieved("retrieved_ids", retrieved, len(wanted), device, k)
-    retrieved = retrieved[:, : max(k, wanted.width) if whole else k]
+    retrieved = retrieved[:, : max(k, wanted.width) if whole else k].contiguous()
     if wanted.width <= _FEW:
         return _compare(retrieved, wanted if isinstance(wanted, Padded) else wanted.padded())
     return _look_up(retrieved, wanted.pairs())
