@@ -5,7 +5,7 @@ while they are still there, so that no bound is ever written to memory. See `nat
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -152,6 +152,8 @@ class NativeSearch:
         names: ``(N,)`` int64, the number by which masks, ranks and results know each row; None where the
             rows are numbered from 0.
     """
+
+    has_overhead: ClassVar[bool] = False
 
     def __init__(
         self,
