@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import threading
 import types
 
 import faiss
@@ -12,7 +14,7 @@ from elips_torch.engines.faiss import candidates, cuvs
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.cuvs import cuvs_state
 from elips_torch.engines.faiss.gpu_options import GpuOptions, cloner_options
-from elips_torch.engines.faiss.gpu_resources import device_resources
+from elips_torch.engines.faiss.gpu_resources import device_resources, on_current_stream
 from elips_torch.engines.faiss.search import search_index
 from elips_torch.engines.faiss.transfer import to_cpu, to_gpu
 
@@ -133,3 +135,34 @@ def test_a_gpu_finds_what_the_cpu_finds_on_any_stream(dtype):
         found = ids.cpu()
     assert (found == search_index(build, index, queries.cpu(), 5)[1]).float().mean() > 0.99
     assert to_cpu(build, copy).ntotal == 5000
+
+
+def test_the_stream_is_set_on_the_device_of_the_index_which_is_not_the_current_one(monkeypatch):
+    build = load_installed()
+    if not build.has_gpu:
+        pytest.skip("needs a faiss with GPU code")
+    current, calls = [0], []
+
+    @contextlib.contextmanager
+    def device(number):
+        before, current[0] = current[0], number
+        yield
+        current[0] = before
+
+    resources = types.SimpleNamespace(
+        getDefaultStream=lambda number: "before",
+        setDefaultStream=lambda number, stream: calls.append((number, stream)),
+    )
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    streams = {number: types.SimpleNamespace(cuda_stream=64 + number) for number in (0, 1)}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda number=0: streams[number])
+    held = types.SimpleNamespace(resources=resources, lock=threading.Lock())
+    asked = []
+    monkeypatch.setattr(build.module, "cast_integer_to_cudastream_t", lambda n: asked.append(n) or n)
+    with on_current_stream(build, 1, held):
+        assert calls == [(1, 65)]
+        assert held.lock.locked()
+    assert calls == [(1, 65), (1, "before")]
+    assert asked == [65]
+    assert not held.lock.locked()
