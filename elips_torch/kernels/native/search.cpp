@@ -286,6 +286,11 @@ class Scan {
         for (int64_t i = 0; i < a_.dim * int64_t(sizeof(Code)); i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
     }
 
+    void prefetch_packed(int64_t number) const {
+        const char* codes = reinterpret_cast<const char*>(a_.packed.codes + number * a_.packed.code_size);
+        for (int i = 0; i < a_.packed.code_size; i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
+    }
+
     template <class Place>
     void take_terms(Chunk& c, Place terms_of) {
         const float slack = a_.slack;
@@ -315,6 +320,7 @@ class Scan {
     void unpack_rows(Chunk& c) {
         const double slack = (a_.dim + 8) * UNIT, lost = std::sqrt(double(a_.dim)) / (1ull << 63);
         for (int r = 0; r < c.n; ++r) {
+            if (r + ROWS_AHEAD < c.n) prefetch_packed(c.row(r + ROWS_AHEAD));
             float* vector = unpacked_.get() + int64_t(r) * a_.dim;
             unpack(a_.packed, c.row(r), a_.dim, vector);
             const double square = square_of(vector, a_.dim);
