@@ -262,7 +262,7 @@ class MemoryBank(FlatIndex):
             self._assign_rows(grown)
         if evicts and not self._id_map.ascending:
             self._id_map.rebuild(self.ids)
-        if wraps:
+        if evicts and wraps:
             # Now and then the plane is made anew, for embeddings that drift as a model learns.
             self.plane.forget()
             return
