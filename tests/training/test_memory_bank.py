@@ -1,5 +1,6 @@
 import copy
 import io
+from typing import ClassVar
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from elips_torch.training import MemoryBank
 
 class TestMemoryBankIsAnIndex(IndexContract):
     index_class = MemoryBank
-    options = {"capacity": 4096}
+    options: ClassVar = {"capacity": 4096}
 
 
 def rows(n, seed=0, dim=4):
@@ -173,9 +174,7 @@ def test_a_checkpoint_resumes_exactly():
     for name, tensor in bank.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
     assert other.ages.tolist() == bank.ages.tolist() == [1, 1, 1, 0, 0, 0]
-    assert all(
-        tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in bank.state_dict().values()
-    )
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in bank.state_dict().values())
 
 
 def test_files_keep_labels(tmp_path):
@@ -247,9 +246,7 @@ def test_a_compiled_model_sees_the_bank_change():
 
 def train_two(rank, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     bank = MemoryBank(4, capacity=7)
     ids = []
     # Uneven and empty batches, and more than the bank holds.
