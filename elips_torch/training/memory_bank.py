@@ -252,17 +252,17 @@ class MemoryBank(FlatIndex):
         stay = min(self.ntotal, self.capacity - n_new)
         keep = torch.arange(self.ntotal, device=self.device) >= self.ntotal - stay
         known = self.plane.knows(self.vectors)
-        evicts, wraps = stay < self.ntotal, False
+        evicts, moves = stay < self.ntotal, False
         grown, reserves = {}, {}
         with durable():
             for name, new in rows.items():
-                grown[name], reserves[name], wrapped = self._slide(name, new, stay)
-                wraps |= wrapped
+                grown[name], reserves[name], moved = self._slide(name, new, stay)
+                moves |= moved
             self._reserves.update(reserves)
             self._assign_rows(grown)
         if evicts and not self._id_map.ascending:
             self._id_map.rebuild(self.ids)
-        if evicts and wraps:
+        if evicts and moves:
             # Now and then the plane is made anew, for embeddings that drift as a model learns.
             self.plane.forget()
             return
@@ -271,20 +271,19 @@ class MemoryBank(FlatIndex):
         self._follow_vectors(known, self.plane.append, rows["vectors"])
 
     def _slide(self, name: str, new: Tensor, stay: int) -> tuple[Tensor, Tensor, bool]:
-        """Return a row tensor with its last ``stay`` rows and new ones, its memory, whether it went back."""
+        """Return a row tensor of its last ``stay`` rows and new ones, its memory, and whether that is new."""
         old, reserve = getattr(self, name), self._reserves.get(name)
         kept = old[len(old) - stay :]
+        moves = reserve is None or not _lies_in(old, reserve)
         first = 0
-        if reserve is not None and _lies_in(old, reserve):
+        if reserve is not None and not moves:
             row_bytes = max(1, reserve[:1].nbytes)
             first = (old.data_ptr() - reserve.data_ptr()) // row_bytes + len(old) - stay
             moves = first + stay + len(new) > len(reserve)
-        else:
-            reserve, moves = old.new_empty(2 * self.capacity, *old.shape[1:]), True
-        if moves:
-            # What stays ends behind the first half: it cannot overlap the place it goes to.
-            reserve.data[:stay] = kept
-            first = 0
+        if reserve is None or moves:
+            # Never back to the start of the same memory: a graph may hold the rows that lay there.
+            reserve, first = old.new_empty(2 * self.capacity, *old.shape[1:]), 0
+            reserve[:stay] = kept
         # Through `data`, so that autograd does not take the rows before for changed.
         reserve.data[first + stay : first + stay + len(new)] = new
         return reserve[first : first + stay + len(new)], reserve, moves

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DtypeError, ElipsError, ShapeError
 from elips_torch.core.results import SearchResult
-from elips_torch.core.validation import check_count, check_device, check_exclude, check_vectors, describe_rows
+from elips_torch.core.validation import (
+    check_count,
+    check_device,
+    check_exclude,
+    check_mask,
+    check_vectors,
+    describe_rows,
+)
 from elips_torch.indexes.base import Index
 from elips_torch.ops.candidate_scores import candidate_scores_op
 from elips_torch.training.memory_bank import MemoryBank
@@ -118,6 +125,7 @@ class HardNegativeMiner:
         *,
         query_labels: Tensor | None = None,  # (Q,)
         labels: Tensor | None = None,  # (ntotal,)
+        mask: Tensor | None = None,  # (ntotal,) or (Q, ntotal)
         exclude: Tensor | None = None,  # (Q, M)
         **search: Any,
     ) -> SearchResult:
@@ -131,6 +139,8 @@ class HardNegativeMiner:
             query_labels: int64 ``(Q,)``; vectors with the query's label are no negatives. -1 is no label.
             labels: int64 ``(ntotal,)`` label of each vector, in the order of ``index.ids``. Default:
                 those of a `MemoryBank`.
+            mask: bool ``(ntotal,)`` or ``(Q, ntotal)``, as for `Index.search`: True for what may be a
+                negative.
             exclude: int64 ``(Q, M)`` ids to leave out that are no positives, padded by -1: for example
                 the query itself.
             **search: passed on to ``index.search``.
@@ -147,6 +157,7 @@ class HardNegativeMiner:
         n = len(queries)
         if positives is not None:
             positives = _as_columns("positives", positives, n, index.device)
+        check_mask(mask, n, index.ntotal, index.device)
         check_exclude(exclude, n, index.device)
         labels = self._check_labels(index, query_labels, labels, n)
         self._check_margins(positives)
@@ -164,6 +175,7 @@ class HardNegativeMiner:
                     queries[part],
                     None if positives is None else positives[part],
                     None if query_labels is None or labels is None else (query_labels[part], labels),
+                    mask[part] if mask is not None and mask.ndim == 2 else mask,
                     None if exclude is None else exclude[part],
                     search,
                 )
@@ -181,14 +193,15 @@ class HardNegativeMiner:
         queries: Tensor,
         positives: Tensor | None,
         labels: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
         exclude: Tensor | None,
         search: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         wrong = [ids for ids in (positives, exclude) if ids is not None]
-        mask = None
         if labels is not None:
             own, others = labels
-            mask = (own[:, None] != others) | (own[:, None] < 0)
+            differs = (own[:, None] != others) | (own[:, None] < 0)
+            mask = differs if mask is None else differs & mask
         scores, ids = index.search(
             queries, self.range_max, mask=mask, exclude=torch.cat(wrong, 1) if wrong else None, **search
         )

@@ -138,6 +138,25 @@ def test_rows_with_the_label_of_the_query_are_no_negatives():
     assert torch.equal(ids, expected(index, queries, nothing, miner, query_labels, labels))
 
 
+def test_masks_join_the_labels(monkeypatch):
+    monkeypatch.setattr(negatives, "_BYTES_AT_ONCE", 3000)
+    index, queries = filled(), data()[1]
+    allowed = torch.rand(9, 60, generator=torch.Generator().manual_seed(2)) < 0.5
+    labels, query_labels = torch.arange(60) % 4, torch.arange(9) % 4
+    for mask in (allowed, allowed[0]):
+        found = HardNegativeMiner(10).mine(
+            index,
+            queries,
+            query_labels=query_labels,
+            labels=labels,
+            mask=mask,
+            exclude=index.ids[None, :3].expand(9, -1),
+        )
+        joined = mask & (query_labels[:, None] != labels)
+        joined[:, :3] = False
+        assert torch.equal(found.ids, index.search(queries, 10, mask=joined).ids)
+
+
 def test_a_bank_brings_its_labels():
     bank = MemoryBank(6, capacity=50)
     labels = torch.arange(60) % 3
