@@ -1,7 +1,7 @@
 """The index that a user names for a callback."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 
@@ -51,9 +51,9 @@ def make_index(choice: IndexChoice, dim: int, metric: str, device: torch.device)
         index = FlatIndex(dim, metric)
     elif isinstance(choice, str):
         index = index_factory(dim, choice, metric)
-    elif isinstance(choice, type) and issubclass(choice, Index):
+    elif isinstance(choice, type):
         try:
-            index = cast(Any, choice)(dim, metric=metric)
+            index = choice(dim, metric=metric)
         except TypeError as error:
             raise DtypeError(
                 f"{choice.__name__} takes more than dim and metric ({error}): give a description such as "
