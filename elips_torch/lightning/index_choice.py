@@ -1,11 +1,12 @@
-"""The index that a user names for a callback."""
+"""The index that a user names for a callback: one to make, or one that is there."""
 
 from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
+from lightning.pytorch import LightningModule
 
-from elips_torch.core.errors import DtypeError
+from elips_torch.core.errors import ArgumentError, DtypeError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.factory import index_factory
@@ -13,6 +14,8 @@ from elips_torch.indexes.flat import FlatIndex
 
 # A class, a description for `index_factory`, or a function that takes D.
 IndexChoice: TypeAlias = Callable[[int], Index] | str | None
+# The name of a module's attribute, an index, or a function of the module.
+IndexPlace: TypeAlias = str | Index | Callable[[LightningModule], Index]
 
 
 def check_choice(index: IndexChoice, metric: str) -> None:
@@ -64,3 +67,36 @@ def make_index(choice: IndexChoice, dim: int, metric: str, device: torch.device)
     if not isinstance(index, Index):
         raise DtypeError(f"index made a {type(index).__name__}, expected an Index")
     return index.to(device)
+
+
+def check_place(place: IndexPlace) -> None:
+    """Check that a place is a name, an index or a function."""
+    if not isinstance(place, (str, Index)) and not callable(place):
+        raise DtypeError(f"index is a {type(place).__name__}, expected a name, an index or a function")
+
+
+def index_at(place: IndexPlace, pl_module: LightningModule) -> Index:
+    """Return the index that a place stands for.
+
+    Args:
+        place: the name of the module's attribute, such as "index" or "memory.index"; the index itself; or a
+            function of the module.
+        pl_module: the module.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    index: object = pl_module
+    if isinstance(place, Index):
+        index = place
+    elif isinstance(place, str):
+        for part in place.split("."):
+            index = getattr(index, part, None)
+    else:
+        index = place(pl_module)
+    if not isinstance(index, Index):
+        raise ArgumentError(
+            f"index is {place!r}, which in {type(pl_module).__name__} is a {type(index).__name__}, "
+            "expected an Index"
+        )
+    return index
