@@ -69,7 +69,7 @@ class RetrievalEvaluation(Callback):
     Attributes:
         history: one dict per evaluation: "epoch", "step" (of the optimiser) and what was logged,
             without the prefix. It is part of checkpoints.
-        neighbours: what the first queries of this process found last, if a `NeighbourTable` asks for it.
+        neighbours: what a few of this process's queries found last, if a `NeighbourTable` asks for it.
 
     Raises:
         ElipsError: an argument is wrong; during validation, if a step returns something else.
@@ -123,7 +123,7 @@ class RetrievalEvaluation(Callback):
         self.history = list(state_dict["history"])
 
     def keep_neighbours(self, queries: int) -> None:
-        """Keep what the first queries find, at least so many of them, in `neighbours`."""
+        """Keep in `neighbours` what so many queries find, spread evenly over the validation data."""
         self._kept = max(self._kept, queries)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -24,21 +24,21 @@ class NothingToEvaluateError(ArgumentError):
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """What the first queries of an evaluation found.
+    """What a few queries of an evaluation found, of all processes or of one.
 
     Attributes:
         queries: ``(Q,)`` their numbers in the validation data.
-        ids: ``(Q, K)`` documents found, best first, -1 for none; a labelled document has its number.
+        ids: ``(Q, K)`` documents found, best first, -1 for none; a labelled document goes by its number.
         scores: ``(Q, K)``.
         correct: ``(Q, K)`` bool, whether the document is relevant.
-        by_label: whether queries and documents are samples of one labelled set.
+        itself: whether queries and documents are the same samples.
     """
 
     queries: Tensor
     ids: Tensor
     scores: Tensor
     correct: Tensor
-    by_label: bool
+    itself: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Task:
         metric: distance kind, where the choice leaves it open.
         shard: whether each process indexes its own documents; None: if that changes no number.
         recall_queries: queries by which the recall of the index itself is measured, about.
-        kept: how many of the first queries' neighbours to return.
+        kept: of how many queries to return the neighbours; they are spread evenly over the data.
     """
 
     k: tuple[int, ...]
@@ -135,10 +135,14 @@ class Task:
         return {**values, **timing}, self._neighbours(queries, scores, found, correct, itself)
 
     def _neighbours(
-        self, queries: Rows, scores: Tensor, ids: Tensor, correct: Tensor, by_label: bool
+        self, queries: Rows, scores: Tensor, ids: Tensor, correct: Tensor, itself: bool
     ) -> Neighbours:
-        first = queries.places < self.kept
-        return Neighbours(queries.places[first], ids[first], scores[first], correct[first], by_label)
+        stride = max(1, queries.total // max(1, self.kept))
+        few = (queries.places % stride == 0) & (queries.places < stride * self.kept)
+        places, ids, scores, correct = (
+            column[few].cpu() for column in (queries.places, ids, scores, correct)
+        )
+        return Neighbours(places, ids, scores, correct, itself)
 
     def _search(
         self, queries: Rows, documents: Rows, ids: Tensor, exclude_self: bool, processes: Processes
