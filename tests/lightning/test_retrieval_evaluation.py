@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -379,32 +379,37 @@ def test_only_the_named_metrics_are_measured(tmp_path):
         RetrievalEvaluation(metrics="f1")
 
 
-class Reporting(RetrievalEvaluation):
+class Reporting(Callback):
     """Writes what each rank has logged, for the test to read."""
 
-    def __init__(self, folder, **options):
-        super().__init__(k=(1, 5), **options)
+    def __init__(self, folder):
         self.folder = str(folder)
 
     def on_validation_end(self, trainer, pl_module):
         logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        report = {"logged": without_time(logged), "history": without_time(self.history[-1])}
+        histories = [
+            without_time(callback.history[-1])
+            for callback in trainer.callbacks
+            if isinstance(callback, RetrievalEvaluation)
+        ]
+        report = {"logged": without_time(logged), "histories": histories}
         Path(self.folder, f"{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(report))
 
 
 class Held(RetrievalEvaluation):
     """Writes how many vectors the index of each rank held."""
 
-    def __init__(self, folder, index):
-        super().__init__(k=1, index=self.make)
-        self.folder, self.choice = str(folder), index
+    def __init__(self, folder, choice, prefix, **options):
+        super().__init__(k=(1, 5), index=self.make, prefix=prefix, **options)
+        self.folder, self.choice = str(folder), choice
 
     def make(self, dim):
         self.made = self.choice(dim)
         return self.made
 
     def on_validation_end(self, trainer, pl_module):
-        Path(self.folder, f"held-{trainer.global_rank}").write_text(str(self.made.ntotal))
+        name = f"{self.prefix.strip('/')}-{trainer.global_rank}"
+        Path(self.folder, name).write_text(str(self.made.ntotal))
 
 
 def make_lists(dim):
@@ -415,40 +420,47 @@ TABLES = {
     "labels": (labelled(),),
     "documents": queries_and_documents(),
     "gallery": (
-        Table(queries=torch.randn(21, 6), labels=torch.arange(21) % 5),
-        Table(documents=torch.randn(33, 6), labels=torch.arange(33) % 7),
+        Table(queries=labelled(21).columns["embeddings"], labels=torch.arange(21) % 5),
+        Table(documents=labelled(33).columns["embeddings"], labels=torch.arange(33) % 7),
     ),
 }
 
 
-@pytest.mark.parametrize("index", [None, make_lists], ids=["exact", "approximate"])
 @pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
-def test_two_processes_log_the_numbers_of_one(tmp_path, tables, index):
+def test_two_processes_log_the_numbers_of_one(tmp_path, tables):
     # Odd sizes: Lightning's sampler repeats a sample, which must not count twice.
-    trainer(tmp_path, Reporting(tmp_path, index=index)).validate(Model(), loaders(*tables), verbose=False)
-    two = trainer(tmp_path, Reporting(tmp_path, index=index), devices=2, strategy="ddp_spawn")
-    two.validate(Model(), loaders(*tables), verbose=False)
+    for options in ({}, {"devices": 2, "strategy": "ddp_spawn"}):
+        exact = RetrievalEvaluation(k=(1, 5))
+        lists = RetrievalEvaluation(k=(1, 5), index=make_lists, prefix="lists/")
+        run = trainer(tmp_path, exact, lists, Reporting(tmp_path), **options)
+        run.validate(Model(), loaders(*tables), verbose=False)
     one, *ranks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
-    assert one["logged"]
-    assert ("val/index_recall@5" in one["logged"]) == (index is not None)
+    assert "val/recall@1" in one["logged"]
+    assert "val/index_recall@1" not in one["logged"]
+    assert 0 < one["logged"]["lists/index_recall@5"] < 1
     assert all(rank == one for rank in ranks)
 
 
-@pytest.mark.parametrize(("index", "held"), [(FlatIndex, [51, 50]), (make_lists, [101, 0])])
-def test_no_process_holds_more_than_it_must(tmp_path, index, held):
-    two = trainer(tmp_path, Held(tmp_path, index), devices=2, strategy="ddp_spawn")
-    two.validate(Model(), loaders(labelled()), verbose=False)
-    assert [int((tmp_path / f"held-{rank}").read_text()) for rank in range(2)] == held
-
-
-def test_an_index_can_be_sharded_whatever_it_is(tmp_path):
+def test_no_process_holds_more_than_it_must(tmp_path):
     two = trainer(
-        tmp_path, Reporting(tmp_path, index=make_lists, shard=True), devices=2, strategy="ddp_spawn"
+        tmp_path,
+        Held(tmp_path, FlatIndex, "exact/"),
+        Held(tmp_path, make_lists, "lists/"),
+        Held(tmp_path, make_lists, "parts/", shard=True),
+        Held(tmp_path, FlatIndex, "whole/", shard=False),
+        Reporting(tmp_path),
+        devices=2,
+        strategy="ddp_spawn",
     )
     two.validate(Model(), loaders(labelled()), verbose=False)
+    held = {
+        name: [int((tmp_path / f"{name}-{rank}").read_text()) for rank in range(2)]
+        for name in ("exact", "lists", "parts", "whole")
+    }
+    assert held == {"exact": [51, 50], "lists": [101, 0], "parts": [51, 50], "whole": [101, 0]}
     first, second = (json.loads((tmp_path / f"2-{rank}.json").read_text()) for rank in range(2))
     assert first == second
-    assert 0 < first["logged"]["val/index_recall@5"] <= 1
+    assert 0 < first["logged"]["parts/index_recall@5"] <= 1
 
 
 def test_an_index_in_place_of_a_factory_is_refused():
