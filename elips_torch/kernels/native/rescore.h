@@ -16,6 +16,7 @@ struct BFloat {
     uint16_t bits;
 };
 
+static inline double wide(double x) { return x; }
 static inline double wide(float x) { return x; }
 static inline double wide(Half x) { return _cvtsh_ss(x.bits); }
 static inline double wide(BFloat x) {
