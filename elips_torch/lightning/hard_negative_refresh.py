@@ -9,14 +9,15 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DtypeError, ShapeError
+from elips_torch.core.results import SearchResult
 from elips_torch.core.validation import check_count
 from elips_torch.indexes.base import Index
 from elips_torch.lightning.embedding import embedder_for, embeddings_of, evaluating, integers_of, title_of
 from elips_torch.lightning.index_choice import IndexPlace, check_place, index_at
 from elips_torch.lightning.steps import Step
 
-# Called with the index, queries (B, D), and keywords of `Index.search` that keep their positives out.
-Mine: TypeAlias = Callable[..., Tensor]
+# Called with the index, queries (B, D), and positives or labels.
+Miner: TypeAlias = Callable[..., SearchResult]
 
 
 @runtime_checkable
@@ -41,9 +42,11 @@ class HardNegativeRefresh(Callback):
             module.
         queries: a loader over the training samples that does not shuffle, in the order in which the receiver
             numbers them; or a function of the trainer that returns one.
-        mine: how many negatives per sample, which then are the nearest documents that are not positive; or a
-            function ``mine(index, queries, **selection) -> (B, M)`` ids, best first and padded by -1, where
-            the selection is ``exclude=`` or ``mask=`` and is to be passed on to ``index.search``.
+        miner: how many negatives per sample, which then are the nearest documents that are not positive; or
+            what mines, such as a `HardNegativeMiner`: it is called with the index, queries ``(B, D)`` and
+            their positives ``(B, R)``, or in place of these with ``query_labels=`` ``(B,)`` and ``labels=``
+            ``(ntotal,)`` in the order of ``index.ids``; it returns a `SearchResult` whose ids ``(B, M)`` are
+            padded by -1.
         step: called with the module and a batch, instead of ``pl_module.retrieval_step``. It returns
             ``{"queries": (B, D), "relevant": (B, R)}``, ids of documents padded by -1; or ``"queries"`` (or
             ``"embeddings"``) with ``"labels": (B,)``, and then ``labels`` is needed.
@@ -60,7 +63,7 @@ class HardNegativeRefresh(Callback):
     Raises:
         ElipsError: an argument is wrong; when training starts, if nothing takes the negatives.
 
-    >>> HardNegativeRefresh("index", queries=[torch.zeros(2, 4)], mine=5, every_n_epochs=2).refreshes
+    >>> HardNegativeRefresh("index", queries=[torch.zeros(2, 4)], miner=5, every_n_epochs=2).refreshes
     0
     """
 
@@ -69,7 +72,7 @@ class HardNegativeRefresh(Callback):
         index: IndexPlace,
         queries: Iterable[Any] | Callable[[Trainer], Iterable[Any]],
         *,
-        mine: int | Mine = 8,
+        miner: int | Miner = 8,
         step: Step | None = None,
         labels: Tensor | Callable[[Trainer], Tensor] | None = None,
         receiver: TakesNegatives | Callable[[Tensor], None] | None = None,
@@ -77,8 +80,8 @@ class HardNegativeRefresh(Callback):
         progress: bool = True,
     ) -> None:
         check_place(index)
-        if not callable(mine):
-            mine = check_count("mine", mine)
+        if not callable(miner):
+            miner = check_count("miner", miner)
         if not (receiver is None or isinstance(receiver, TakesNegatives) or callable(receiver)):
             raise DtypeError(
                 f"receiver is a {type(receiver).__name__} without set_negatives, expected something with "
@@ -86,7 +89,7 @@ class HardNegativeRefresh(Callback):
             )
         self.index = index
         self.queries = queries
-        self.mine = mine
+        self.miner = miner
         self.step = step
         self.labels = labels
         self.receiver = receiver
@@ -138,7 +141,7 @@ class HardNegativeRefresh(Callback):
         if not widths:
             raise ArgumentError("queries yields nothing, expected at least one batch")
         if len(widths) > 1:
-            raise ShapeError(f"mine returned {sorted(widths)} negatives per sample, expected one number")
+            raise ShapeError(f"the miner found {sorted(widths)} negatives per sample, expected one number")
         (width,) = widths
         own = torch.cat(found) if found else torch.empty(0, width, dtype=torch.int64)
         negatives = _in_order(processes.rows(own), [[shape[0] for shape in each] for each in sizes])
@@ -153,29 +156,27 @@ class HardNegativeRefresh(Callback):
         queries, _ = embeddings_of(output, ("queries", "embeddings"))
         queries = queries.to(index.device)
         columns = output if isinstance(output, dict) else {}
-        selection: dict[str, Any] = {}
         if "relevant" in columns:
-            selection["exclude"] = integers_of("relevant", columns["relevant"], queries, 2)
+            positives = integers_of("relevant", columns["relevant"], queries, 2)
+            if callable(self.miner):
+                found = self.miner(index, queries, positives).ids
+            else:
+                found = index.search(queries, self.miner, exclude=positives).ids
         elif "labels" in columns:
-            if labels is None:
-                raise ArgumentError("the step returned 'labels', but labels= of the documents is not given")
-            selection["mask"] = _other_labels(
-                index, labels, integers_of("labels", columns["labels"], queries, 1)
-            )
+            own = integers_of("labels", columns["labels"], queries, 1)
+            others = _labels_in(index, labels)
+            if callable(self.miner):
+                found = self.miner(index, queries, query_labels=own, labels=others).ids
+            else:
+                mask = (others != own[:, None]) | (own[:, None] < 0)
+                found = index.search(queries, self.miner, mask=mask).ids
         else:
             raise ArgumentError(
                 "the retrieval step returned neither 'relevant' nor 'labels': without them the nearest "
                 "documents are the positives"
             )
-        if callable(self.mine):
-            found = self.mine(index, queries, **selection)
-        else:
-            found = index.search(queries, self.mine, **selection).ids
-        if not isinstance(found, Tensor) or found.dtype != torch.int64:
-            got = found.dtype if isinstance(found, Tensor) else type(found).__name__
-            raise DtypeError(f"mine returned {got}, expected an int64 tensor")
         if found.ndim != 2 or len(found) != len(queries):
-            raise ShapeError(f"mine returned shape {tuple(found.shape)}, expected ({len(queries)}, M)")
+            raise ShapeError(f"the miner found {tuple(found.shape)} ids, expected ({len(queries)}, M)")
         return found.cpu()
 
     def _receiver_of(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[Tensor], None]:
@@ -193,14 +194,16 @@ class HardNegativeRefresh(Callback):
         )
 
 
-def _other_labels(index: Index, labels: Tensor, own: Tensor) -> Tensor:
-    """Return bool ``(B, ntotal)``, True for documents with another label than the query's."""
+def _labels_in(index: Index, labels: Tensor | None) -> Tensor:
+    """Return ``(ntotal,)``, the labels of what an index holds."""
+    if labels is None:
+        raise ArgumentError("the step returned 'labels', but labels= of the documents is not given")
     if not isinstance(labels, Tensor) or labels.ndim != 1:
         got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ShapeError(f"labels is {got}, expected (L,), a label for each id of a document")
     if len(index) and int(index.ids.max()) >= len(labels):
         raise ShapeError(f"labels has {len(labels)} entries, the index holds the id {int(index.ids.max())}")
-    return labels.to(own.device)[index.ids] != own[:, None]
+    return labels.to(index.device, torch.int64)[index.ids]
 
 
 def _in_order(rows: Tensor, sizes: list[list[int]]) -> Tensor:

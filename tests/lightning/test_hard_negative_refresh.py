@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from elips_torch import ArgumentError, DtypeError, FlatIndex, ShapeError
+from elips_torch import ArgumentError, DtypeError, FlatIndex, SearchResult, ShapeError
 from elips_torch.lightning import HardNegativeRefresh, IndexRefresh
 
 pytestmark = [
@@ -92,7 +92,7 @@ class Still(Model):
 def refreshes(data, **options):
     return [
         IndexRefresh("index", data.corpus()),
-        HardNegativeRefresh("index", data.in_order(), **{"mine": 5, **options}),
+        HardNegativeRefresh("index", data.in_order(), **{"miner": 5, **options}),
     ]
 
 
@@ -162,7 +162,7 @@ def test_samples_of_the_same_label_are_no_negatives(tmp_path):
     refresh = HardNegativeRefresh(
         "index",
         DataLoader(Rows(queries=rows, labels=labels), batch_size=4),
-        mine=30,
+        miner=30,
         labels=labels,
         receiver=received.append,
     )
@@ -178,14 +178,33 @@ def test_samples_of_the_same_label_are_no_negatives(tmp_path):
         assert found[len(others) :] == [-1] * (30 - len(others))
 
 
-def test_a_miner_of_ones_own_gets_what_to_leave_out(tmp_path):
-    def mine(index, queries, **selection):
-        return index.search(queries, 6, **selection).ids[:, 3:]
+def second_best(index, queries, positives=None, *, query_labels=None, labels=None):
+    """Mines as `HardNegativeMiner` would that skips the three nearest."""
+    mask = None if labels is None else labels != query_labels[:, None]
+    scores, ids = index.search(queries, 6, exclude=positives, mask=mask)
+    return SearchResult(scores[:, 3:], ids[:, 3:])
 
+
+def test_a_miner_gets_positives(tmp_path):
     data, model = Data(), Model()
     wanted = expected(model, data, 6)[:, 3:]
-    trainer(tmp_path, *refreshes(data, mine=mine), max_epochs=1).fit(model, data)
+    trainer(tmp_path, *refreshes(data, miner=second_best), max_epochs=1).fit(model, data)
     assert torch.equal(data.tables[0], wanted)
+
+
+def test_a_miner_gets_labels(tmp_path):
+    def step(module, batch):
+        return {"queries": module.map(batch["queries"]), "labels": batch["row"] % 3}
+
+    tables = []
+    labels = torch.arange(N) % 3
+    data = Data()
+    data.train.set_negatives(torch.zeros(Q, 1))
+    for miner in (6, second_best):
+        options = {"miner": miner, "step": step, "labels": labels, "receiver": tables.append}
+        trainer(tmp_path, *refreshes(data, **options), max_epochs=1).fit(Model(), data)
+    assert torch.equal(tables[1], tables[0][:, 3:])
+    assert (labels[tables[0]] != torch.arange(Q)[:, None] % 3).all()
 
 
 def test_samples_without_any_negative_are_named(tmp_path):
@@ -217,10 +236,13 @@ def test_two_processes_mine_what_one_would(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"mine": 0}, ArgumentError, "mine is 0"),
+        ({"miner": 0}, ArgumentError, "miner is 0"),
         ({"receiver": 3}, DtypeError, "receiver is a int without set_negatives"),
-        ({"mine": lambda index, queries, **_: queries}, DtypeError, "mine returned torch.float32"),
-        ({"mine": lambda index, queries, **_: index.ids}, ShapeError, r"mine returned shape \(40,\)"),
+        (
+            {"miner": lambda index, queries, positives: index.search(queries[0], 3)},
+            ShapeError,
+            r"the miner found \(3,\) ids, expected \(4, M\)",
+        ),
         ({"step": lambda module, batch: module.map(batch["queries"])}, ArgumentError, "neither 'relevant'"),
         (
             {"step": lambda module, batch: {"queries": module.map(batch["queries"]), "labels": batch["row"]}},
