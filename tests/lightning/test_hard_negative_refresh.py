@@ -8,8 +8,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from elips_torch import ArgumentError, DtypeError, FlatIndex, SearchResult, ShapeError
+from elips_torch import ArgumentError, DtypeError, FlatIndex, ShapeError
 from elips_torch.lightning import HardNegativeRefresh, IndexRefresh
+from elips_torch.training import HardNegativeMiner
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -178,17 +179,11 @@ def test_samples_of_the_same_label_are_no_negatives(tmp_path):
         assert found[len(others) :] == [-1] * (30 - len(others))
 
 
-def second_best(index, queries, positives=None, *, query_labels=None, labels=None):
-    """Mines as `HardNegativeMiner` would that skips the three nearest."""
-    mask = None if labels is None else labels != query_labels[:, None]
-    scores, ids = index.search(queries, 6, exclude=positives, mask=mask)
-    return SearchResult(scores[:, 3:], ids[:, 3:])
-
-
 def test_a_miner_gets_positives(tmp_path):
     data, model = Data(), Model()
     wanted = expected(model, data, 6)[:, 3:]
-    trainer(tmp_path, *refreshes(data, miner=second_best), max_epochs=1).fit(model, data)
+    miner = HardNegativeMiner(3, range_min=3)
+    trainer(tmp_path, *refreshes(data, miner=miner), max_epochs=1).fit(model, data)
     assert torch.equal(data.tables[0], wanted)
 
 
@@ -200,7 +195,7 @@ def test_a_miner_gets_labels(tmp_path):
     labels = torch.arange(N) % 3
     data = Data()
     data.train.set_negatives(torch.zeros(Q, 1))
-    for miner in (6, second_best):
+    for miner in (6, HardNegativeMiner(3, range_min=3)):
         options = {"miner": miner, "step": step, "labels": labels, "receiver": tables.append}
         trainer(tmp_path, *refreshes(data, **options), max_epochs=1).fit(Model(), data)
     assert torch.equal(tables[1], tables[0][:, 3:])
@@ -224,10 +219,15 @@ class Report(Callback):
         Path(self.folder, f"{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(tables))
 
 
+def mine_five(index, queries, positives):
+    return HardNegativeMiner(5).mine(index, queries, positives)
+
+
 def test_two_processes_mine_what_one_would(tmp_path):
     for options in ({}, {"devices": 2, "strategy": "ddp_spawn"}):
         data = Data()
-        trainer(tmp_path, *refreshes(data), Report(tmp_path), **options).fit(Still(), data)
+        callbacks = refreshes(data, miner=mine_five)
+        trainer(tmp_path, *callbacks, Report(tmp_path), **options).fit(Still(), data)
     one, *ranks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert len(one) == 2
     assert all(rank == one for rank in ranks)
