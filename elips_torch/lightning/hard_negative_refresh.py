@@ -43,7 +43,7 @@ class HardNegativeRefresh(Callback):
         queries: a loader over the training samples that does not shuffle, in the order in which the receiver
             numbers them; or a function of the trainer that returns one.
         miner: how many negatives per sample, which then are the nearest documents that are not positive; or
-            what mines, such as a `training.HardNegativeMiner`: it is called with the index, queries ``(B, D)``
+            what mines, such as a `training.HardNegativeMiner`: called with the index, queries ``(B, D)``
             and their positives ``(B, R)``, or in place of these with ``query_labels=`` ``(B,)`` and
             ``labels=`` ``(ntotal,)`` in the order of ``index.ids``; it returns a `SearchResult` whose ids
             ``(B, M)`` are padded by -1.
