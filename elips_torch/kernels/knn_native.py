@@ -5,7 +5,7 @@ while they are still there, so that no bound is ever written to memory. See `nat
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -153,6 +153,8 @@ class NativeSearch:
             rows are numbered from 0.
     """
 
+    has_overhead: ClassVar[bool] = False
+
     def __init__(
         self,
         database: Tensor,
@@ -184,7 +186,8 @@ class NativeSearch:
         threads = self.threads(n_queries, lists)
         # A reservoir that is filled to seven eighths drops rows; one that could hold all does not.
         usual = min(n_rows + n_rows // 7 + 8, 6 * self.k + 256)
-        most = max(int(n_rows * _MOST_SURVIVORS), usual)
+        met = n_rows if lists is None else min(n_rows, lists.rows_per_query)
+        most = max(int(met * _MOST_SURVIVORS), usual)
         step = min(n_queries, _QUERIES) if n_rows < 2**31 else 0
         list_bytes = 0 if lists is None else 8 * lists.layout.nlist
         while step:

@@ -241,6 +241,7 @@ class Scan {
    private:
     static constexpr int WIDE_ROWS = LANES == 16 ? 6 : 2;
     static constexpr int MOST_ROWS = 12;
+    static constexpr int ROWS_AHEAD = 8;
     static constexpr int64_t ROWS_STEP = 48;  // a multiple of every tile's rows
 
     void chunk(int64_t first, const int64_t* slots, int n) {
@@ -255,12 +256,18 @@ class Scan {
         c.correction = corrections_.get();
         c.unpacked = nullptr;
         if (a_.packed.packing) unpack_rows(c);
-        else if (slots)
+        else if (slots) {
+            // Rows of a list lie anywhere.
+            for (int r = 0; r < n; ++r) _mm_prefetch(reinterpret_cast<const char*>(a_.terms + 4 * slots[r]), _MM_HINT_T0);
+            for (int r = 0; r < std::min(n, ROWS_AHEAD); ++r) prefetch_row(slots[r]);
             take_terms(c, [&](int r) { return a_.terms + 4 * slots[r]; });
-        else
+        } else
             take_terms(c, [&](int r) { return a_.terms + 4 * (first + r); });
         if (n_blocks_ && blocks_[0].vectors)
-            for (int r = 0; r < n; ++r) c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
+            for (int r = 0; r < n; ++r) {
+                if (slots && r + ROWS_AHEAD < n) prefetch_row(slots[r + ROWS_AHEAD]);
+                c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
+            }
         for (int b = 0; b < n_blocks_; ++b) {
             Block<Code>& block = blocks_[b];
             refresh(block);
@@ -272,6 +279,16 @@ class Scan {
                 default: tiles<WIDE_ROWS, 4>(c, block);
             }
         }
+    }
+
+    void prefetch_row(int64_t number) const {
+        const char* codes = reinterpret_cast<const char*>(row(number));
+        for (int64_t i = 0; i < a_.dim * int64_t(sizeof(Code)); i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
+    }
+
+    void prefetch_packed(int64_t number) const {
+        const char* codes = reinterpret_cast<const char*>(a_.packed.codes + number * a_.packed.code_size);
+        for (int i = 0; i < a_.packed.code_size; i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
     }
 
     template <class Place>
@@ -303,6 +320,7 @@ class Scan {
     void unpack_rows(Chunk& c) {
         const double slack = (a_.dim + 8) * UNIT, lost = std::sqrt(double(a_.dim)) / (1ull << 63);
         for (int r = 0; r < c.n; ++r) {
+            if (r + ROWS_AHEAD < c.n) prefetch_packed(c.row(r + ROWS_AHEAD));
             float* vector = unpacked_.get() + int64_t(r) * a_.dim;
             unpack(a_.packed, c.row(r), a_.dim, vector);
             const double square = square_of(vector, a_.dim);
