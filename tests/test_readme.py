@@ -52,3 +52,11 @@ def test_the_training_example_runs():
     model(torch.randn(4, 784)).backward()
     assert model.encoder.weight.grad.abs().sum() > 0
     torch._dynamo.reset()
+
+
+def test_the_example_of_callbacks_runs():
+    names = {"texts": ["a", "b"], "corpus_loader": [torch.zeros(1, 4)], "train_loader": [torch.zeros(1, 4)]}
+    (block,) = (block for block in blocks() if "IndexRefresh(" in block)
+    exec(block, names)
+    kinds = ["RetrievalEvaluation", "NeighbourTable", "IndexRefresh", "HardNegativeRefresh"]
+    assert [type(callback).__name__ for callback in names["callbacks"]] == kinds
