@@ -1,5 +1,19 @@
-"""Measuring retrieval."""
+"""Measuring retrieval: metrics of what was retrieved, and of the indexes that retrieve."""
 
-from elips_torch.evaluation.recall import HitRateAtK, LabelRecallAtK, RecallAtK
+from elips_torch.evaluation.knn_accuracy import KNNAccuracy
+from elips_torch.evaluation.ranking import MAP, MRR, NDCG, RPrecision
+from elips_torch.evaluation.recall import HitRateAtK, LabelRecallAtK, PrecisionAtK, RecallAtK
+from elips_torch.evaluation.retrieval_metrics import RetrievalMetrics
 
-__all__ = ["HitRateAtK", "LabelRecallAtK", "RecallAtK"]
+__all__ = [
+    "MAP",
+    "MRR",
+    "NDCG",
+    "HitRateAtK",
+    "KNNAccuracy",
+    "LabelRecallAtK",
+    "PrecisionAtK",
+    "RPrecision",
+    "RecallAtK",
+    "RetrievalMetrics",
+]

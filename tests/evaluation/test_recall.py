@@ -3,7 +3,7 @@ import torch
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalRecall
 
 from elips_torch.core.errors import ArgumentError, DeviceError, DtypeError, ElipsError, ShapeError
-from elips_torch.evaluation import HitRateAtK, LabelRecallAtK, RecallAtK, recall
+from elips_torch.evaluation import HitRateAtK, LabelRecallAtK, RecallAtK
 
 KS = (1, 3, 7)
 
@@ -98,15 +98,6 @@ def test_without_a_relevant_id_there_is_no_average():
     metric = RecallAtK(1)
     metric.update(torch.tensor([[5]]), torch.tensor([[-1]]))
     assert metric.compute()["recall@1"].isnan()
-
-
-def test_many_pairs_are_compared_in_parts(monkeypatch):
-    retrieved, relevant = random_case(0)
-    whole, parts = RecallAtK(KS), RecallAtK(KS)
-    whole.update(retrieved, relevant)
-    monkeypatch.setattr(recall, "_PAIRS_AT_ONCE", 100)
-    parts.update(retrieved, relevant)
-    assert parts.compute() == whole.compute()
 
 
 def test_state_adds_up_and_does_not_grow():
