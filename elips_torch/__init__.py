@@ -33,6 +33,7 @@ from elips_torch.ops.pairwise_distance import pairwise_distance
 from elips_torch.ops.range_search import range_search
 
 if TYPE_CHECKING:
+    from elips_torch.engines.faiss.cuvs import CuvsState, cuvs_state
     from elips_torch.indexes.catalog import load_index
     from elips_torch.indexes.factory import index_factory
     from elips_torch.indexes.ivf_flat import IVFFlatIndex
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 # Imported when first asked for: importing the library stays quick however many indexes there are.
 _LAZY = {
+    "CuvsState": "elips_torch.engines.faiss.cuvs",
+    "cuvs_state": "elips_torch.engines.faiss.cuvs",
     "load_index": "elips_torch.indexes.catalog",
     "index_factory": "elips_torch.indexes.factory",
     "IVFFlatIndex": "elips_torch.indexes.ivf_flat",
@@ -80,6 +83,7 @@ __all__ = [
     "OPQ",
     "PCA",
     "ArgumentError",
+    "CuvsState",
     "DeviceError",
     "DtypeError",
     "DuplicateIdError",
@@ -110,6 +114,7 @@ __all__ = [
     "ShapeError",
     "UnknownIdError",
     "__version__",
+    "cuvs_state",
     "explain",
     "index_factory",
     "knn",

@@ -36,7 +36,7 @@ OWNERS = {
     "triton": "kernels",
     "lightning": "lightning",
     "matplotlib": "evaluation",
-    "tqdm": "quantizers",
+    "tqdm": "core",
 }
 LAZY = ("faiss", "cuvs", "lightning", "torchmetrics", "triton", "matplotlib", "torch._dynamo")
 

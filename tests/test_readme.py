@@ -35,6 +35,14 @@ def test_the_approximate_example_runs(capsys):
     assert capsys.readouterr().out.startswith("IVF4096,SQ8 159")
 
 
+def test_the_faiss_example_runs(capsys):
+    names = {}
+    (block,) = (block for block in blocks() if "cuvs_state" in block)
+    exec(block, names)
+    assert names["ids"].shape == (8, 10)
+    assert capsys.readouterr().out.strip()
+
+
 def test_the_training_example_runs():
     names = {}
     (block,) = (block for block in blocks() if "class Retriever" in block)
@@ -44,3 +52,11 @@ def test_the_training_example_runs():
     model(torch.randn(4, 784)).backward()
     assert model.encoder.weight.grad.abs().sum() > 0
     torch._dynamo.reset()
+
+
+def test_the_example_of_callbacks_runs():
+    names = {"texts": ["a", "b"], "corpus_loader": [torch.zeros(1, 4)], "train_loader": [torch.zeros(1, 4)]}
+    (block,) = (block for block in blocks() if "IndexRefresh(" in block)
+    exec(block, names)
+    kinds = ["RetrievalEvaluation", "NeighbourTable", "IndexRefresh", "HardNegativeRefresh"]
+    assert [type(callback).__name__ for callback in names["callbacks"]] == kinds

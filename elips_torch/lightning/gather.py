@@ -1,4 +1,4 @@
-"""Rows of all processes on every process."""
+"""What the processes of a run tell each other."""
 
 from typing import Any
 
@@ -7,31 +7,92 @@ import torch.distributed
 from torch import Tensor
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Return what each process passed, by rank; must be called by all processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """Return the rows of all processes, by rank; must be called by all processes.
+class Processes:
+    """The processes of a run, or of a group of them; every method must be called by all of them.
 
     Args:
-        rows: ``(N, ...)``; N may differ between processes.
-        device: where the process group exchanges tensors.
+        device: where a process group of an accelerator exchanges tensors.
+        group: the process group; default is that of the whole run, if there is one.
 
-    Returns:
-        ``(sum of N, ...)`` on the device of ``rows``.
+    Attributes:
+        count: number of processes, 1 without a process group.
+        rank: number of this one.
+        device: where tensors are exchanged.
+
+    >>> processes = Processes(torch.device("cpu"))
+    >>> processes.count, processes.rank, processes.objects("seen")
+    (1, 0, ['seen'])
     """
-    sizes = gather_objects(len(rows))
-    if len(sizes) == 1:
-        return rows
-    # Collectives take one shape on all ranks.
-    padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype, device=device)
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(parts, padded)
-    return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)]).to(rows.device)
+
+    def __init__(self, device: torch.device, group: Any = None) -> None:
+        self._group = group
+        running = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.count = torch.distributed.get_world_size(group) if running else 1
+        self.rank = torch.distributed.get_rank(group) if running else 0
+        # Gloo knows few of its verbs on accelerators.
+        on_host = running and torch.distributed.get_backend(group) == "gloo"
+        self.device = torch.device("cpu") if on_host else device
+
+    def objects(self, value: Any) -> list[Any]:
+        """Return what each process passed, by rank."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, by rank.
+
+        Args:
+            rows: ``(N, ...)``; N may differ between processes, the rest may not.
+
+        Returns:
+            ``(sum of N, ...)`` on the device of ``rows``.
+        """
+        sizes = self.objects(len(rows))
+        if self.count == 1:
+            return rows
+        padded = self._padded(rows, max(sizes))
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=self._group)
+        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)]).to(rows.device)
+
+    def rows_on(self, rank: int, rows: Tensor, sizes: list[int]) -> list[Tensor] | None:
+        """Return on one process the rows of each, by rank; None on the others.
+
+        Args:
+            rank: the process that receives.
+            rows: ``(N, ...)``.
+            sizes: N of each process.
+        """
+        if self.count == 1:
+            return [rows]
+        padded = self._padded(rows, max(sizes))
+        parts = [torch.empty_like(padded) for _ in sizes] if rank == self.rank else None
+        torch.distributed.gather(padded, parts, group=self._group, group_dst=rank)
+        if parts is None:
+            return None
+        return [part[:n].to(rows.device) for part, n in zip(parts, sizes, strict=True)]
+
+    def sent(self, rank: int, rows: Tensor | None, like: Tensor, n: int) -> Tensor:
+        """Return the n rows of one process on all of them.
+
+        Args:
+            rank: the process that sends.
+            rows: ``(n, ...)`` there; elsewhere it is not looked at.
+            like: ``(any, ...)``, of the shape, dtype and device that are received.
+            n: number of rows.
+        """
+        if self.rank == rank and rows is not None:
+            buffer = rows.to(self.device).contiguous()
+        else:
+            buffer = torch.empty(n, *like.shape[1:], dtype=like.dtype, device=self.device)
+        torch.distributed.broadcast(buffer, group=self._group, group_src=rank)
+        return buffer.to(like.device)
+
+    def _padded(self, rows: Tensor, n: int) -> Tensor:
+        """Return rows that are n on every process: collectives take one shape."""
+        padded = torch.zeros(n, *rows.shape[1:], dtype=rows.dtype, device=self.device)
+        padded[: len(rows)] = rows
+        return padded

@@ -11,23 +11,28 @@ from torch.utils.data.distributed import DistributedSampler
 
 from elips_torch.core.errors import ArgumentError, DtypeError, ShapeError
 from elips_torch.core.validation import check_vectors
-from elips_torch.lightning.gather import gather_objects
+from elips_torch.lightning.gather import Processes
 
-# What a step may return: the name of the vectors, and of the integers that belong to them.
-KINDS = {"embeddings": "labels", "queries": "relevant", "documents": "ids"}
-_EXPECTED = " or ".join(f"{{{vectors!r}, {integers!r}}}" for vectors, integers in KINDS.items())
+# What a step may return: the name of the vectors, and what the integers that belong to them may be called.
+KINDS = {"embeddings": ("labels",), "queries": ("relevant", "labels"), "documents": ("ids", "labels")}
+_EXPECTED = " or ".join(
+    f"{{{vectors!r}, {' or '.join(map(repr, integers))}}}" for vectors, integers in KINDS.items()
+)
 
 
 @dataclasses.dataclass
 class Rows:
     """Vectors ``(N, D)``, the integers ``(N,)`` or ``(N, R)`` that belong to them, their places ``(N,)``.
 
-    The place of a row is its number in the data of all processes.
+    The place of a row is its number in the data of all processes, which have ``total`` rows together;
+    ``meaning`` is what the step called the integers.
     """
 
     vectors: Tensor
     integers: Tensor
     places: Tensor
+    total: int
+    meaning: str
 
 
 class RowCollection:
@@ -35,6 +40,7 @@ class RowCollection:
 
     def __init__(self) -> None:
         self._parts: dict[str, dict[int, list[tuple[Tensor, Tensor]]]] = {}
+        self._meanings: dict[str, str] = {}
 
     def add(self, output: Any, dataloader_idx: int, device: torch.device | str | None) -> None:
         """Keep what a step returned.
@@ -48,74 +54,92 @@ class RowCollection:
         if not present:
             keys = ", ".join(map(repr, output)) or "nothing"
             raise ArgumentError(f"the retrieval step returned {keys}, expected {_EXPECTED}")
-        for kind in present:
-            rows = _checked(kind, output, device)
+        # All are checked before one is kept.
+        for kind, (meaning, rows) in {kind: _checked(kind, output, device) for kind in present}.items():
+            if self._meanings.setdefault(kind, meaning) != meaning:
+                raise ArgumentError(
+                    f"the retrieval step returned {kind!r} with {meaning!r}, before that with "
+                    f"{self._meanings[kind]!r}: expected the same for all batches"
+                )
             self._parts.setdefault(kind, {}).setdefault(dataloader_idx, []).append(rows)
 
-    def kinds(self) -> set[str]:
+    def kinds(self, processes: Processes) -> set[str]:
         """Return the kinds of rows that any process has; must be called by all processes."""
-        return set().union(*gather_objects(set(self._parts)))
+        return set().union(*processes.objects({kind for kind in self._parts if self._count(kind)}))
 
-    def rows(self, kind: str, samplers: list[Any], device: torch.device | str) -> Rows:
-        """Return the rows of a kind that are this process's own; must be called by all processes.
+    def take(self, kind: str, samplers: list[Any], device: torch.device | str, processes: Processes) -> Rows:
+        """Give away the rows of a kind that are this process's own; must be called by all processes.
 
         Args:
             kind: one of `KINDS`.
             samplers: the sampler of each dataloader.
             device: where the empty result lies if this process has none.
+            processes: who takes part.
         """
-        parts = self._parts.get(kind, {})
-        everywhere = gather_objects({loader: _count(part) for loader, part in parts.items()})
-        shapes = [shape for shape in gather_objects(self._shape(kind)) if shape is not None]
+        parts = self._parts.pop(kind, {})
+        everywhere = processes.objects({loader: _count(part) for loader, part in parts.items()})
+        shapes = [shape for shape in processes.objects(_shape(parts)) if shape is not None]
         if len({shape[0] for shape in shapes}) > 1:
             raise ShapeError(f"{kind} differ in dim between processes: {shapes}")
+        meanings = {each for each in processes.objects(self._meanings.get(kind)) if each is not None}
+        if len(meanings) > 1:
+            raise ArgumentError(f"{kind} come with {' and '.join(sorted(meanings))}, expected one of them")
         pieces = []
         first = 0
         for loader in sorted(set().union(*everywhere)):
             counts = [each.get(loader, 0) for each in everywhere]
-            places, total = _places(counts, samplers[loader] if loader < len(samplers) else None)
+            sampler = samplers[loader] if loader < len(samplers) else None
+            places, total = _places(counts, sampler, processes.rank)
             kept = places < total
             if loader in parts:
-                vectors, integers = _joined(parts[loader])
+                vectors, integers = _joined(parts.pop(loader))
                 kept, places = kept.to(vectors.device), places.to(vectors.device)
                 pieces.append((vectors[kept], integers[kept], places[kept] + first))
             first += total
-        dim, width = shapes[0][0], max(shape[1] for shape in shapes)
+        (meaning,) = meanings
         if not pieces:
-            shape = (0, width) if kind == "queries" else (0,)
+            shape = (0, 1) if meaning == "relevant" else (0,)
             integers = torch.empty(shape, dtype=torch.int64, device=device)
-            vectors = torch.empty(0, dim, dtype=torch.float32, device=device)
-            return Rows(vectors, integers, torch.empty(0, dtype=torch.int64, device=device))
+            vectors = torch.empty(0, shapes[0][0], dtype=torch.float32, device=device)
+            return Rows(vectors, integers, integers.flatten(), first, meaning)
         vectors, integers = _joined([piece[:2] for piece in pieces])
-        return Rows(vectors, integers, torch.cat([piece[2] for piece in pieces]))
+        return Rows(vectors, integers, torch.cat([piece[2] for piece in pieces]), first, meaning)
 
-    def _shape(self, kind: str) -> tuple[int, int] | None:
-        """Return the dim of the vectors and the largest number of integers per row; None without rows."""
-        tensors = [pair for part in self._parts.get(kind, {}).values() for pair in part]
-        if not tensors:
-            return None
-        return tensors[0][0].shape[1], max(pair[1].shape[-1] for pair in tensors)
+    def _count(self, kind: str) -> int:
+        return sum(_count(part) for part in self._parts.get(kind, {}).values())
+
+
+def _shape(parts: Mapping[int, list[tuple[Tensor, Tensor]]]) -> tuple[int, int] | None:
+    """Return the dim of the vectors and the largest number of integers per row; None without rows."""
+    tensors = [pair for part in parts.values() for pair in part]
+    if not tensors:
+        return None
+    return tensors[0][0].shape[1], max(pair[1].shape[-1] for pair in tensors)
 
 
 def _checked(
     kind: str, output: Mapping[str, Any], device: torch.device | str | None
-) -> tuple[Tensor, Tensor]:
-    name = KINDS[kind]
-    if name not in output:
-        raise ArgumentError(f"the retrieval step returned {kind!r} without {name!r}")
+) -> tuple[str, tuple[Tensor, Tensor]]:
+    """Return what the step called the integers, and the vectors with them."""
+    names = [name for name in KINDS[kind] if name in output]
+    if not names:
+        raise ArgumentError(
+            f"the retrieval step returned {kind!r} without {' or '.join(map(repr, KINDS[kind]))}"
+        )
+    name = names[0]
     vectors, integers = output[kind], output[name]
     check_vectors(kind, vectors)
     if not isinstance(integers, Tensor) or integers.is_floating_point() or integers.dtype == torch.bool:
         got = integers.dtype if isinstance(integers, Tensor) else type(integers).__name__
         raise DtypeError(f"{name} is {got}, expected an int64 tensor")
-    if kind == "queries" and integers.ndim == 1:
+    if name == "relevant" and integers.ndim == 1:
         integers = integers[:, None]
-    n, ndim = len(vectors), 2 if kind == "queries" else 1
+    n, ndim = len(vectors), 2 if name == "relevant" else 1
     if integers.ndim != ndim or len(integers) != n:
         expected = f"({n}, R)" if ndim == 2 else f"({n},)"
         raise ShapeError(f"{name} has shape {tuple(integers.shape)}, expected {expected}, a row per vector")
     where = vectors.device if device is None else device
-    return vectors.detach().to(where, torch.float32), integers.to(where, torch.int64)
+    return name, (vectors.detach().to(where, torch.float32), integers.to(where, torch.int64))
 
 
 def _count(pairs: Iterable[tuple[Tensor, Tensor]]) -> int:
@@ -133,7 +157,7 @@ def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([vectors for vectors, _ in pairs]), torch.cat(integers)
 
 
-def _places(counts: list[int], sampler: Any) -> tuple[Tensor, int]:
+def _places(counts: list[int], sampler: Any, rank: int) -> tuple[Tensor, int]:
     """Return the places of this process's rows and the number of places.
 
     A `DistributedSampler` deals the samples out in turn and repeats the first ones until each
@@ -142,5 +166,4 @@ def _places(counts: list[int], sampler: Any) -> tuple[Tensor, int]:
     if isinstance(sampler, DistributedSampler) and all(count == sampler.num_samples for count in counts):
         dealt = torch.arange(sampler.num_samples) * sampler.num_replicas + sampler.rank
         return dealt, min(len(sampler.dataset), sampler.num_samples * sampler.num_replicas)  # type: ignore[arg-type]
-    rank = torch.distributed.get_rank() if len(counts) > 1 else 0
     return torch.arange(counts[rank]) + sum(counts[:rank]), sum(counts)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, NotFittedError
 from elips_torch.core.metric import resolve_metric
+from elips_torch.core.progress import with_progress
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, even_cuts
 from elips_torch.core.validation import check_count, check_k, check_values, check_vectors, check_workspace
 from elips_torch.ops.assign import assign, vector_codes
@@ -215,7 +216,7 @@ class KMeans(Learned):
             centroids = start.detach().float()[:, : stages[0]].clone()
         if self.spherical:
             centroids = normalised(centroids, centroids)
-        ticks = iter(_ticks(len(stages) * self.niter, self.progress))
+        ticks = iter(with_progress(range(len(stages) * self.niter), self.progress, "k-means", "pass"))
         history: list[float] = []
         for number, dim in enumerate(stages):
             if number:
@@ -288,15 +289,3 @@ class KMeans(Learned):
         if vectors.device.type == "cpu" and not torch.compiler.is_compiling():
             check_values("vectors", vectors, self._metric)
         return vectors
-
-
-def _ticks(total: int, show: bool) -> Iterable[int]:
-    """Return ``range(total)``, with a progress bar if wanted."""
-    if not show:
-        return range(total)
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    except ModuleNotFoundError as error:
-        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-    bar: Iterable[int] = tqdm(range(total), desc="k-means", unit="pass")
-    return bar

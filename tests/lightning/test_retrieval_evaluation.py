@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -14,12 +14,15 @@ from elips_torch import (
     DuplicateIdError,
     FlatIndex,
     ImplementationError,
+    IVFFlatIndex,
     ShapeError,
 )
 from elips_torch.lightning import RetrievalEvaluation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    # The data is small on purpose.
+    pytest.mark.filterwarnings("ignore:vectors has .* rows to fit"),
     # Lightning uses what newer torch deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
 ]
@@ -92,6 +95,10 @@ def trainer(tmp_path, *callbacks, **options):
         "max_epochs": 2,
     }
     return Trainer(callbacks=list(callbacks), **{**quiet, **options})
+
+
+def without_time(values):
+    return {name: value for name, value in values.items() if not name.endswith("seconds")}
 
 
 def loaders(*tables):
@@ -198,7 +205,8 @@ def test_a_validation_step_may_return_the_embeddings(tmp_path):
     run = trainer(tmp_path, evaluation)
     run.validate(OneStep(), loaders(labelled()), verbose=False)
     run.validate(Model(), loaders(labelled()), verbose=False)
-    assert evaluation.history[0] == evaluation.history[1]
+    first, second = evaluation.history
+    assert without_time(first) == without_time(second)
 
 
 def test_an_index_filled_in_validation_can_be_trained_through(tmp_path):
@@ -214,6 +222,10 @@ def test_an_index_filled_in_validation_can_be_trained_through(tmp_path):
     assert queries.grad.abs().sum() > 0
 
 
+def documents_of(batch):
+    return {"documents": batch["embeddings"], "ids": batch["labels"].abs()}
+
+
 @pytest.mark.parametrize(
     ("step", "error", "words"),
     [
@@ -223,7 +235,11 @@ def test_an_index_filled_in_validation_can_be_trained_through(tmp_path):
         (lambda b: None, ImplementationError, "no retrieval_step"),
         (lambda b: {**b, "labels": b["labels"][:2]}, ShapeError, r"labels has shape \(2,\)"),
         (lambda b: {**b, "labels": b["labels"].float()}, DtypeError, "labels is torch.float32"),
-        (lambda b: {"queries": b["embeddings"], "relevant": b["labels"]}, ArgumentError, "'documents'"),
+        (
+            lambda b: {"queries": b["embeddings"], "labels": b["labels"], **documents_of(b)},
+            ArgumentError,
+            "documents need 'labels', got 'ids'",
+        ),
         (lambda b: {"documents": b["embeddings"], "ids": torch.arange(len(b))}, ShapeError, "ids has shape"),
         (
             lambda b: {**b, "queries": b["embeddings"], "relevant": b["labels"]},
@@ -248,41 +264,203 @@ def test_a_wrong_step_is_refused(tmp_path, step, error, words):
         trainer(tmp_path, evaluation).validate(Model(), loaders(labelled()), verbose=False)
 
 
-def test_labels_that_never_repeat_are_refused(tmp_path):
-    table = Table(embeddings=torch.randn(9, 6), labels=torch.arange(9))
-    with pytest.raises(ArgumentError, match="no label occurs twice among 9 samples"):
-        trainer(tmp_path, RetrievalEvaluation()).validate(Model(), loaders(table), verbose=False)
+def only_queries():
+    return (queries_and_documents()[0],)
 
 
-def test_queries_without_a_relevant_document_are_refused(tmp_path):
+def nothing_relevant():
     queries, documents = queries_and_documents()
     queries.columns["relevant"].fill_(-1)
-    with pytest.raises(ArgumentError, match="no query has a relevant document"):
-        trainer(tmp_path, RetrievalEvaluation()).validate(Model(), loaders(queries, documents), verbose=False)
+    return queries, documents
 
 
-class Reporting(RetrievalEvaluation):
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ((Table(embeddings=torch.randn(9, 6), labels=torch.arange(9)),), "no label occurs twice among 9"),
+        (nothing_relevant(), "no query has a relevant document"),
+        (only_queries(), "no retrieval step returned 'documents'"),
+        (queries_and_documents()[1:], "no retrieval step returned 'queries'"),
+        (
+            (
+                Table(queries=torch.randn(3, 6), labels=torch.arange(3)),
+                Table(documents=torch.randn(2, 6), labels=torch.tensor([8, 9])),
+            ),
+            "no query has the label of any document",
+        ),
+    ],
+    ids=["labels", "relevant", "documents", "queries", "gallery"],
+)
+def test_training_goes_on_where_there_is_nothing_to_find(tmp_path, tables, words):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val/recall@10", mode="max")
+    evaluation = RetrievalEvaluation()
+    run = trainer(tmp_path, evaluation, checkpoint, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match=words):
+        run.fit(Model(), loaders(labelled())[0], loaders(*tables))
+    assert [entry["epoch"] for entry in evaluation.history] == [0, 1]
+    assert run.callback_metrics["val/recall@10"].isnan()
+    assert checkpoint.best_model_path
+
+
+def test_labelled_queries_search_labelled_documents(tmp_path):
+    table = labelled(60)
+    vectors, labels = table.columns["embeddings"], table.columns["labels"]
+    queries = Table(queries=vectors[:20], labels=labels[:20])
+    documents = Table(documents=vectors[20:], labels=labels[20:])
+    model = Model()
+    run = trainer(tmp_path, RetrievalEvaluation(k=3))
+    run.validate(model, loaders(queries, documents), verbose=False)
+    with torch.no_grad():
+        found = labels[20:][nearest(model.map(vectors[:20]), model.map(vectors[20:]))[:, :3]]
+    counted = [row for row in range(20) if labels[row] >= 0 and (labels[20:] == labels[row]).any()]
+    hits = [int((found[row] == labels[row]).sum()) for row in counted]
+    there = [int((labels[20:] == labels[row]).sum()) for row in counted]
+    recall = sum(hit > 0 for hit in hits) / len(hits)
+    label_recall = sum(hit / each for hit, each in zip(hits, there, strict=True)) / len(hits)
+    assert run.callback_metrics["val/recall@3"].item() == pytest.approx(recall, abs=1e-6)
+    assert run.callback_metrics["val/label_recall@3"].item() == pytest.approx(label_recall, abs=1e-6)
+
+
+def test_a_retrieval_step_may_take_the_batch_alone(tmp_path):
+    class Short(Model):
+        def retrieval_step(self, batch):
+            return Model.retrieval_step(self, batch, 0)
+
+    evaluation = RetrievalEvaluation()
+    for model in (Short(), Model()):
+        trainer(tmp_path, evaluation).validate(model, loaders(labelled()), verbose=False)
+    assert without_time(evaluation.history[0]) == without_time(evaluation.history[1])
+
+
+@pytest.mark.parametrize(
+    "index", [FlatIndex, "Flat", "IVF4,Flat", lambda dim: IVFFlatIndex(dim, 4, "cosine")]
+)
+def test_an_index_is_a_class_a_description_or_a_function(tmp_path, index):
+    plain, named = RetrievalEvaluation(k=5), RetrievalEvaluation(k=5, index=index, prefix="named/")
+    trainer(tmp_path, plain, named).validate(Model(), loaders(labelled()), verbose=False)
+    # Eight lists are read by default, which are more than there are: exact too.
+    assert without_time(named.history[0]) == without_time(plain.history[0])
+
+
+def test_the_recall_of_the_index_itself_is_logged(tmp_path):
+    made = []
+
+    def index(dim):
+        made.append(IVFFlatIndex(dim, 16, "l2", nprobe=1))
+        return made[-1]
+
+    evaluation = RetrievalEvaluation(k=(1, 5), index=index, recall_queries=10_000)
+    run = trainer(tmp_path, evaluation)
+    table = labelled()
+    run.validate(Model(), loaders(table), verbose=False)
+    assert run.callback_metrics["val/retrieval_seconds"].item() > 0
+    vectors, rows = made[0].vectors, torch.arange(len(table))
+    true = torch.cdist(vectors.double(), vectors.double()).fill_diagonal_(torch.inf).argsort(1)
+    found = made[0].search(vectors, 5, exclude=rows[:, None]).ids
+    for k in (1, 5):
+        shared = (found[:, :k, None] == true[:, None, :k]).any(2)
+        expected = shared.double().mean().item()
+        assert 0 < expected < 1
+        assert evaluation.history[0][f"index_recall@{k}"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_among_equal_vectors_any_neighbour_is_a_true_one(tmp_path):
+    table = Table(embeddings=torch.ones(40, 6), labels=torch.arange(40) % 4)
+    evaluation = RetrievalEvaluation(k=3, index="IVF2,SQ8")
+    trainer(tmp_path, evaluation).validate(Model(), loaders(table), verbose=False)
+    assert evaluation.history[0]["index_recall@3"] == 1.0
+
+
+def test_only_the_named_metrics_are_measured(tmp_path):
+    evaluation = RetrievalEvaluation(k=2, metrics=["label_recall"])
+    trainer(tmp_path, evaluation).validate(Model(), loaders(labelled()), verbose=False)
+    assert set(evaluation.history[0]) == {"epoch", "step", "label_recall@2", "retrieval_seconds"}
+    with pytest.raises(ArgumentError, match="metrics is 'f1'"):
+        RetrievalEvaluation(metrics="f1")
+
+
+class Reporting(Callback):
     """Writes what each rank has logged, for the test to read."""
 
     def __init__(self, folder):
-        super().__init__(k=(1, 5))
         self.folder = str(folder)
 
     def on_validation_end(self, trainer, pl_module):
         logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        report = {"logged": logged, "history": self.history[-1]}
+        histories = [
+            without_time(callback.history[-1])
+            for callback in trainer.callbacks
+            if isinstance(callback, RetrievalEvaluation)
+        ]
+        report = {"logged": without_time(logged), "histories": histories}
         Path(self.folder, f"{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(report))
 
 
-@pytest.mark.parametrize("tables", [(labelled(),), queries_and_documents()], ids=["labels", "documents"])
+class Held(RetrievalEvaluation):
+    """Writes how many vectors the index of each rank held."""
+
+    def __init__(self, folder, choice, prefix, **options):
+        super().__init__(k=(1, 5), index=self.make, prefix=prefix, **options)
+        self.folder, self.choice = str(folder), choice
+
+    def make(self, dim):
+        self.made = self.choice(dim)
+        return self.made
+
+    def on_validation_end(self, trainer, pl_module):
+        name = f"{self.prefix.strip('/')}-{trainer.global_rank}"
+        Path(self.folder, name).write_text(str(self.made.ntotal))
+
+
+def make_lists(dim):
+    return IVFFlatIndex(dim, 8, "cosine", nprobe=2)
+
+
+TABLES = {
+    "labels": (labelled(),),
+    "documents": queries_and_documents(),
+    "gallery": (
+        Table(queries=labelled(21).columns["embeddings"], labels=torch.arange(21) % 5),
+        Table(documents=labelled(33).columns["embeddings"], labels=torch.arange(33) % 7),
+    ),
+}
+
+
+@pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
 def test_two_processes_log_the_numbers_of_one(tmp_path, tables):
     # Odd sizes: Lightning's sampler repeats a sample, which must not count twice.
-    trainer(tmp_path, Reporting(tmp_path)).validate(Model(), loaders(*tables), verbose=False)
-    two = trainer(tmp_path, Reporting(tmp_path), devices=2, strategy="ddp_spawn")
-    two.validate(Model(), loaders(*tables), verbose=False)
+    for options in ({}, {"devices": 2, "strategy": "ddp_spawn"}):
+        exact = RetrievalEvaluation(k=(1, 5))
+        lists = RetrievalEvaluation(k=(1, 5), index=make_lists, prefix="lists/")
+        run = trainer(tmp_path, exact, lists, Reporting(tmp_path), **options)
+        run.validate(Model(), loaders(*tables), verbose=False)
     one, *ranks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
-    assert one["logged"]
+    assert "val/recall@1" in one["logged"]
+    assert "val/index_recall@1" not in one["logged"]
+    assert 0 < one["logged"]["lists/index_recall@5"] < 1
     assert all(rank == one for rank in ranks)
+
+
+def test_no_process_holds_more_than_it_must(tmp_path):
+    two = trainer(
+        tmp_path,
+        Held(tmp_path, FlatIndex, "exact/"),
+        Held(tmp_path, make_lists, "lists/"),
+        Held(tmp_path, make_lists, "parts/", shard=True),
+        Held(tmp_path, FlatIndex, "whole/", shard=False),
+        Reporting(tmp_path),
+        devices=2,
+        strategy="ddp_spawn",
+    )
+    two.validate(Model(), loaders(labelled()), verbose=False)
+    held = {
+        name: [int((tmp_path / f"{name}-{rank}").read_text()) for rank in range(2)]
+        for name in ("exact", "lists", "parts", "whole")
+    }
+    assert held == {"exact": [51, 50], "lists": [101, 0], "parts": [51, 50], "whole": [101, 0]}
+    first, second = (json.loads((tmp_path / f"2-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert 0 < first["logged"]["parts/index_recall@5"] <= 1
 
 
 def test_an_index_in_place_of_a_factory_is_refused():

@@ -1,0 +1,102 @@
+"""The index that a user names for a callback: one to make, or one that is there."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from lightning.pytorch import LightningModule
+
+from elips_torch.core.errors import ArgumentError, DtypeError
+from elips_torch.core.metric import resolve_metric
+from elips_torch.indexes.base import Index
+from elips_torch.indexes.factory import index_factory
+from elips_torch.indexes.flat import FlatIndex
+
+# A class, a description for `index_factory`, or a function that takes D.
+IndexChoice: TypeAlias = Callable[[int], Index] | str | None
+# The name of a module's attribute, an index, or a function of the module.
+IndexPlace: TypeAlias = str | Index | Callable[[LightningModule], Index]
+
+
+def check_choice(index: IndexChoice, metric: str) -> None:
+    """Check the choice of an index as far as that goes without the size of a vector.
+
+    Raises:
+        DtypeError: neither a class, a description nor a function.
+        MetricError: the metric is unknown.
+    """
+    resolve_metric(metric)
+    if isinstance(index, Index) or not (index is None or isinstance(index, str) or callable(index)):
+        raise DtypeError(
+            f"index is a {type(index).__name__}, expected a class, a description such as 'IVF256,Flat', or a "
+            "callable that makes an empty index, such as lambda dim: FlatIndex(dim)"
+        )
+
+
+def make_index(choice: IndexChoice, dim: int, metric: str, device: torch.device) -> Index:
+    """Return the empty index that a choice stands for.
+
+    Args:
+        choice: a class, which is called with D and the metric; a description for `index_factory`; a
+            function, which is called with D and decides about the metric itself; None is `FlatIndex`.
+        dim: D, size of a vector.
+        metric: name of the distance kind.
+        device: where the index is to lie.
+
+    Raises:
+        DtypeError: the function returned something else, or the class takes more than that.
+
+    >>> make_index("PCA2,Flat", 4, "cosine", torch.device("cpu")).metric
+    'cosine'
+    """
+    index: object
+    if choice is None:
+        index = FlatIndex(dim, metric)
+    elif isinstance(choice, str):
+        index = index_factory(dim, choice, metric)
+    elif isinstance(choice, type):
+        try:
+            index = choice(dim, metric=metric)
+        except TypeError as error:
+            raise DtypeError(
+                f"{choice.__name__} takes more than dim and metric ({error}): give a description such as "
+                f"'IVF256,Flat', or a function such as lambda dim: {choice.__name__}(dim, ...)"
+            ) from error
+    else:
+        index = choice(dim)
+    if not isinstance(index, Index):
+        raise DtypeError(f"index made a {type(index).__name__}, expected an Index")
+    return index.to(device)
+
+
+def check_place(place: IndexPlace) -> None:
+    """Check that a place is a name, an index or a function."""
+    if not isinstance(place, (str, Index)) and not callable(place):
+        raise DtypeError(f"index is a {type(place).__name__}, expected a name, an index or a function")
+
+
+def index_at(place: IndexPlace, pl_module: LightningModule) -> Index:
+    """Return the index that a place stands for.
+
+    Args:
+        place: the name of the module's attribute, such as "index" or "memory.index"; the index itself; or a
+            function of the module.
+        pl_module: the module.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    index: object = pl_module
+    if isinstance(place, Index):
+        index = place
+    elif isinstance(place, str):
+        for part in place.split("."):
+            index = getattr(index, part, None)
+    else:
+        index = place(pl_module)
+    if not isinstance(index, Index):
+        raise ArgumentError(
+            f"index is {place!r}, which in {type(pl_module).__name__} is a {type(index).__name__}, "
+            "expected an Index"
+        )
+    return index

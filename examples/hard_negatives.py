@@ -1,0 +1,194 @@
+"""Does mining pay? Train with and without hard negatives, over several seeds, and compare recall@1.
+
+On the handwritten digits that ship with scikit-learn:
+
+    python examples/hard_negatives.py
+
+On embeddings of your own, a safetensors file with `queries`, `documents` and `relevant`:
+
+    python examples/hard_negatives.py FILE.safetensors
+
+Both ways start from the same weights, see the same batches in the same order, and take the positives of
+the other queries in the batch as negatives. "mined" adds two kinds: for each query some of the wrong answers
+that an index of the corpus ranks highest, and a memory bank of what earlier batches embedded.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+
+import torch
+from retrieval_data import Batch, DigitsData, EmbeddingsData, RetrievalData
+from retriever import DigitEncoder, ResidualAdapter
+from torch import Tensor, nn
+from torch.nn import functional
+
+from elips_torch import FlatIndex
+from elips_torch.training import HardNegativeMiner, MemoryBank, fill
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How one model is trained.
+
+    Attributes:
+        epochs: passes over the queries.
+        batch_size: queries per step.
+        temperature: what similarities are divided by in the loss.
+        learning_rate: of AdamW, at the start; it falls to zero along a cosine.
+        candidates: number of wrong answers that are looked at per query.
+        negatives: number drawn from them.
+        capacity: of the memory bank.
+    """
+
+    epochs: int
+    batch_size: int
+    temperature: float
+    learning_rate: float
+    candidates: int
+    negatives: int
+    capacity: int
+
+
+DIGITS = Settings(10, 32, 0.1, 1e-3, candidates=50, negatives=8, capacity=256)
+DIGITS_DIM = 8
+EMBEDDINGS = Settings(4, 256, 0.05, 1e-3, candidates=50, negatives=8, capacity=1024)
+
+
+class HardNegatives:
+    """Wrong answers for a batch of queries: some from the whole corpus, some from earlier batches."""
+
+    def __init__(self, data: RetrievalData, dim: int, settings: Settings, seed: int) -> None:
+        self.data = data
+        self.index = FlatIndex(dim, metric="cosine")
+        self.miner = HardNegativeMiner(
+            settings.negatives, range_max=settings.candidates, sampling_strategy="random", seed=seed
+        )
+        # The label of a vector is its row in the corpus, by which the data knows what is relevant.
+        self.bank = MemoryBank(dim, settings.capacity)
+
+    def refresh(self, encoder: nn.Module) -> None:
+        """Search from now on the corpus as the encoder sees it now."""
+        self.index.reset()
+        rows = torch.arange(len(self.data.corpus)).split(8192)
+        fill(
+            self.index,
+            encoder,
+            [(self.data.corpus[part], part) for part in rows],
+            batch_to_ids=lambda batch: batch[1],
+        )
+
+    def scores(self, queries: Tensor, batch: Batch, encoder: nn.Module) -> Tensor:
+        """Return similarities ``(B, M)`` of queries and wrong answers, -inf where there is none."""
+        rows = self.miner.mine(self.index, queries, **self.data.only_negatives(batch)).ids
+        found = encoder(self.data.corpus[rows.clamp_min(0).flatten()]).unflatten(0, rows.shape)
+        mined = torch.einsum("qd,qnd->qn", queries, found).masked_fill(rows < 0, -torch.inf)
+        # Old embeddings are constants: gradients reach the queries alone.
+        remembered = queries @ self.bank.vectors.T
+        relevant = self.data.is_relevant(batch, self.bank.labels)
+        return torch.cat([mined, remembered.masked_fill(relevant, -torch.inf)], 1)
+
+
+def train(
+    data: RetrievalData, encoders: tuple[nn.Module, nn.Module], mined: bool, settings: Settings, seed: int
+) -> None:
+    """Train the encoders of queries and documents, which may be one, in place."""
+    torch.manual_seed(seed)
+    query_encoder, document_encoder = encoders
+    parameters = list(dict.fromkeys([*query_encoder.parameters(), *document_encoder.parameters()]))
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
+    loader = data.train_dataloader()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * len(loader))
+    hard = HardNegatives(data, query_encoder.dim_out, settings, seed) if mined else None
+    # Their own generator: what mining draws must not change the batches that follow.
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(settings.epochs):
+        if hard is not None:
+            hard.refresh(document_encoder)
+        for rows in torch.randperm(len(loader.dataset), generator=order).split(settings.batch_size):
+            batch = loader.dataset.__getitems__(rows.tolist())
+            queries = query_encoder(batch["queries"])
+            positives = draw_positives(data, batch, order)
+            documents = document_encoder(data.corpus[positives])
+            own = torch.eye(len(queries), dtype=torch.bool)
+            also_relevant = data.is_relevant(batch, positives) & ~own
+            scores = (queries @ documents.T).masked_fill(also_relevant, -torch.inf)
+            if hard is not None:
+                scores = torch.cat([scores, hard.scores(queries, batch, document_encoder)], 1)
+                hard.bank.enqueue(documents, positives)
+            loss = functional.cross_entropy(scores / settings.temperature, torch.arange(len(queries)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def draw_positives(data: RetrievalData, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Return a relevant row per query, drawn by a generator of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        return data.draw_positives(batch)
+
+
+@torch.no_grad()
+def recall_at_1(data: RetrievalData, encoders: tuple[nn.Module, nn.Module]) -> float:
+    """Return the share of held-out queries whose nearest neighbour is right."""
+    query_encoder, document_encoder = (encoder.eval() for encoder in encoders)
+    index = FlatIndex(query_encoder.dim_out, metric="cosine")
+    if isinstance(data, DigitsData):
+        index.add(query_encoder(data.test))
+        found = index.search(index.vectors, k=1, exclude_self=True).ids[:, 0]
+        right = data.test_labels[found] == data.test_labels
+    else:
+        fill(index, document_encoder, data.corpus.split(8192))
+        test = data.test.columns
+        right = (index.search(query_encoder(test["queries"]), k=1).ids == test["relevant"]).any(1)
+    query_encoder.train(), document_encoder.train()
+    return right.float().mean().item()
+
+
+def run(path: str | None, seed: int, epochs: int | None) -> dict[str, float]:
+    """Return recall@1 before training and after, without and with mining, for one seed."""
+    settings = DIGITS if path is None else EMBEDDINGS
+    if epochs is not None:
+        settings = dataclasses.replace(settings, epochs=epochs)
+    data = DigitsData() if path is None else EmbeddingsData(path, seed=seed)
+    results = {}
+    for name in ("in-batch", "mined"):
+        torch.manual_seed(seed)
+        if path is None:
+            encoder = DigitEncoder(data.dim, dim_out=DIGITS_DIM)
+            encoders = (encoder, encoder)
+        else:
+            encoders = (ResidualAdapter(data.dim), ResidualAdapter(data.dim))
+        results.setdefault("before", recall_at_1(data, encoders))
+        train(data, encoders, name == "mined", settings, seed)
+        results[name] = recall_at_1(data, encoders)
+    return results
+
+
+def main() -> None:
+    """Run every seed and print recall@1 of each, mean and spread."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", nargs="?", help="safetensors file; without it, digits")
+    parser.add_argument("--seeds", type=int, default=5, help="number of runs (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, help="passes over the queries (default: 10 on digits, else 4)")
+    options = parser.parse_args()
+    began, rows = time.perf_counter(), []
+    print(f"{'recall@1':<12}{'before':>10}{'in-batch':>10}{'mined':>10}{'gain':>10}")
+    for seed in range(options.seeds):
+        result = run(options.path, seed, options.epochs)
+        rows.append([*result.values(), result["mined"] - result["in-batch"]])
+        print(f"{f'seed {seed}':<12}" + "".join(f"{value:>10.4f}" for value in rows[-1]), flush=True)
+    columns = list(zip(*rows, strict=True))
+    print(f"{'mean':<12}" + "".join(f"{statistics.mean(column):>10.4f}" for column in columns))
+    if len(rows) > 1:
+        print(f"{'deviation':<12}" + "".join(f"{statistics.stdev(column):>10.4f}" for column in columns))
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
