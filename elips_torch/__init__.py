@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from elips_torch.core.dispatch import Explanation
 from elips_torch.core.errors import (
     ArgumentError,
+    ConversionError,
     DeviceError,
     DtypeError,
     DuplicateIdError,
@@ -35,6 +36,7 @@ from elips_torch.ops.range_search import range_search
 if TYPE_CHECKING:
     from elips_torch.indexes.catalog import load_index
     from elips_torch.indexes.factory import index_factory
+    from elips_torch.indexes.faiss_conversion import from_faiss, read_faiss, write_faiss
     from elips_torch.indexes.ivf_flat import IVFFlatIndex
     from elips_torch.indexes.ivf_pq import IVFPQIndex
     from elips_torch.indexes.ivf_sq import IVFSQIndex
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from elips_torch.indexes.sq import SQIndex
     from elips_torch.indexes.suggestion import suggest_index
     from elips_torch.indexes.wrappers import PreTransformIndex
+    from elips_torch.quantizers.affine import AffineMap, Centring
     from elips_torch.quantizers.itq import ITQ
     from elips_torch.quantizers.kmeans import KMeans
     from elips_torch.quantizers.opq import OPQ
@@ -53,6 +56,9 @@ if TYPE_CHECKING:
 _LAZY = {
     "load_index": "elips_torch.indexes.catalog",
     "index_factory": "elips_torch.indexes.factory",
+    "from_faiss": "elips_torch.indexes.faiss_conversion",
+    "read_faiss": "elips_torch.indexes.faiss_conversion",
+    "write_faiss": "elips_torch.indexes.faiss_conversion",
     "IVFFlatIndex": "elips_torch.indexes.ivf_flat",
     "IVFPQIndex": "elips_torch.indexes.ivf_pq",
     "IVFSQIndex": "elips_torch.indexes.ivf_sq",
@@ -61,6 +67,8 @@ _LAZY = {
     "SQIndex": "elips_torch.indexes.sq",
     "suggest_index": "elips_torch.indexes.suggestion",
     "PreTransformIndex": "elips_torch.indexes.wrappers",
+    "AffineMap": "elips_torch.quantizers.affine",
+    "Centring": "elips_torch.quantizers.affine",
     "ITQ": "elips_torch.quantizers.itq",
     "KMeans": "elips_torch.quantizers.kmeans",
     "OPQ": "elips_torch.quantizers.opq",
@@ -79,7 +87,10 @@ __all__ = [
     "METRICS",
     "OPQ",
     "PCA",
+    "AffineMap",
     "ArgumentError",
+    "Centring",
+    "ConversionError",
     "DeviceError",
     "DtypeError",
     "DuplicateIdError",
@@ -111,13 +122,16 @@ __all__ = [
     "UnknownIdError",
     "__version__",
     "explain",
+    "from_faiss",
     "index_factory",
     "knn",
     "load_index",
     "pairwise_distance",
     "prepare_for_ddp",
     "range_search",
+    "read_faiss",
     "suggest_index",
+    "write_faiss",
 ]
 
 
