@@ -34,6 +34,7 @@ from elips_torch.ops.pairwise_distance import pairwise_distance
 from elips_torch.ops.range_search import range_search
 
 if TYPE_CHECKING:
+    from elips_torch.engines.faiss.cuvs import CuvsState, cuvs_state
     from elips_torch.indexes.catalog import load_index
     from elips_torch.indexes.factory import index_factory
     from elips_torch.indexes.faiss_conversion import from_faiss, read_faiss, write_faiss
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 
 # Imported when first asked for: importing the library stays quick however many indexes there are.
 _LAZY = {
+    "CuvsState": "elips_torch.engines.faiss.cuvs",
+    "cuvs_state": "elips_torch.engines.faiss.cuvs",
     "load_index": "elips_torch.indexes.catalog",
     "index_factory": "elips_torch.indexes.factory",
     "from_faiss": "elips_torch.indexes.faiss_conversion",
@@ -91,6 +94,7 @@ __all__ = [
     "ArgumentError",
     "Centring",
     "ConversionError",
+    "CuvsState",
     "DeviceError",
     "DtypeError",
     "DuplicateIdError",
@@ -121,6 +125,7 @@ __all__ = [
     "ShapeError",
     "UnknownIdError",
     "__version__",
+    "cuvs_state",
     "explain",
     "from_faiss",
     "index_factory",

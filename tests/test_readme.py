@@ -35,6 +35,14 @@ def test_the_approximate_example_runs(capsys):
     assert capsys.readouterr().out.startswith("IVF4096,SQ8 159")
 
 
+def test_the_faiss_example_runs(capsys):
+    names = {}
+    (block,) = (block for block in blocks() if "cuvs_state" in block)
+    exec(block, names)
+    assert names["ids"].shape == (8, 10)
+    assert capsys.readouterr().out.strip()
+
+
 def test_the_training_example_runs():
     names = {}
     (block,) = (block for block in blocks() if "class Retriever" in block)

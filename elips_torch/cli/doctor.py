@@ -15,6 +15,7 @@ from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.native import instruction_options
 from elips_torch.engines.faiss.builds import faster_build, is_installed, load_installed
+from elips_torch.engines.faiss.cuvs import cuvs_state
 from elips_torch.kernels.screen_choice import choose_screen
 from elips_torch.kernels.search_native import LIBRARY, library_is_ready, library_reasons
 from elips_torch.ops import coded_search, ivf_search
@@ -78,6 +79,7 @@ def _faiss() -> dict[str, Any] | None:
         "blas": build.blas,
         "gpu": build.has_gpu,
         "faster": faster_build(build),
+        "cuvs": cuvs_state("auto", build).reason,
     }
 
 
@@ -179,8 +181,9 @@ def _faiss_lines(faiss: dict[str, Any] | None) -> list[str]:
             f"{faiss['version']}, level {faiss['level']}{gpu}, {faiss['blas']}, compiled with {options}",
         )
     ]
-    if faiss["faster"]:
-        lines.append(_line("", faiss["faster"]))
+    lines.append(_line("", faiss["faster"] or "no build is known to be faster on this CPU"))
+    if faiss["gpu"]:
+        lines.append(_line("", f"cuVS: {faiss['cuvs']}"))
     return lines
 
 

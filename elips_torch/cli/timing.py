@@ -1,8 +1,9 @@
 """Timing contenders against each other: warm first, then interleaved rounds in rotating order.
 
 Each library brings threads of its own, which keep spinning for a while after a call. A pause before
-each turn lets those of the others fall asleep, and short searches then run once untimed, so that a
-contender finds its own threads awake, as in a loop that calls nothing else.
+each turn lets those of the others fall asleep. Short searches then run untimed for a while, as in a loop
+that calls nothing else: the first ones pay for waking threads, for clocks that rise and for caches that
+others have filled, torch's own product most of all.
 """
 
 import dataclasses
@@ -18,8 +19,9 @@ from torch import Tensor
 from elips_torch.cli.contenders import Contender
 
 _PAUSE = 0.03
-# Below this many seconds, waking threads matters and repeating costs little.
-_SHORT = 0.1
+# Below this many seconds, how a turn begins matters and repeating costs little; then a search runs untimed
+# for so long, and its time is the median of a few.
+_SHORT, _SETTLING, _FEW = 0.1, 0.06, 3
 _TRIES = 3
 
 Clock = Callable[[Callable[[], Tensor]], tuple[float, Tensor]]
@@ -106,14 +108,23 @@ def measure(
         for each in [*contenders[shift:], *contenders[:shift]]:
             call = functools.partial(each.search, n_queries, k)
             time.sleep(_PAUSE)
-            if first[each.name].usual < _SHORT:
-                call()
-            duration, ids[each.name] = clock(call)
+            duration, ids[each.name] = _take_turn(call, clock, first[each.name].usual < _SHORT)
             taken[each.name].append(duration)
     return {
         each.name: Timing(taken[each.name], first[each.name].first, each.setting, ids[each.name])
         for each in contenders
     }
+
+
+def _take_turn(call: Callable[[], Tensor], clock: Clock, is_short: bool) -> tuple[float, Tensor]:
+    """Return the seconds that a call takes, and what it returns."""
+    if not is_short:
+        return clock(call)
+    until = time.perf_counter() + _SETTLING
+    while time.perf_counter() < until:
+        call()
+    results = [clock(call) for _ in range(_FEW)]
+    return statistics.median(duration for duration, _ in results), results[-1][1]
 
 
 class _WarmUp(NamedTuple):

@@ -345,7 +345,7 @@ class Index(FaissExport, Rows):
         check_device("queries", queries, self.device, "the index")
         selection = self._selection(queries.shape[0], mask, exclude, exclude_self)
         scores, rows = self._search(queries.detach(), k, selection, implementation, parameters)
-        ids = rows if not self.ntotal else self.ids[rows.clamp_min(0)].masked_fill_(rows < 0, -1)
+        ids = self._current_id_map().ids_of(rows, self.ids)
         if keep_candidates:
             candidates = self._decode(rows.clamp_min(0).flatten()) if self.ntotal else None
             if candidates is None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from elips_torch.core.errors import ConversionError
 from elips_torch.core.tiling import spans
 from elips_torch.engines.faiss.descriptions import (
-    CodeDescription,
     CodedDescription,
+    CodeDescription,
     Description,
     FlatDescription,
     IDMapDescription,

@@ -70,8 +70,8 @@ def describe_transform(transform: Transform) -> tuple[TransformDescription, ...]
         # What faiss calls an ITQTransform also normalises.
         centring = CentringDescription(transform.dim_in, _plain(transform.mean))
         return (centring, LinearDescription(kind, *sizes, matrix))
-    bias = _plain(transform.bias) if isinstance(transform, AffineMap) else None
-    return (LinearDescription(kind, *sizes, matrix, bias),)
+    added = _plain(transform.bias) if isinstance(transform, AffineMap) else None
+    return (LinearDescription(kind, *sizes, matrix, added),)
 
 
 def transform_parts(

@@ -6,15 +6,12 @@ from typing import Any
 import torch
 
 from elips_torch.core.errors import DeviceError, DtypeError
+from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.construct import construct
 from elips_torch.engines.faiss.describe import describe
-from elips_torch.engines.faiss.index_files import (
-    check_gpu,
-    installed,
-    read_index,
-    to_gpu,
-    write_index,
-)
+from elips_torch.engines.faiss.gpu_resources import check_gpu
+from elips_torch.engines.faiss.index_files import read_index, write_index
+from elips_torch.engines.faiss.transfer import to_gpu
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.described_indexes import DescriptionOptions, describe_index
 from elips_torch.indexes.restored_indexes import restore_index
@@ -26,8 +23,8 @@ def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
     Flat, PQ, SQ (8, 6 and 4 bits, fp16, bf16) and inverted files of the three come over, behind PCA, OPQ,
     rotations, ITQ, centring and normalisation, under id maps, and with refinement, one inside the other.
     Searches find the same ids; scores are equal to float rounding. Inner products of vectors that faiss
-    normalises ("L2norm,Flat", "L2norm,IVF...,Flat") become the metric "cosine". An inverted file keeps no order
-    of its rows: they come by ascending id, which is the order of insertion unless own ids were given.
+    normalises ("L2norm,Flat", "L2norm,IVF...,Flat") become the metric "cosine". An inverted file keeps no
+    order of its rows: they come by ascending id, which is the order of insertion unless own ids were given.
 
     Args:
         index: of faiss, on the CPU or on GPUs; it may be dropped or changed after.
@@ -54,21 +51,33 @@ def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
     FlatIndex(dim=2, metric='l2', ntotal=2, k=10, dtype=float32)
     """
     check_torch_device(device)
-    return restore_index(describe(installed(), index), device)
+    return restore_index(describe(load_installed(), index), device)
 
 
 def to_faiss(
     index: Index, device: torch.device | str | None = None, *, precomputed_tables: bool | None = None
 ) -> Any:
     """Make an index of faiss; see `Index.to_faiss`."""
-    build = installed()
-    place = torch.device("cpu" if device is None else device)
-    if place.type != "cpu":
-        # Before the memory is filled.
-        check_gpu(build, place)
+    build = load_installed()
+    number = _gpu_number(device)
+    if number is not None:
+        # Before memory is filled.
+        check_gpu(build, number)
     description = describe_index(index, index.ids, DescriptionOptions(precomputed_tables))
     made = construct(build, description)
-    return made if place.type == "cpu" else to_gpu(build, made, place)
+    return made if number is None else to_gpu(build, made, (number,))
+
+
+def _gpu_number(device: torch.device | str | None) -> int | None:
+    """Return the number that faiss has for a GPU, None for the CPU."""
+    place = torch.device("cpu" if device is None else device)
+    if place.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device is {place}, faiss has indexes on the CPU and on CUDA and ROCm GPUs")
+    if place.type == "cpu":
+        return None
+    if place.index is not None:
+        return place.index
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 def read_faiss(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Index:
@@ -84,7 +93,7 @@ def read_faiss(path: str | os.PathLike[str], device: torch.device | str = "cpu")
         ElipsError: as for `from_faiss`.
     """
     check_torch_device(device)
-    build = installed()
+    build = load_installed()
     return restore_index(describe(build, read_index(build, path)), device)
 
 
@@ -113,7 +122,7 @@ def write_faiss(index: Index, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(index, Index):
         raise DtypeError(f"index is a {type(index).__name__}, expected an Index; faiss writes its own")
-    write_index(installed(), index.to_faiss(), path)
+    write_index(load_installed(), index.to_faiss(), path)
 
 
 def check_torch_device(device: torch.device | str) -> None:

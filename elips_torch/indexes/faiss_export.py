@@ -15,17 +15,17 @@ class FaissExport:
         """Make an index of faiss that holds the same values and finds the same ids.
 
         Scores are equal to float rounding. Vectors in other dtypes become float32 (those that `RefineIndex`
-        keeps in float16 and bfloat16 stay that). Where the ids are 0 to ntotal - 1 in this order, faiss numbers
-        rows itself; else inverted files hold them, and an ``IndexIDMap2`` does for the others. "cosine"
-        becomes the inner product of vectors that faiss normalises. Parameters of searches (``nprobe``,
-        ``k_factor``) come along. Faiss finds and removes by id at once; for ``reconstruct(id)`` in an inverted
-        file it wants ``set_direct_map_type(faiss.DirectMap.Hashtable)``.
+        keeps in float16 and bfloat16 stay that). Where the ids are 0 to ntotal - 1 in this order, faiss
+        numbers rows itself; else inverted files hold them, and an ``IndexIDMap2`` does for the others.
+        "cosine" becomes the inner product of vectors that faiss normalises. Parameters of searches
+        (``nprobe``, ``k_factor``) come along. Faiss can search, add and remove at once; for
+        ``reconstruct(id)`` in an inverted file it wants ``set_direct_map_type(faiss.DirectMap.Hashtable)``.
 
         Args:
             device: a GPU to copy the index to; default is the CPU.
             precomputed_tables: for product-quantized residuals under "l2", whether faiss keeps tables of
-                products of centroids, which make its searches faster and take ``nlist * m * 2**nbits`` floats;
-                default is as faiss decides, by their size.
+                products of centroids, which make its searches faster and take ``nlist * m * 2**nbits``
+                floats; default is as faiss decides, by their size.
 
         Returns:
             The index of faiss, which shares no memory with this one.

@@ -18,13 +18,14 @@ class IdMap:
         self.ascending = True
         self._runs: list[tuple[Tensor, Tensor]] | None = None
         self._ranks: Tensor | None = None
+        self._are_rows: bool | None = None
         self.rebuild(ids)
 
     def rebuild(self, ids: Tensor) -> None:
         """Start over from the ids ``(N,)`` of all rows."""
         # Fewer ids need no look, which also spares the meta device a question about values.
         self.ascending = ids.numel() < 2 or bool((ids[1:] > ids[:-1]).all())
-        self._runs = self._ranks = None
+        self._runs = self._ranks = self._are_rows = None
         self.accept(ids)
 
     def accept(self, ids: Tensor) -> None:
@@ -48,7 +49,7 @@ class IdMap:
             first_row: number of rows before them.
             largest: no id before is larger; None if the new ids are known to ascend after all others.
         """
-        self._ranks = None
+        self._ranks = self._are_rows = None
         if not ids.numel():
             return
         if self.ascending and largest is not None:
@@ -75,6 +76,17 @@ class IdMap:
             found = self._lookup(found, wanted, run_ids, run_rows)
         return found
 
+    def ids_of(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Return the ids of rows, any shape; -1 stays -1. It is the same tensor where ids are rows.
+
+        Args:
+            rows: int64, below N.
+            ids: ``(N,)`` the id of each row.
+        """
+        if not ids.numel() or self._are_row_numbers(ids):
+            return rows
+        return ids[rows.clamp_min(0)].masked_fill_(rows < 0, -1)
+
     def ranks(self, ids: Tensor) -> Tensor | None:
         """Return ``(N,)`` int64, the place of each row's id in ascending order; None if it is the row."""
         if self.ascending:
@@ -86,6 +98,15 @@ class IdMap:
                 ranks[order] = torch.arange(ids.numel(), device=ids.device)
             self._ranks = ranks
         return self._ranks
+
+    def _are_row_numbers(self, ids: Tensor) -> bool:
+        """Whether the ids are 0, 1, 2, ..., as far as knowing that costs no synchronisation."""
+        if not self.ascending or ids.device.type != "cpu":
+            return False
+        if self._are_rows is None:
+            # They are distinct and ascend.
+            self._are_rows = int(ids[0]) == 0 and int(ids[-1]) == ids.numel() - 1
+        return self._are_rows
 
     def _lookup(self, found: Tensor, wanted: Tensor, keys: Tensor, rows: Tensor | None) -> Tensor:
         place = torch.searchsorted(keys, wanted.contiguous()).clamp_max_(keys.numel() - 1)

@@ -303,11 +303,11 @@ class IVFIndex(ListedRows):
             )
 
         parts = [read(part, 0, n_probes) for part in self._blocks(queries, n_probes, workspace)]
-        scores, rows = (torch.cat(each) for each in zip(*parts, strict=True))
+        scores, rows = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         if bad is not None:
             scores.masked_fill_(bad[:, None], torch.nan)
             rows.masked_fill_(bad[:, None], -1)
-        while n_probes < self.nlist:
+        while n_probes < self.nlist and not bool((rows >= 0).all()):
             # Queries that have found fewer than there are read more lists.
             short = self._short(rows, k, selection)
             pending = (short if bad is None else short & ~bad).nonzero()[:, 0]

@@ -11,8 +11,8 @@ from elips_torch.core.errors import ConversionError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.validation import check_values
 from elips_torch.engines.faiss.descriptions import (
-    CodeDescription,
     CodedDescription,
+    CodeDescription,
     Description,
     FlatDescription,
     IDMapDescription,
@@ -201,7 +201,7 @@ def _product_quantizer(description: Description) -> ProductDescription | None:
 
 
 def _as_cosine(description: Description) -> Description | None:
-    """Return an index of the cosine that finds what this one finds for normalised queries, if there is one."""
+    """Return an index of the cosine that finds what this one finds for normalised queries, or None."""
     if isinstance(description, IDMapDescription):
         inner = _as_cosine(description.index)
         return None if inner is None else dataclasses.replace(description, index=inner)
@@ -223,7 +223,7 @@ def _is_unit(vectors: Tensor) -> bool:
 
 def _refine(description: RefineDescription) -> IndexParts:
     refine, factor = description.refine, description.k_factor
-    originals = _as_cosine(refine.index) if _only_normalises(refine) else None
+    originals = _behind_normalisation(refine)
     parts = index_parts(description.index, cosine=originals is not None)
     n = len(parts.state[parts.ids_key])
     if not torch.equal(parts.state[parts.ids_key], torch.arange(n, device="cpu")):
@@ -240,8 +240,8 @@ def _refine(description: RefineDescription) -> IndexParts:
             vectors = refine.codes.view(short)
     if vectors is None or len(vectors) != n or metric != parts.metric:
         raise ConversionError(
-            "index refines by other than the vectors in float32, fp16 or bf16 under its own metric, which has "
-            "no counterpart in this library; FaissIndex(index) serves it as it is"
+            "index refines by other than the vectors in float32, fp16 or bf16 under its own metric, which "
+            "has no counterpart in this library; FaissIndex(index) serves it as it is"
         )
     config = {"index": [parts.kind.__name__, parts.config], "k_factor": factor, "dtype": dtype}
     state = {f"index.{name}": tensor for name, tensor in parts.state.items()}
@@ -250,10 +250,12 @@ def _refine(description: RefineDescription) -> IndexParts:
     return IndexParts(RefineIndex, config, state, f"index.{parts.ids_key}", parts.metric)
 
 
-def _only_normalises(description: Any) -> bool:
+def _behind_normalisation(description: Description) -> Description | None:
+    """Return the index of the cosine that stands behind nothing but a normalisation, or None."""
     if not isinstance(description, PreTransformDescription) or len(description.chain) != 1:
-        return False
-    return isinstance(description.chain[0], NormalizationDescription)
+        return None
+    first = description.chain[0]
+    return _as_cosine(description.index) if isinstance(first, NormalizationDescription) else None
 
 
 _MAKERS: dict[type[Any], Callable[[Any], IndexParts]] = {

@@ -70,9 +70,10 @@ class ScreeningPlane(RowTensors):
 
     def current(self, vectors: Tensor) -> Plane | None:
         """Return the plane of the vectors as they are now, or None where none is kept."""
-        if self._kind_for(vectors) == self.kind == "none":
+        wanted = self._kind_for(vectors)
+        if wanted == self.kind == "none":
             return None
-        if not self.knows(vectors):
+        if not self._is_plane_of(vectors, wanted):
             # Optimisers, averaging of models and DDP write into vectors behind the index's back.
             self.rebuild(vectors)
         if self.kind == "none":
@@ -85,9 +86,12 @@ class ScreeningPlane(RowTensors):
 
         Nobody can tell that of a parameter: fused optimisers leave no trace of what they write.
         """
+        return self._is_plane_of(vectors, self._kind_for(vectors))
+
+    def _is_plane_of(self, vectors: Tensor, wanted: str) -> bool:
         if self._seen is None or isinstance(vectors, nn.Parameter):
             return False
-        return self._seen.matches(vectors) and self._wanted == self._kind_for(vectors)
+        return self._wanted == wanted and self._seen.matches(vectors)
 
     def accept(self, vectors: Tensor) -> None:
         """Take the vectors, whose values have not changed, for known."""

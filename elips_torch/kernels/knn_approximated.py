@@ -5,6 +5,8 @@
 3. Certify: no row outside the candidates can beat or tie the k-th, by the error bound.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,8 @@ def certified_best(
 
 class ApproximatedSearch:
     """Select by the approximation, rescore, certify."""
+
+    has_overhead: ClassVar[bool] = True
 
     def __init__(
         self,

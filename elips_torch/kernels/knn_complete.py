@@ -1,5 +1,7 @@
 """Exact k-nearest-neighbour search by the score of every row: the last resort, and small searches."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from elips_torch.kernels.selection import Selection
 
 class CompleteSearch:
     """Score every row exactly and keep the best by key; certifies every query."""
+
+    has_overhead: ClassVar[bool] = False
 
     def __init__(self, database: Tensor, metric: Metric, selection_bytes: int) -> None:
         self.database = database

@@ -8,8 +8,8 @@ Each search answers the queries for which it can prove the answer, and leaves th
 """
 
 import functools
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,13 @@ from elips_torch.kernels.selection import Selection
 
 
 class Search(Protocol):
-    """One link of the chain."""
+    """One link of the chain.
+
+    Attributes:
+        has_overhead: it takes so many calls that scoring all of a few rows is faster.
+    """
+
+    has_overhead: ClassVar[bool]
 
     def queries_at_once(self, k: int, workspace_bytes: int) -> int:
         """Return how many queries `run` takes at a time."""
@@ -102,19 +108,17 @@ def _searches(
     workspace_bytes: int,
     plane: Plane | None,
     first_search: FirstSearch,
-) -> list[Search]:
-    """Return the searches to try in turn; the last one certifies every query."""
-    searches: list[Search] = []
+) -> Iterator[Search]:
+    """Yield the searches to try in turn; the last one certifies every query."""
     small = is_small(queries, database)
-    if not small:
-        first = first_search(database, metric, plane, k, selection.n_excluded, workspace_bytes)
-        if first is not None:
-            searches.append(first)
+    first = first_search(database, metric, plane, k, selection.n_excluded, workspace_bytes)
+    if first is not None and not (small and first.has_overhead):
+        yield first
     if n_candidates(k) <= database.shape[0] // 2 and not small:
         wide = torch.float64 in (queries.dtype, database.dtype)
         for dtype in (torch.float32, torch.float64):
             if dtype == torch.float32 and (wide or not float32_product_is_exact(queries.device)):
                 continue
             if has_approximation(metric, dtype):
-                searches.append(ApproximatedSearch(database, metric, dtype, k, selection.query_bytes))
-    return [*searches, CompleteSearch(database, metric, selection.query_bytes)]
+                yield ApproximatedSearch(database, metric, dtype, k, selection.query_bytes)
+    yield CompleteSearch(database, metric, selection.query_bytes)

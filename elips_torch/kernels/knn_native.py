@@ -5,7 +5,7 @@ while they are still there, so that no bound is ever written to memory. See `nat
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,13 +24,15 @@ from elips_torch.kernels.screen_passes import EAGER
 from elips_torch.kernels.search_native import (
     CERTIFIED,
     CODE_TYPES,
+    DONE,
     METRICS,
+    NO_MEMORY,
+    SOURCE_TYPES,
     SPARE,
     UNSURE,
     VECTOR_TYPES,
     int8_products_are_right,
     library_compiles,
-    native_code,
     native_search,
 )
 from elips_torch.kernels.selection import Selection
@@ -151,6 +153,8 @@ class NativeSearch:
             rows are numbered from 0.
     """
 
+    has_overhead: ClassVar[bool] = False
+
     def __init__(
         self,
         database: Tensor,
@@ -182,7 +186,8 @@ class NativeSearch:
         threads = self.threads(n_queries, lists)
         # A reservoir that is filled to seven eighths drops rows; one that could hold all does not.
         usual = min(n_rows + n_rows // 7 + 8, 6 * self.k + 256)
-        most = max(int(n_rows * _MOST_SURVIVORS), usual)
+        met = n_rows if lists is None else min(n_rows, lists.rows_per_query)
+        most = max(int(met * _MOST_SURVIVORS), usual)
         step = min(n_queries, _QUERIES) if n_rows < 2**31 else 0
         list_bytes = 0 if lists is None else 8 * lists.layout.nlist
         while step:
@@ -226,16 +231,28 @@ class NativeSearch:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
         n_queries = queries.shape[0]
         plan = self.plan(n_queries, workspace_bytes, lists)
+        # Of few, large calls of torch: each costs as much as some thousands of rows.
         scores = torch.empty(n_queries, k, dtype=torch.float32, device="cpu")
         rows = torch.empty(n_queries, k, dtype=torch.int64, device="cpu")
-        certified = torch.zeros(n_queries, dtype=torch.bool, device="cpu")
         if plan is None:
-            return scores.fill_(self.metric.worst), rows.fill_(-1), certified
+            return scores.fill_(self.metric.worst), rows.fill_(-1), _bools(n_queries, False)
+        if n_queries <= plan.queries:
+            certified = self._run(queries, k, ranks, selection, plan, workspace_bytes, lists, scores, rows)
+            return scores, rows, certified
+        certified = _bools(n_queries, False)
         for start, stop in even_cuts(n_queries, plan.queries):
-            results = scores[start:stop], rows[start:stop], certified[start:stop]
-            part = selection.narrowed(start, stop)
-            own = None if lists is None else lists.narrowed(start, stop)
-            self._run(queries[start:stop], k, ranks, part, plan, results, workspace_bytes, own)
+            part = slice(start, stop)
+            certified[part] = self._run(
+                queries[part],
+                k,
+                ranks,
+                selection.narrowed(start, stop),
+                plan,
+                workspace_bytes,
+                None if lists is None else lists.narrowed(start, stop),
+                scores[part],
+                rows[part],
+            )
         return scores, rows, certified
 
     def _run(
@@ -245,60 +262,28 @@ class NativeSearch:
         ranks: Tensor | None,
         selection: Selection,
         plan: _Plan,
-        results: tuple[Tensor, Tensor, Tensor],
         workspace_bytes: int,
         lists: ProbedLists | None,
-    ) -> None:
+        scores: Tensor,
+        rows: Tensor,
+    ) -> Tensor:
+        """Fill scores and rows, and return which queries are certified."""
         n_queries = queries.shape[0]
-        wide = queries.double().contiguous()
-        # Where codes may turn out to be the vectors, torch's code looks at them all.
-        code = code_queries if self.plane.is_integer else code_queries_natively
-        coded = code(self.metric, wide, self.plane)
-        scores, rows, certified = results
-        status = torch.empty(n_queries, dtype=torch.uint8, device="cpu")
-        counts = torch.empty(n_queries, dtype=torch.int32, device="cpu")
-        kept = torch.empty(3, plan.parts, n_queries, plan.capacity + SPARE, dtype=torch.float32, device="cpu")
-        kept_rows = kept[0].view(torch.int32)
-        mask_rows = None if selection.own_mask is None else selection.numbers(n_queries)
-        exclude = None if selection.exclude is None else selection.exclude.sort(1).values.contiguous()
-        mask = selection.mask
-        # Named, so that they live as long as the call.
-        rounding, offsets = coded.rounding.contiguous(), coded.offsets
-        query_codes, query_terms, usable = coded.codes.contiguous(), coded.terms.contiguous(), coded.usable
-        layout = None if lists is None else lists.layout
-        probes = None if lists is None else lists.probes.contiguous()
-        had_memory = native_search(
+        status = torch.empty(2, n_queries, dtype=torch.int32, device="cpu")
+        memory = torch.empty(3, plan.parts, n_queries, plan.capacity + SPARE, dtype=torch.int32, device="cpu")
+        coded = self._coded(queries)
+        outcome = native_search(
             **self._rows(),
+            **(self._queries(queries) if coded is None else _codes(queries, coded)),
+            **({} if lists is None else _lists(lists)),
+            **_selected(selection, n_queries),
             n_rows=self.n_rows,
-            list_starts=None if layout is None else layout.starts,
-            list_sizes=None if layout is None else layout.sizes,
-            slots=None if layout is None else layout.slots,
-            probes=probes,
-            n_lists=0 if layout is None else layout.nlist,
-            n_slots=0 if layout is None else layout.slots.shape[0],
-            n_probes=0 if probes is None else probes.shape[1],
-            query_codes=query_codes,
-            query_terms=query_terms,
-            rounding=rounding,
-            offsets=offsets,
-            usable=usable,
-            mask=mask,
-            mask_rows=mask_rows,
-            mask_stride=0 if mask is None else mask.stride(0),
-            mask_step=0 if mask is None else mask.stride(-1),
-            exclude=exclude,
-            n_excluded=selection.n_excluded,
-            queries=wide,
             ranks=ranks,
-            reservoir_rows=kept_rows,
-            reservoir_upper=kept[1],
-            reservoir_lower=kept[2],
+            memory=memory,
             scores=scores,
             found=rows,
             status=status,
-            counts=counts,
-            slack=float(coded.slack),
-            dim=queries.shape[1],
+            dim=self.dim,
             n_queries=n_queries,
             k=k,
             capacity=plan.capacity,
@@ -306,21 +291,36 @@ class NativeSearch:
             n_parts=plan.parts,
             metric=METRICS[self.metric.name],
             code_type=CODE_TYPES[self.plane.codes.dtype],
-            is_exact=int(coded.is_exact),
         )
-        if not had_memory:
-            # Nothing is certain; another search answers.
-            return
-        if not int(status.max()):
-            certified.fill_(True)
-            return
-        unsure = (status == UNSURE).nonzero()[:, 0]
+        if outcome == DONE:
+            return _bools(n_queries, True)
+        if outcome == NO_MEMORY:
+            # Another search answers.
+            return _bools(n_queries, False)
+        answers, counts = status.unbind(0)
+        unsure = (answers == UNSURE).nonzero()[:, 0]
         if unsure.numel():
             scores[unsure], rows[unsure] = self._ranked(
-                queries, unsure, kept_rows[0], counts, k, ranks, workspace_bytes
+                queries, unsure, memory[0, 0], counts, k, ranks, workspace_bytes
             )
-            status[unsure] = CERTIFIED
-        torch.eq(status, CERTIFIED, out=certified)
+            answers[unsure] = CERTIFIED
+        return answers.eq(CERTIFIED)
+
+    def _coded(self, queries: Tensor) -> CodedQueries | None:
+        """Return queries as codes; None where the search itself is to make them."""
+        # Where codes may turn out to be the vectors, torch's code looks at them all.
+        return code_queries(self.metric, queries, self.plane) if self.plane.is_integer else None
+
+    def _queries(self, queries: Tensor) -> dict[str, Any]:
+        """Return what the code is to know of queries whose codes it makes."""
+        return {
+            "source": queries.contiguous(),
+            "source_type": SOURCE_TYPES[queries.dtype],
+            "mean": self.plane.mean,
+            "rounded": rounded_units(self.plane.kind, self.dim),
+            "largest": LARGEST_NORM / self.dim,
+            "slack": norm_square_slack(self.metric),
+        }
 
     def _rows(self) -> dict[str, Any]:
         """Return what the code is to know of the rows."""
@@ -354,30 +354,48 @@ class NativeSearch:
         return rank_pairs(self.metric, owners, rows, scores, chosen.numel(), k, ranks)
 
 
-def code_queries_natively(metric: Metric, queries: Tensor, plane: Plane) -> CodedQueries:
-    """Do what `code_queries` does, for float64 queries ``(Q, D)`` and int8 or float32 codes, in C++."""
-    n_queries, dim = queries.shape
-    codes = torch.empty(n_queries, dim, dtype=plane.codes.dtype, device="cpu")
-    terms = torch.empty(3, n_queries, dtype=torch.float32, device="cpu")
-    rounding, offsets = torch.empty(2, n_queries, dtype=torch.float64, device="cpu")
-    usable = torch.empty(n_queries, dtype=torch.bool, device="cpu")
-    had_memory = native_code(
-        queries=queries,
-        mean=plane.mean,
-        codes=codes,
-        terms=terms,
-        rounding=rounding,
-        offsets=offsets,
-        usable=usable,
-        rounded=rounded_units(plane.kind, dim),
-        largest=LARGEST_NORM / dim,
-        dim=dim,
-        n_queries=n_queries,
-        metric=METRICS[metric.name],
-        code_type=CODE_TYPES[codes.dtype],
-        n_threads=native_threads(),
-    )
-    if not had_memory:
-        return code_queries(metric, queries, plane)
-    slack = torch.tensor(norm_square_slack(metric), dtype=torch.float32, device="cpu")
-    return CodedQueries(codes, terms, slack, rounding, offsets, usable, False)
+def _bools(n_queries: int, value: bool) -> Tensor:
+    return torch.full((n_queries,), value, dtype=torch.bool, device="cpu")
+
+
+def _codes(queries: Tensor, coded: CodedQueries) -> dict[str, Any]:
+    """Return what the code is to know of queries that are coded."""
+    return {
+        "queries": queries.double().contiguous(),
+        "query_codes": coded.codes.contiguous(),
+        "query_terms": coded.terms.contiguous(),
+        "rounding": coded.rounding.contiguous(),
+        "offsets": coded.offsets.contiguous(),
+        "usable": coded.usable,
+        "slack": float(coded.slack),
+        "is_exact": int(coded.is_exact),
+    }
+
+
+def _lists(lists: ProbedLists) -> dict[str, Any]:
+    """Return what the code is to know of lists."""
+    layout, probes = lists.layout, lists.probes.contiguous()
+    return {
+        "list_starts": layout.starts,
+        "list_sizes": layout.sizes,
+        "slots": layout.slots,
+        "probes": probes,
+        "n_lists": layout.nlist,
+        "n_slots": layout.slots.shape[0],
+        "n_probes": probes.shape[1],
+    }
+
+
+def _selected(selection: Selection, n_queries: int) -> dict[str, Any]:
+    """Return what the code is to know of what queries may see."""
+    facts: dict[str, Any] = {}
+    if selection.exclude is not None:
+        facts["exclude"] = selection.exclude.sort(1).values.contiguous()
+        facts["n_excluded"] = selection.n_excluded
+    if selection.mask is not None:
+        facts["mask"] = selection.mask
+        facts["mask_stride"] = selection.mask.stride(0)
+        facts["mask_step"] = selection.mask.stride(-1)
+        if selection.own_mask is not None:
+            facts["mask_rows"] = selection.numbers(n_queries)
+    return facts

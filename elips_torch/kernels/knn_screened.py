@@ -11,6 +11,7 @@ Where too many rows survive, a query is left uncertified, for a finer search to 
 """
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -88,6 +89,8 @@ class ScreenedSearch:
         n_neighbours: k and the number of rows that are excluded per query.
         workspace_bytes: limit on temporary memory, in bytes.
     """
+
+    has_overhead: ClassVar[bool] = True
 
     def __init__(
         self,

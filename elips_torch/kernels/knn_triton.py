@@ -12,6 +12,7 @@ a query is left uncertified, for the next search to answer.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -103,6 +104,8 @@ class TritonSearch:
         n_neighbours: k and the number of rows that are excluded per query.
         workspace_bytes: limit on temporary memory, in bytes.
     """
+
+    has_overhead: ClassVar[bool] = True
 
     def __init__(
         self, database: Tensor, metric: Metric, plane: Plane | None, n_neighbours: int, workspace_bytes: int

@@ -15,6 +15,7 @@ from elips_torch.core.native import NativeLibrary, instruction_options, native_r
 METRICS = {"l2": 0, "ip": 1, "cosine": 2}
 CODE_TYPES = {torch.float32: 0, torch.int8: 1}
 VECTOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SOURCE_TYPES = {**VECTOR_TYPES, torch.float64: 3}
 # How rows are packed.
 SCALAR, BYTES, NIBBLES = 1, 2, 3
 # Rows that a reservoir's memory holds beside its capacity.
@@ -64,7 +65,6 @@ def _products_are_right(dim: int, n_queries: int) -> bool:
     zeros = torch.zeros(3, n_queries, dtype=torch.float64, device="cpu")
     factors = torch.zeros(3, n_queries, dtype=torch.float32, device="cpu")
     factors[0] = 1.0
-    kept = torch.empty(3, n_queries, 2 * n_rows + SPARE, dtype=torch.float32, device="cpu")
     scores = torch.empty(n_queries, n_rows, dtype=torch.float32, device="cpu")
     found = torch.empty(n_queries, n_rows, dtype=torch.int64, device="cpu")
     native_search(
@@ -78,13 +78,10 @@ def _products_are_right(dim: int, n_queries: int) -> bool:
         usable=torch.ones(n_queries, dtype=torch.bool, device="cpu"),
         vectors=rows,
         queries=queries.double(),
-        reservoir_rows=kept[0],
-        reservoir_upper=kept[1],
-        reservoir_lower=kept[2],
+        memory=torch.empty(3, n_queries, 2 * n_rows + SPARE, dtype=torch.float32, device="cpu"),
         scores=scores,
         found=found,
-        status=torch.empty(n_queries, dtype=torch.uint8, device="cpu"),
-        counts=torch.empty(n_queries, dtype=torch.int32, device="cpu"),
+        status=torch.empty(2, n_queries, dtype=torch.int32, device="cpu"),
         dim=dim,
         n_queries=n_queries,
         k=n_rows,
@@ -98,8 +95,8 @@ def _products_are_right(dim: int, n_queries: int) -> bool:
     return torch.equal(scores.double(), products)
 
 
-# What the functions return: done, not enough memory, an unknown type, a row too large to be bounded.
-_DONE, _NO_MEMORY, _UNKNOWN_TYPE, _UNBOUNDED = range(4)
+# `enum Outcome` of outcome.h.
+DONE, NO_MEMORY, _UNKNOWN_TYPE, _UNBOUNDED, OPEN = range(5)
 
 
 class Packed(ctypes.Structure):
@@ -133,6 +130,10 @@ class Arguments(ctypes.Structure):
         ("n_lists", ctypes.c_int64),
         ("n_slots", ctypes.c_int64),
         ("n_probes", ctypes.c_int64),
+        ("source", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("rounded", ctypes.c_double),
+        ("largest", ctypes.c_double),
         ("query_codes", ctypes.c_void_p),
         ("query_terms", ctypes.c_void_p),
         ("rounding", ctypes.c_void_p),
@@ -148,13 +149,10 @@ class Arguments(ctypes.Structure):
         ("packed", Packed),
         ("queries", ctypes.c_void_p),
         ("ranks", ctypes.c_void_p),
-        ("reservoir_rows", ctypes.c_void_p),
-        ("reservoir_upper", ctypes.c_void_p),
-        ("reservoir_lower", ctypes.c_void_p),
+        ("memory", ctypes.c_void_p),
         ("scores", ctypes.c_void_p),
         ("found", ctypes.c_void_p),
         ("status", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),
         ("slack", ctypes.c_float),
         ("dim", ctypes.c_int32),
         ("n_queries", ctypes.c_int32),
@@ -165,6 +163,7 @@ class Arguments(ctypes.Structure):
         ("metric", ctypes.c_int32),
         ("code_type", ctypes.c_int32),
         ("vector_type", ctypes.c_int32),
+        ("source_type", ctypes.c_int32),
         ("is_exact", ctypes.c_int32),
     )
 
@@ -213,28 +212,29 @@ class Assigning(ctypes.Structure):
     )
 
 
-def native_search(**arguments: Tensor | float | ctypes.Structure | None) -> bool:
+def native_search(**arguments: Tensor | float | ctypes.Structure | None) -> int:
     """Run `elips_search`, which writes into the tensors of the results.
 
     Args:
         **arguments: the fields of `Arguments`; tensors are contiguous.
 
     Returns:
-        Whether there was memory enough; else nothing was written that means anything.
+        `DONE` where every query is certified; `OPEN` where the status says which; `NO_MEMORY` where nothing
+        was written that means anything.
     """
     return _call("elips_search", Arguments, arguments)
 
 
 def native_code(**arguments: Tensor | float | None) -> bool:
-    """Run `elips_code`, which writes into the tensors of the results.
+    """Run `elips_code`, which writes into the tensors of the results; a search does that by itself.
 
     Args:
         **arguments: the fields of `Coding`; tensors are contiguous.
 
     Returns:
-        As `native_search`.
+        Whether there was memory enough; else nothing was written that means anything.
     """
-    return _call("elips_code", Coding, arguments)
+    return _call("elips_code", Coding, arguments) == DONE
 
 
 def native_assign(**arguments: Tensor | float | None) -> bool:
@@ -246,14 +246,14 @@ def native_assign(**arguments: Tensor | float | None) -> bool:
     Returns:
         Whether it could bound the centroids and had memory enough; else the labels mean nothing.
     """
-    return _call("elips_assign", Assigning, arguments)
+    return _call("elips_assign", Assigning, arguments) == DONE
 
 
 def _call(
     function: str,
     structure: type[ctypes.Structure],
     arguments: Mapping[str, Tensor | float | ctypes.Structure | None],
-) -> bool:
+) -> int:
     library = LIBRARY.load(instruction_options(device_facts("cpu")))
     if library is None:
         raise ImplementationError("the C++ code of exact search does not compile here; see the log")
@@ -261,10 +261,10 @@ def _call(
     values = {
         name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
     }
-    failure = getattr(library, function)(ctypes.byref(structure(**values)))
-    if failure == _UNKNOWN_TYPE:
+    outcome = int(getattr(library, function)(ctypes.byref(structure(**values))))
+    if outcome == _UNKNOWN_TYPE:
         raise ImplementationError("exact search in C++ does not know a type that it was given")
-    return bool(failure == _DONE)
+    return outcome
 
 
 @functools.cache

@@ -56,6 +56,7 @@ def explain(
       triton       Triton kernels run on CUDA and ROCm, the tensors are on cpu...
       native       ...there is no screening plane in int8 or float32 to run C++ code on
       compiled     there is no screening plane to run compiled code on
+      faiss        it selects by float32 products and proves nothing...
       eager        chosen
     >>> explanation.chosen
     'eager'

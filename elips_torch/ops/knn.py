@@ -22,6 +22,7 @@ from elips_torch.core.validation import (
     check_vectors,
     check_workspace,
 )
+from elips_torch.engines.faiss.candidates import brute_force_reasons
 from elips_torch.kernels.candidate_gradient import database_gradient
 from elips_torch.kernels.knn_blocks import knn_blocks
 from elips_torch.kernels.knn_exact import compiled_first, knn_exact
@@ -30,6 +31,7 @@ from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
 from elips_torch.kernels.search_native import library_is_ready, library_reasons
 from elips_torch.kernels.selection import Selection
+from elips_torch.ops.knn_faiss import knn_faiss, uncertified_reasons
 
 # From so many queries on, making a plane for one call repays.
 _REPAY_PLANE = 192
@@ -123,6 +125,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         _compiled_reasons,
         small_reasons,
     ),
+    Implementation("faiss", knn_faiss, brute_force_reasons, uncertified_reasons),
     Implementation("eager", knn_exact, float64_reasons),
 )
 
@@ -160,7 +163,8 @@ def knn(
             within the workspace; `FlatIndex` keeps its own. Results are the same with any.
         implementation: "auto", or a name that `explain` lists, which then serves or raises: "triton" on a
             GPU; "native", C++ that screens by a plane on a CPU and is compiled at the first large search;
-            "compiled", the same steps through `torch.compile`; "eager", which serves every call.
+            "compiled", the same steps through `torch.compile`; "faiss", the candidates of its brute-force
+            search, which are selected in float32 and may miss near ties; "eager", which serves every call.
         workspace_bytes: limit on temporary memory, in bytes, at least 1 MiB. Default 256 MiB.
 
     Returns:
@@ -271,7 +275,10 @@ def _knn(
         selection=Selection(mask, exclude),
         implementation=implementation,
         workspace_bytes=workspace_bytes,
-        screen=screen_for_call(screen, queries, database, metric_of(metric, p)),
+        # Faiss screens nothing: a plane would be made for nobody.
+        screen="none"
+        if implementation == "faiss"
+        else screen_for_call(screen, queries, database, metric_of(metric, p)),
     )
 
 

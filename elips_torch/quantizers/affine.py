@@ -1,4 +1,4 @@
-"""The plain transforms that other libraries learn and build upon: a mean taken off, a matrix that is given."""
+"""Plain transforms that other libraries build upon: a mean taken off, a matrix that is given."""
 
 from typing import Any, ClassVar, Self
 

@@ -53,11 +53,22 @@ def test_the_fastest_variant_is_measured():
     assert timings["a"].setting == "0.3 s"
 
 
-def test_a_short_search_runs_once_untimed_before_each_round():
-    log = []
-    measure([Recorder("a", log, durations=(0.001,))], 1, 1, repeats=3, seconds=100.0, clock=clock)
+def test_a_short_search_runs_untimed_for_a_while_before_each_round(monkeypatch):
+    # Every look at the time finds 20 ms gone.
+    ticks = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 0.02 * next(ticks))
+    log, clocked = [], []
+
+    def clock(call):
+        clocked.append(len(log))
+        return (0.004, 0.001, 0.002)[len(clocked) % 3], call()
+
+    timings = measure([Recorder("a", log)], 1, 1, repeats=3, seconds=100.0, clock=clock)
     warm = 2 + timing._TRIES
-    assert len(log) == warm + 2 * 3
+    turn = 2 + timing._FEW
+    assert len(log) == warm + 3 * turn
+    assert clocked[warm : warm + timing._FEW] == [warm + 2, warm + 3, warm + 4]
+    assert timings["a"].seconds == [0.002] * 3
 
 
 def test_the_time_limit_leaves_one_round(monkeypatch):

@@ -23,8 +23,8 @@ from elips_torch.core.native import native_reasons
 from elips_torch.kernels import knn_native, search_native
 from elips_torch.kernels.knn_exact import knn_exact
 from elips_torch.kernels.knn_native import NativeSearch, native_first
-from elips_torch.kernels.plane import encode, make_plane, plain_plane
-from elips_torch.kernels.screen import code_queries
+from elips_torch.kernels.plane import LARGEST_NORM, encode, make_plane, plain_plane
+from elips_torch.kernels.screen import CodedQueries, code_queries, norm_square_slack, rounded_units
 from elips_torch.kernels.selection import Selection
 
 pytestmark = pytest.mark.skipif(
@@ -132,6 +132,33 @@ def test_every_number_of_features(dim, kind, certified):
     assert certified or (kind == "int8" and dim < 4)
 
 
+def coded_natively(metric, queries, plane):
+    """Code queries as a search does that is given none."""
+    n_queries, dim = queries.shape
+    codes = torch.empty(n_queries, dim, dtype=plane.codes.dtype)
+    terms = torch.empty(3, n_queries)
+    rounding, offsets = torch.empty(2, n_queries, dtype=torch.float64)
+    usable = torch.empty(n_queries, dtype=torch.bool)
+    assert search_native.native_code(
+        queries=queries.double(),
+        mean=plane.mean,
+        codes=codes,
+        terms=terms,
+        rounding=rounding,
+        offsets=offsets,
+        usable=usable,
+        rounded=rounded_units(plane.kind, dim),
+        largest=LARGEST_NORM / dim,
+        dim=dim,
+        n_queries=n_queries,
+        metric=search_native.METRICS[metric],
+        code_type=search_native.CODE_TYPES[codes.dtype],
+        n_threads=2,
+    )
+    slack = torch.tensor(norm_square_slack(resolve_metric(metric)))
+    return CodedQueries(codes, terms, slack, rounding, offsets, usable, False)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_queries_are_coded_as_torch_codes_them(metric, kind):
     generator = torch.Generator().manual_seed(0)
@@ -140,7 +167,7 @@ def test_queries_are_coded_as_torch_codes_them(metric, kind):
     q[3], q[5, 2], q[7, 1], q[9] = 0.0, torch.nan, torch.inf, 1e25
     plane = plane_of(metric, x, kind)
     expected = code_queries(resolve_metric(metric), q, plane)
-    found = knn_native.code_queries_natively(resolve_metric(metric), q.double(), plane)
+    found = coded_natively(metric, q, plane)
     usable = expected.usable
     assert torch.equal(found.usable, usable)
     assert 30 <= int(usable.sum()) < 40
@@ -203,8 +230,8 @@ def test_without_the_bounds_the_answer_is_wrong(metric, monkeypatch, certified):
     if ("VNNI", "int8") not in WAYS:
         pytest.skip("float32 codes lose too little to mislead")
 
-    def careless(*args):
-        coded = code_queries(*args)
+    def careless(search, queries):
+        coded = code_queries(search.metric, queries, search.plane)
         coded.terms[1:].zero_()
         coded.slack.zero_()
         return coded
@@ -213,7 +240,7 @@ def test_without_the_bounds_the_answer_is_wrong(metric, monkeypatch, certified):
     expected = unscreened(metric, q, x, 5)
     assert_same(search(metric, "int8", q, x, 5), expected)
     certified.clear()
-    monkeypatch.setattr(knn_native, "code_queries_natively", careless)
+    monkeypatch.setattr(NativeSearch, "_coded", careless)
     found = search(metric, "int8", q, x, 5)
     assert certified == [20]
     assert not torch.equal(found[1], expected[1])
@@ -232,12 +259,12 @@ def test_without_room_for_ties_the_answer_is_wrong(monkeypatch, certified):
     assert_same(search("ip", "int8", q, x, 40, plane=plane), expected)
     assert certified[0] > 0
 
-    def careless(*args):
-        coded = code_queries(*args)
+    def careless(search, queries):
+        coded = code_queries(search.metric, queries, search.plane)
         coded.rounding.zero_()
         return coded
 
-    monkeypatch.setattr(knn_native, "code_queries_natively", careless)
+    monkeypatch.setattr(NativeSearch, "_coded", careless)
     assert not torch.equal(search("ip", "int8", q, x, 40, plane=plane)[1], expected[1])
 
 

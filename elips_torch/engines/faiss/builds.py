@@ -54,6 +54,10 @@ class FaissBuild:
         return f"faiss {self.version} ({self.level}; {self.blas}; compiled with {self.compile_options})"
 
 
+# Described once: every search asks for it.
+_installed: dict[ModuleType, FaissBuild] = {}
+
+
 def is_installed() -> bool:
     """Whether `load_installed` would find faiss; imports nothing."""
     return importlib.util.find_spec("faiss") is not None
@@ -67,7 +71,10 @@ def load_installed() -> FaissBuild:
     """
     if not is_installed():
         raise ImportError(INSTALL)
-    return _describe(importlib.import_module("faiss"), _faiss_modules())
+    module = importlib.import_module("faiss")
+    if module not in _installed:
+        _installed[module] = _describe(module, _faiss_modules())
+    return _installed[module]
 
 
 def load_from(folder: str | os.PathLike[str]) -> FaissBuild:

@@ -23,6 +23,7 @@ from elips_torch.engines.faiss.descriptions import (
     ScalarDescription,
     TransformDescription,
 )
+from elips_torch.engines.faiss.transfer import to_cpu
 
 # By the names of faiss.
 METRICS = {
@@ -51,14 +52,14 @@ def check_is_index(build: FaissBuild, index: Any) -> Any:
     faiss = build.module
     if isinstance(index, faiss.IndexBinary):
         raise DtypeError(
-            f"index is a {type(faiss.downcast_IndexBinary(index)).__name__}, whose vectors are bits, expected "
-            f"an index of floats; {_OFFER}"
+            f"index is a {type(faiss.downcast_IndexBinary(index)).__name__}, whose vectors are bits, "
+            f"expected an index of floats; {_OFFER}"
         )
     if not isinstance(index, faiss.Index):
         raise DtypeError(f"index is a {type(index).__name__}, expected an index of faiss")
     index = faiss.downcast_index(index)
-    if hasattr(faiss, "index_gpu_to_cpu") and _lies_on_gpu(faiss, index):
-        index = faiss.downcast_index(faiss.index_gpu_to_cpu(index))
+    if _lies_on_gpus(faiss, index):
+        index = faiss.downcast_index(to_cpu(build, index))
     return index
 
 
@@ -81,7 +82,7 @@ def describe(build: FaissBuild, index: Any) -> Description:
     return _READERS[name](build, index)
 
 
-def _lies_on_gpu(faiss: Any, index: Any) -> bool:
+def _lies_on_gpus(faiss: Any, index: Any) -> bool:
     name = type(index).__name__
     if name in _GROUPS_OF_GPU_INDEXES and index.count():
         name = type(faiss.downcast_index(index.at(0))).__name__
@@ -96,7 +97,9 @@ def _refuse(index: Any, what: str) -> ConversionError:
 
 def _metric(build: FaissBuild, index: Any, *kinds: str) -> tuple[str, float | None]:
     """Return the name and p of a metric; only of these kinds, where some are given."""
-    codes = {getattr(build.module, name): ours for name, ours in METRICS.items() if hasattr(build.module, name)}
+    codes = {
+        getattr(build.module, name): ours for name, ours in METRICS.items() if hasattr(build.module, name)
+    }
     metric = codes.get(index.metric_type)
     if metric is None or (kinds and metric not in kinds):
         raise _refuse(index, f"metric_type={index.metric_type}")

@@ -1,7 +1,7 @@
 """What an index of faiss is made of, as settings and plain tensors.
 
-`describe` makes these from an index of faiss, `construct` makes an index of faiss from these; who holds one
-needs no faiss. All tensors lie on the CPU and belong to the description. Metrics have the names of this library.
+`describe` makes these from an index of faiss, `construct` makes an index of faiss from these; who holds
+one needs no faiss. All tensors lie on the CPU. Metrics have the names of this library.
 """
 
 import dataclasses

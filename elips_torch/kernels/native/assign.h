@@ -14,6 +14,7 @@
 #include <new>
 
 #include "products.h"
+#include "outcome.h"
 #include "reservoir.h"
 #include "rescore.h"
 
@@ -419,11 +420,10 @@ class Worker {
     char* coded_;
 };
 
-// Returns 0; 1 where memory ran out, 3 where a centroid cannot be bounded.
 template <class Code, class Value>
-int run(const Assigning& a) {
+Outcome run(const Assigning& a) {
     Centroids<Code> centroids(a);
-    if (!centroids.memory) return 1;
+    if (!centroids.memory) return NO_MEMORY;
     const int64_t blocks = (a.n_vectors + BLOCK - 1) / BLOCK;
     bool ready = true, usable = true;
 #pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1)
@@ -441,16 +441,16 @@ int run(const Assigning& a) {
                 if (worker.is_ready()) worker.run(first, std::min<int64_t>(blocks, first + BLOCKS_AT_ONCE));
         }
     }
-    return !ready ? 1 : usable ? 0 : 3;
+    return !ready ? NO_MEMORY : usable ? DONE : UNBOUNDED;
 }
 
 template <class Code>
-int run(const Assigning& a) {
+Outcome run(const Assigning& a) {
     switch (a.vector_type) {
         case 0: return run<Code, float>(a);
         case 1: return run<Code, Half>(a);
         case 2: return run<Code, BFloat>(a);
-        default: return 2;
+        default: return UNKNOWN_TYPE;
     }
 }
 

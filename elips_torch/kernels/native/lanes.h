@@ -15,8 +15,12 @@ static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 static inline Floats load_first(const float* p, int n) {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
 }
+static inline Floats load_bytes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 static inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 static inline Floats all(float x) { return _mm512_set1_ps(x); }
+static inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 static inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 static inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 // Where a is NaN, b.
@@ -39,8 +43,12 @@ static inline Floats load_first(const float* p, int n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
 }
+static inline Floats load_bytes(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 static inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 static inline Floats all(float x) { return _mm256_set1_ps(x); }
+static inline Floats plus(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 static inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 static inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }

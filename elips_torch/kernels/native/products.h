@@ -21,6 +21,9 @@ static inline void prefetch(const void* place, int bytes) {
     for (int i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(place) + AHEAD + i, _MM_HINT_T0);
 }
 
+// Rows that are read side by side for one query.
+constexpr int FEW = 4;
+
 template <class Code>
 struct Product;
 
@@ -39,8 +42,13 @@ struct Product<float> {
     static Floats floats(Sums sums) { return sums; }
 
     static int query_correction(const float*, int) { return 0; }
-    // The product of a row with one query.
-    static float dot(const float* row, const float* query, int dim, int) {
+    // The products of FEW rows with one query.
+    static void dots(const float* const (&rows)[FEW], const float* query, int dim, int, float* out) {
+        for (int r = 0; r < FEW; ++r) out[r] = dot(rows[r], query, dim);
+    }
+
+   private:
+    static float dot(const float* row, const float* query, int dim) {
         Floats a = all(0.0f), b = all(0.0f);
         int i = 0;
         for (; i + 2 * LANES <= dim; i += 2 * LANES) {
@@ -80,23 +88,33 @@ struct Product<int8_t> {
     static Floats floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 
     static int query_correction(const int8_t* query, int dim) { return correction(query, dim); }
-    static float dot(const int8_t* row, const int8_t* query, int dim, int correction) {
+    // The products of FEW rows with one query.
+    static void dots(const int8_t* const (&rows)[FEW], const int8_t* query, int dim, int correction, float* out) {
         const __m512i high = _mm512_set1_epi8(static_cast<char>(0x80));
-        __m512i a = _mm512_setzero_si512(), b = _mm512_setzero_si512();
+        __m512i sums[FEW];
+        for (int r = 0; r < FEW; ++r) sums[r] = _mm512_setzero_si512();
         int i = 0;
-        for (; i + 128 <= dim; i += 128) {
-            prefetch(row + i, 128);
-            a = _mm512_dpbusd_epi32(a, _mm512_xor_si512(_mm512_loadu_si512(row + i), high),
-                                    _mm512_loadu_si512(query + i));
-            b = _mm512_dpbusd_epi32(b, _mm512_xor_si512(_mm512_loadu_si512(row + i + 64), high),
-                                    _mm512_loadu_si512(query + i + 64));
+        for (; i + 64 <= dim; i += 64) {
+            const __m512i q = _mm512_loadu_si512(query + i);
+            for (int r = 0; r < FEW; ++r) {
+                prefetch(rows[r] + i, 64);
+                sums[r] = _mm512_dpbusd_epi32(sums[r], _mm512_xor_si512(_mm512_loadu_si512(rows[r] + i), high), q);
+            }
         }
-        for (; i < dim; i += 64)
-            a = _mm512_dpbusd_epi32(a, _mm512_xor_si512(bytes(row + i, dim - i), high),
-                                    bytes(query + i, dim - i));
-        // Sums may wrap around on the way.
-        const auto sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)));
-        return static_cast<float>(static_cast<int32_t>(sum + static_cast<uint32_t>(correction)));
+        if (i < dim) {
+            const __m512i q = bytes(query + i, dim - i);
+            for (int r = 0; r < FEW; ++r)
+                sums[r] = _mm512_dpbusd_epi32(sums[r], _mm512_xor_si512(bytes(rows[r] + i, dim - i), high), q);
+        }
+        // Four sums across the lanes together. They may wrap around on the way.
+        const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[0], sums[1]),
+                                             _mm512_unpackhi_epi32(sums[0], sums[1]));
+        const __m512i top = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[2], sums[3]),
+                                             _mm512_unpackhi_epi32(sums[2], sums[3]));
+        const __m512i both = _mm512_add_epi32(_mm512_unpacklo_epi64(low, top), _mm512_unpackhi_epi64(low, top));
+        const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1));
+        const __m128i quarter = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+        _mm_storeu_ps(out, _mm_cvtepi32_ps(_mm_add_epi32(quarter, _mm_set1_epi32(correction))));
     }
 
    private:

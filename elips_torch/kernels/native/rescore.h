@@ -16,6 +16,7 @@ struct BFloat {
     uint16_t bits;
 };
 
+static inline double wide(double x) { return x; }
 static inline double wide(float x) { return x; }
 static inline double wide(Half x) { return _cvtsh_ss(x.bits); }
 static inline double wide(BFloat x) {
@@ -53,10 +54,15 @@ static inline double sum(Doubles a) {
 }
 
 static inline double square_of(const float* vector, int dim) {
-    Doubles sums = {};
+    Doubles sums[4] = {};
     int i = 0;
-    for (; i + 8 <= dim; i += 8) sums += wide8(vector + i) * wide8(vector + i);
-    double total = sum(sums);
+    for (; i + 32 <= dim; i += 32)
+        for (int part = 0; part < 4; ++part) {
+            const Doubles x = wide8(vector + i + 8 * part);
+            sums[part] += x * x;
+        }
+    for (; i + 8 <= dim; i += 8) sums[0] += wide8(vector + i) * wide8(vector + i);
+    double total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; i < dim; ++i) total += double(vector[i]) * vector[i];
     return total;
 }

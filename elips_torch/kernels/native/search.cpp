@@ -13,6 +13,7 @@
 
 #include "assign.h"
 #include "coding.h"
+#include "outcome.h"
 #include "products.h"
 #include "reservoir.h"
 #include "rescore.h"
@@ -37,7 +38,12 @@ struct Arguments {
     int64_t n_lists;
     int64_t n_slots;
     int64_t n_probes;
-    // The coded queries: (Q, D) codes; (3, Q) scale and factors of residual and norm.
+    // The queries (Q, D) as callers have them, of which codes and what follows are made here; or null, and
+    // the coded queries: (Q, D) codes; (3, Q) scale and factors of residual and norm.
+    const void* source;
+    const float* mean;  // (D,), as Coding has it, and two numbers more
+    double rounded;
+    double largest;
     const void* query_codes;
     const float* query_terms;
     const double* rounding;  // (Q,)
@@ -56,15 +62,12 @@ struct Arguments {
     Packed packed;
     const double* queries;
     const int64_t* ranks;
-    // Memory: (T, Q, C + SPARE) each.
-    int32_t* reservoir_rows;
-    float* reservoir_upper;
-    float* reservoir_lower;
-    // Results: (Q, K), (Q, K) and (Q,).
+    void* memory;  // (3, T, Q, C + SPARE) numbers of four bytes
+    // Results: (Q, K) each; and (2, Q), the status of each query and how many rows survived, whose numbers
+    // lie in the first reservoir of the query at the beginning of the memory.
     float* scores;
     int64_t* found;
-    uint8_t* status;
-    int32_t* counts;  // (Q,), survivors, which lie in the reservoirs of the first thread
+    int32_t* status;
     float slack;
     int32_t dim;
     int32_t n_queries;
@@ -75,10 +78,11 @@ struct Arguments {
     int32_t metric;
     int32_t code_type;    // 0 float32, 1 int8
     int32_t vector_type;  // 0 float32, 1 float16, 2 bfloat16
+    int32_t source_type;  // these, or 3 float64
     int32_t is_exact;     // similarities of the codes are those of the vectors
 };
 
-enum Status : uint8_t { CERTIFIED = 0, UNCERTIFIED = 1, UNSURE = 2 };
+enum Status : int32_t { CERTIFIED = 0, UNCERTIFIED = 1, UNSURE = 2 };
 }
 
 static inline int64_t name_of(const Arguments& a, int64_t row) { return a.names ? a.names[row] : row; }
@@ -165,9 +169,9 @@ class Scan {
                                           ROWS_STEP, MOST_CHUNK_ROWS)),
           packed_dim_(steps_of(a.dim, Product<Code>::PER_STEP) * Product<Code>::PER_STEP) {
         const int64_t q = a.n_queries, c = a.capacity + SPARE;
-        rows_ = a.reservoir_rows + part * q * c;
-        upper_ = a.reservoir_upper + part * q * c;
-        lower_ = a.reservoir_lower + part * q * c;
+        rows_ = static_cast<int32_t*>(a.memory) + part * q * c;
+        upper_ = static_cast<float*>(a.memory) + (a.n_parts + part) * q * c;
+        lower_ = static_cast<float*>(a.memory) + (2 * a.n_parts + part) * q * c;
     }
 
     int64_t n_chunks() const { return (a_.n_rows + chunk_rows_ - 1) / chunk_rows_; }
@@ -237,6 +241,7 @@ class Scan {
    private:
     static constexpr int WIDE_ROWS = LANES == 16 ? 6 : 2;
     static constexpr int MOST_ROWS = 12;
+    static constexpr int ROWS_AHEAD = 8;
     static constexpr int64_t ROWS_STEP = 48;  // a multiple of every tile's rows
 
     void chunk(int64_t first, const int64_t* slots, int n) {
@@ -251,16 +256,18 @@ class Scan {
         c.correction = corrections_.get();
         c.unpacked = nullptr;
         if (a_.packed.packing) unpack_rows(c);
-        for (int r = 0; r < n && !c.unpacked; ++r) {
-            const float* terms = a_.terms + 4 * c.row(r);
-            c.scale[r] = terms[0];
-            c.residual[r] = terms[1];
-            c.norm[r] = terms[2];
-            const float rest = a_.slack == 0.0f ? 0.0f : terms[2] * terms[2] * a_.slack;
-            c.bias[r] = terms[3] + (rest + FLOOR);
-        }
+        else if (slots) {
+            // Rows of a list lie anywhere.
+            for (int r = 0; r < n; ++r) _mm_prefetch(reinterpret_cast<const char*>(a_.terms + 4 * slots[r]), _MM_HINT_T0);
+            for (int r = 0; r < std::min(n, ROWS_AHEAD); ++r) prefetch_row(slots[r]);
+            take_terms(c, [&](int r) { return a_.terms + 4 * slots[r]; });
+        } else
+            take_terms(c, [&](int r) { return a_.terms + 4 * (first + r); });
         if (n_blocks_ && blocks_[0].vectors)
-            for (int r = 0; r < n; ++r) c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
+            for (int r = 0; r < n; ++r) {
+                if (slots && r + ROWS_AHEAD < n) prefetch_row(slots[r + ROWS_AHEAD]);
+                c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
+            }
         for (int b = 0; b < n_blocks_; ++b) {
             Block<Code>& block = blocks_[b];
             refresh(block);
@@ -271,6 +278,32 @@ class Scan {
                 case 3: tiles<8 * LANES / 16, 3>(c, block); break;
                 default: tiles<WIDE_ROWS, 4>(c, block);
             }
+        }
+    }
+
+    void prefetch_row(int64_t number) const {
+        const char* codes = reinterpret_cast<const char*>(row(number));
+        for (int64_t i = 0; i < a_.dim * int64_t(sizeof(Code)); i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
+    }
+
+    void prefetch_packed(int64_t number) const {
+        const char* codes = reinterpret_cast<const char*>(a_.packed.codes + number * a_.packed.code_size);
+        for (int i = 0; i < a_.packed.code_size; i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
+    }
+
+    template <class Place>
+    void take_terms(Chunk& c, Place terms_of) {
+        const float slack = a_.slack;
+        float *scale = c.scale, *residual = c.residual, *norm = c.norm, *bias = c.bias;
+#pragma omp simd
+        for (int r = 0; r < c.n; ++r) {
+            const float* terms = terms_of(r);
+            scale[r] = terms[0];
+            residual[r] = terms[1];
+            norm[r] = terms[2];
+            // Without slack an infinite norm would make this NaN.
+            const float rest = slack == 0.0f ? 0.0f : terms[2] * terms[2] * slack;
+            bias[r] = terms[3] + (rest + FLOOR);
         }
     }
 
@@ -287,6 +320,7 @@ class Scan {
     void unpack_rows(Chunk& c) {
         const double slack = (a_.dim + 8) * UNIT, lost = std::sqrt(double(a_.dim)) / (1ull << 63);
         for (int r = 0; r < c.n; ++r) {
+            if (r + ROWS_AHEAD < c.n) prefetch_packed(c.row(r + ROWS_AHEAD));
             float* vector = unpacked_.get() + int64_t(r) * a_.dim;
             unpack(a_.packed, c.row(r), a_.dim, vector);
             const double square = square_of(vector, a_.dim);
@@ -436,9 +470,11 @@ class Scan {
             const Floats norm = all(block.norm[i]);
             for (int first = 0; first < c.n; first += LANES) {
                 const int n = std::min(LANES, c.n - first);
-                for (int r = 0; r < n; ++r)
-                    products[r] = Product<Code>::dot(codes_of(c, first + r), query, a_.dim, correction);
-                for (int r = n; r < LANES; ++r) products[r] = 0.0f;
+                for (int r = 0; r < LANES; r += FEW) {
+                    const Code* rows[FEW];
+                    for (int i = 0; i < FEW; ++i) rows[i] = codes_of(c, first + std::min(r + i, n - 1));
+                    Product<Code>::dots(rows, query, a_.dim, correction, products + r);
+                }
                 Floats bound = times(load(products), scale);
                 bound = times_plus(bound, load_first(c.scale + first, n), load_first(c.bias + first, n));
                 bound = times_plus(residual, load_first(c.residual + first, n), bound);
@@ -471,6 +507,86 @@ class Scan {
     Memory<Code> tail_;
     Memory<Block<Code>> blocks_;
     Memory<typename Product<Code>::Packed> packed_;
+};
+
+int code_queries(const Coding& c) {
+    if (c.code_type != 0 && c.code_type != 1) return UNKNOWN_TYPE;
+    double mean_length = 0.0;
+    for (int i = 0; i < c.dim; ++i) mean_length += double(c.mean[i]) * c.mean[i];
+    mean_length = std::sqrt(mean_length);
+    bool ready = true;
+#pragma omp parallel num_threads(c.n_threads) if (c.n_threads > 1 && c.n_queries > 16)
+    {
+        Memory<double> wide = allocate<double>(c.dim);
+        if (!wide) {
+#pragma omp atomic write
+            ready = false;
+        }
+#pragma omp for
+        for (int64_t q = 0; q < c.n_queries; ++q) {
+            if (!wide) continue;
+            if (c.code_type == 0)
+                code_query<float>(c, q, mean_length, wide.get());
+            else
+                code_query<int8_t>(c, q, mean_length, wide.get());
+        }
+    }
+    return ready ? DONE : NO_MEMORY;
+}
+
+// Queries as float64 and as codes, where callers give them as they are.
+class CodedHere {
+   public:
+    // Returns as elips_search does.
+    int make(Arguments& a) {
+        const int64_t q = a.n_queries, n = q * a.dim;
+        wide_ = allocate<double>(n + 2 * q);
+        codes_ = allocate<float>(n);
+        terms_ = allocate<float>(3 * q);
+        usable_ = allocate<uint8_t>(q);
+        if (!wide_ || !codes_ || !terms_ || !usable_) return NO_MEMORY;
+        double* wide = wide_.get();
+        switch (a.source_type) {
+            case 0: widen<float>(a.source, n, wide); break;
+            case 1: widen<Half>(a.source, n, wide); break;
+            case 2: widen<BFloat>(a.source, n, wide); break;
+            case 3: widen<double>(a.source, n, wide); break;
+            default: return UNKNOWN_TYPE;
+        }
+        Coding c;
+        c.queries = wide;
+        c.mean = a.mean;
+        c.codes = codes_.get();
+        c.terms = terms_.get();
+        c.rounding = wide + n;
+        c.offsets = c.rounding + q;
+        c.usable = usable_.get();
+        c.rounded = a.rounded;
+        c.largest = a.largest;
+        c.dim = a.dim;
+        c.n_queries = a.n_queries;
+        c.metric = a.metric;
+        c.code_type = a.code_type;
+        c.n_threads = a.n_threads;
+        a.queries = wide;
+        a.query_codes = c.codes;
+        a.query_terms = c.terms;
+        a.rounding = c.rounding;
+        a.offsets = c.offsets;
+        a.usable = c.usable;
+        return code_queries(c);
+    }
+
+   private:
+    template <class Value>
+    static void widen(const void* source, int64_t n, double* out) {
+        const Value* values = static_cast<const Value*>(source);
+        for (int64_t i = 0; i < n; ++i) out[i] = wide(values[i]);
+    }
+
+    Memory<double> wide_;
+    Memory<float> codes_, terms_;
+    Memory<uint8_t> usable_;
 };
 
 // Chunks in an order that meets rows from everywhere early, whatever their order is.
@@ -509,13 +625,13 @@ class Ranking {
         const bool descends = a_.metric != L2;
         std::fill(scores, scores + a_.k, descends ? LOWEST : HIGHEST);
         std::fill(found, found + a_.k, -1);
-        a_.counts[q] = 0;
+        a_.status[a_.n_queries + q] = 0;
         Reservoir& all = reservoirs[q];
         if (!merge(q, reservoirs)) {
             a_.status[q] = UNCERTIFIED;
             return;
         }
-        a_.counts[q] = all.n;
+        a_.status[a_.n_queries + q] = all.n;
         const double* query = a_.queries + q * a_.dim;
         double square = 0.0;
         for (int i = 0; i < a_.dim; ++i) square += query[i] * query[i];
@@ -690,54 +806,35 @@ int elips_size(int which) {
     }
 }
 
-// Fills the codes of queries and their terms. Returns as elips_search does.
-int elips_code(const Coding* coding) {
-    const Coding& c = *coding;
-    if (c.code_type != 0 && c.code_type != 1) return 2;
-    double mean_length = 0.0;
-    for (int i = 0; i < c.dim; ++i) mean_length += double(c.mean[i]) * c.mean[i];
-    mean_length = std::sqrt(mean_length);
-    bool ready = true;
-#pragma omp parallel num_threads(c.n_threads) if (c.n_threads > 1 && c.n_queries > 16)
-    {
-        Memory<double> wide = allocate<double>(c.dim);
-        if (!wide) {
-#pragma omp atomic write
-            ready = false;
-        }
-#pragma omp for
-        for (int64_t q = 0; q < c.n_queries; ++q) {
-            if (!wide) continue;
-            if (c.code_type == 0)
-                code_query<float>(c, q, mean_length, wide.get());
-            else
-                code_query<int8_t>(c, q, mean_length, wide.get());
-        }
-    }
-    return ready ? 0 : 1;
-}
+// Fills the codes of queries and their terms, as elips_search does where it is given none.
+int elips_code(const Coding* coding) { return code_queries(*coding); }
 
-// Fills the labels. Returns as elips_search does; 3 where a centroid cannot be bounded.
+// Fills the labels.
 int elips_assign(const Assigning* assigning) {
     if (assigning->code_type == 0) return assigning::run<float>(*assigning);
 #if defined(__AVX512VNNI__)
     if (assigning->code_type == 1) return assigning::run<int8_t>(*assigning);
 #endif
-    return 2;
+    return UNKNOWN_TYPE;
 }
 
-// Fills scores, found, status and counts. Returns 0; 1 where memory ran out, 2 for an unknown type.
+// Fills scores, found and status, which says more where the outcome is OPEN.
 int elips_search(const Arguments* arguments) {
-    const Arguments& a = *arguments;
+    Arguments a = *arguments;
+    if (a.packed.packing && a.code_type != 0) return UNKNOWN_TYPE;
+    CodedHere coded;
+    if (a.source) {
+        const int outcome = coded.make(a);
+        if (outcome != DONE) return outcome;
+    }
     const int64_t n = int64_t(a.n_parts) * a.n_queries;
     Memory<Reservoir> reservoirs = allocate<Reservoir>(n);
     Memory<float> limits = allocate<float>(a.n_queries);
-    if (!reservoirs || !limits) return 1;
+    if (!reservoirs || !limits) return NO_MEMORY;
     std::fill(reservoirs.get(), reservoirs.get() + n, Reservoir{});
     std::fill(limits.get(), limits.get() + a.n_queries, LOWEST);
     float* shared = a.n_parts > 1 ? limits.get() : nullptr;
     bool ready;
-    if (a.packed.packing && a.code_type != 0) return 2;
     if (a.code_type == 0) {
         ready = scan<float>(a, reservoirs.get(), shared);
     } else if (a.code_type == 1 && HAS_INT8) {
@@ -745,14 +842,17 @@ int elips_search(const Arguments* arguments) {
         ready = scan<int8_t>(a, reservoirs.get(), shared);
 #endif
     } else {
-        return 2;
+        return UNKNOWN_TYPE;
     }
-    if (!ready) return 1;
+    if (!ready) return NO_MEMORY;
     switch (a.vector_type) {
-        case 0: return rank<float>(a, reservoirs.get()) ? 0 : 1;
-        case 1: return rank<Half>(a, reservoirs.get()) ? 0 : 1;
-        case 2: return rank<BFloat>(a, reservoirs.get()) ? 0 : 1;
-        default: return 2;
+        case 0: ready = rank<float>(a, reservoirs.get()); break;
+        case 1: ready = rank<Half>(a, reservoirs.get()); break;
+        case 2: ready = rank<BFloat>(a, reservoirs.get()); break;
+        default: return UNKNOWN_TYPE;
     }
+    if (!ready) return NO_MEMORY;
+    const bool done = std::all_of(a.status, a.status + a.n_queries, [](int32_t s) { return s == CERTIFIED; });
+    return done ? DONE : OPEN;
 }
 }

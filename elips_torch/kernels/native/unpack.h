@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lanes.h"
+
 extern "C" {
 
 struct Packed {
@@ -24,7 +26,8 @@ struct Packed {
 enum Packing : int32_t { NOT_PACKED = 0, SCALAR = 1, BYTES = 2, NIBBLES = 3 };
 
 // Keeps a product and a sum two roundings: what the quantizer decodes is rounded twice.
-static inline __m256 rounded(__m256 x) {
+template <class Register>
+static inline Register rounded(Register x) {
 #if defined(__AVX512VL__)
     __asm__("" : "+v"(x));
 #else
@@ -33,17 +36,19 @@ static inline __m256 rounded(__m256 x) {
     return x;
 }
 
-static inline void unpack_scalars(const Packed& p, const uint8_t* codes, int dim, float* out) {
+// The centroid is null where nothing is added.
+static inline void unpack_scalars(const Packed& p, const uint8_t* codes, int dim, const float* centroid, float* out) {
     int i = 0;
-    for (; i + 8 <= dim; i += 8) {
-        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i));
-        const __m256 steps = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
-        const __m256 scaled = rounded(_mm256_mul_ps(steps, _mm256_loadu_ps(p.table + i)));
-        _mm256_storeu_ps(out + i, _mm256_add_ps(scaled, _mm256_loadu_ps(p.low + i)));
+    for (; i + LANES <= dim; i += LANES) {
+        auto value = rounded(times(load_bytes(codes + i), load(p.table + i)));
+        value = plus(value, load(p.low + i));
+        if (centroid) value = plus(value, load(centroid + i));
+        store(out + i, value);
     }
     for (; i < dim; ++i) {
         const __m256 scaled = rounded(_mm256_set1_ps(static_cast<float>(codes[i]) * p.table[i]));
         out[i] = _mm256_cvtss_f32(scaled) + p.low[i];
+        if (centroid) out[i] += centroid[i];
     }
 }
 
@@ -60,19 +65,18 @@ static inline void unpack_parts(const Packed& p, const uint8_t* codes, int dim, 
 // Writes the vector (D,) of a row.
 static inline void unpack(const Packed& p, int64_t row, int dim, float* out) {
     const uint8_t* codes = p.codes + row * p.code_size;
+    const float* centroid = p.centroids ? p.centroids + int64_t(p.assignments[row]) * dim : nullptr;
     if (p.packing == SCALAR) {
-        unpack_scalars(p, codes, dim, out);
-    } else {
-        switch (dim / p.parts) {
-            case 2: unpack_parts<2>(p, codes, dim, out); break;
-            case 4: unpack_parts<4>(p, codes, dim, out); break;
-            case 8: unpack_parts<8>(p, codes, dim, out); break;
-            case 12: unpack_parts<12>(p, codes, dim, out); break;
-            case 16: unpack_parts<16>(p, codes, dim, out); break;
-            default: unpack_parts<0>(p, codes, dim, out);
-        }
+        unpack_scalars(p, codes, dim, centroid, out);
+        return;
     }
-    if (!p.centroids) return;
-    const float* centroid = p.centroids + int64_t(p.assignments[row]) * dim;
-    for (int i = 0; i < dim; ++i) out[i] += centroid[i];
+    switch (dim / p.parts) {
+        case 2: unpack_parts<2>(p, codes, dim, out); break;
+        case 4: unpack_parts<4>(p, codes, dim, out); break;
+        case 8: unpack_parts<8>(p, codes, dim, out); break;
+        case 12: unpack_parts<12>(p, codes, dim, out); break;
+        case 16: unpack_parts<16>(p, codes, dim, out); break;
+        default: unpack_parts<0>(p, codes, dim, out);
+    }
+    for (int i = 0; centroid && i < dim; ++i) out[i] += centroid[i];
 }

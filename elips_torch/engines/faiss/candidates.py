@@ -1,0 +1,149 @@
+"""Candidates for exact search: the rows that faiss ranks best by brute force, in float32."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.dispatch import Request
+from elips_torch.core.metric import Metric
+from elips_torch.engines.faiss.builds import INSTALL, FaissBuild, is_installed
+from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.gpu_resources import (
+    MOST_NEIGHBOURS,
+    device_resources,
+    on_current_stream,
+)
+
+# Where a term of faiss's other metrics is 0/0 it gives NaN, and the row is lost.
+_METRICS = {
+    "l2": "METRIC_L2",
+    "ip": "METRIC_INNER_PRODUCT",
+    "cosine": "METRIC_INNER_PRODUCT",
+    "l1": "METRIC_L1",
+    "linf": "METRIC_Linf",
+    "lp": "METRIC_Lp",
+}
+_ON_GPU = ("l2", "ip", "cosine")
+_GPU_DTYPES = {
+    torch.float32: "DistanceDataType_F32",
+    torch.float16: "DistanceDataType_F16",
+    torch.bfloat16: "DistanceDataType_BF16",
+}
+
+
+def brute_force_reasons(request: Request) -> list[str]:
+    """Return why faiss cannot find candidates for a call; imports nothing."""
+    reasons = [] if is_installed() else [INSTALL]
+    if request.device.type not in ("cpu", "cuda") or torch.version.hip:
+        reasons.append(f"faiss serves the CPU and CUDA, the tensors are on {request.device}")
+    if torch.float64 in (request.query_dtype, request.dtype):
+        reasons.append("faiss has no float64 vectors")
+    name = request.metric.name
+    served = _ON_GPU if request.device.type == "cuda" else tuple(_METRICS)
+    if name not in served:
+        reasons.append(f"faiss serves {', '.join(map(repr, served))} here, not {name!r}")
+    if request.device.type == "cuda" and min(request.k or 1, request.n_rows) > MOST_NEIGHBOURS:
+        reasons.append(f"faiss serves k up to {MOST_NEIGHBOURS} on a GPU")
+    return reasons
+
+
+def common_dtype(queries: Tensor, database: Tensor) -> torch.dtype:
+    """Return the dtype in which faiss takes both; on a GPU it multiplies no two that differ."""
+    same = queries.dtype == database.dtype and database.dtype in _GPU_DTYPES
+    return database.dtype if same and database.device.type != "cpu" else torch.float32
+
+
+def converts(metric: Metric, vectors: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `brute_force` needs a copy of vectors that it takes in a dtype."""
+    return metric.name == "cosine" or vectors.dtype != dtype or not vectors.is_contiguous()
+
+
+def brute_force(
+    build: FaissBuild,
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    k: int,
+    metric: Metric,
+) -> Tensor:  # (Q, K) int64
+    """Return the k rows that faiss ranks best for each query; -1 where it finds none.
+
+    Args:
+        build: the faiss to use.
+        queries: ``(Q, D)`` of any dtype but float64, on a CPU or a GPU.
+        database: ``(N, D)``, on the same device.
+        k: at most N.
+        metric: one that `brute_force_reasons` does not refuse.
+    """
+    dtype = common_dtype(queries, database)
+    queries, database = _prepared(queries, metric, dtype), _prepared(database, metric, dtype)
+    ids = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
+    scores = torch.empty((len(queries), k), dtype=torch.float32, device=queries.device)
+    if queries.device.type == "cpu":
+        use_one_thread_if_forked(build)
+        _on_cpu(build, queries, database, k, metric, scores, ids)
+    else:
+        _on_gpu(build, queries, database, k, metric, scores, ids)
+    return ids
+
+
+def _prepared(vectors: Tensor, metric: Metric, dtype: torch.dtype) -> Tensor:
+    """Return vectors as faiss takes them; themselves where it does."""
+    if not converts(metric, vectors, dtype):
+        return vectors
+    if metric.name == "cosine":
+        # In float64 no norm overflows; a zero vector stays one and has cosine 0.
+        wide = vectors.double()
+        norms: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        vectors = wide / norms.masked_fill(norms == 0, 1.0)
+    return vectors.to(dtype).contiguous()
+
+
+def _on_cpu(
+    build: FaissBuild,
+    queries: Tensor,
+    database: Tensor,
+    k: int,
+    metric: Metric,
+    scores: Tensor,
+    ids: Tensor,
+) -> None:
+    faiss = build.module
+    floats = faiss.cast_integer_to_float_ptr
+    (n_rows, dim), n_queries = database.shape, len(queries)
+    vectors = (floats(queries.data_ptr()), floats(database.data_ptr()), dim, n_queries, n_rows)
+    results = (floats(scores.data_ptr()), faiss.cast_integer_to_idx_t_ptr(ids.data_ptr()))
+    if metric.name == "l2":
+        faiss.knn_L2sqr(*vectors, k, *results)
+    elif metric.name in ("ip", "cosine"):
+        faiss.knn_inner_product(*vectors, k, *results)
+    else:
+        faiss.knn_extra_metrics(*vectors, getattr(faiss, _METRICS[metric.name]), metric.p, k, *results)
+
+
+def _on_gpu(
+    build: FaissBuild,
+    queries: Tensor,
+    database: Tensor,
+    k: int,
+    metric: Metric,
+    scores: Tensor,
+    ids: Tensor,
+) -> None:
+    faiss = build.module
+    number = queries.device.index or 0
+    pointer = faiss.cast_integer_to_void_ptr
+    call: Any = faiss.GpuDistanceParams()
+    call.metric = getattr(faiss, _METRICS[metric.name])
+    call.k, call.dims, call.device = k, database.shape[1], number
+    call.vectors, call.numVectors = pointer(database.data_ptr()), len(database)
+    call.vectorType, call.vectorsRowMajor = getattr(faiss, _GPU_DTYPES[database.dtype]), True
+    call.queries, call.numQueries = pointer(queries.data_ptr()), len(queries)
+    call.queryType, call.queriesRowMajor = getattr(faiss, _GPU_DTYPES[queries.dtype]), True
+    call.outDistances = faiss.cast_integer_to_float_ptr(scores.data_ptr())
+    call.outIndices = pointer(ids.data_ptr())
+    call.outIndicesType = faiss.IndicesDataType_I64
+    resources = device_resources(build, number)
+    with on_current_stream(build, number, resources):
+        # Its own limits on memory would take results through the CPU: the caller cuts instead.
+        faiss.bfKnn(resources.resources, call)

@@ -1,0 +1,141 @@
+"""Searching any index of faiss with torch tensors: no copy on a CPU, the caller's stream on a GPU."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.errors import ArgumentError, DtypeError, ImplementationError
+from elips_torch.core.validation import check_k, check_vectors
+from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.gpu_resources import (
+    MOST_NEIGHBOURS,
+    device_resources,
+    on_current_stream,
+)
+from elips_torch.engines.faiss.stats import EngineStats
+
+_CPU = torch.device("cpu")
+
+
+def search_index(
+    build: FaissBuild,
+    index: Any,
+    queries: Tensor,  # (Q, D) or (D,)
+    k: int,
+    params: Any = None,
+    *,
+    stats: EngineStats | None = None,
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Find what an index of faiss takes for the k nearest rows.
+
+    Args:
+        build: the faiss that made the index.
+        index: any index of float vectors, on the CPU or on GPUs.
+        queries: ``(Q, D)`` or ``(D,)`` of any float dtype and any strides. Float32 rows that lie one after
+            another on the index's device are read where they are; others are copied first.
+        k: number of neighbours.
+        params: faiss's ``SearchParameters`` for this call.
+        stats: counts the call.
+
+    Returns:
+        Scores and ids on the queries' device, as faiss gives them; 1-D for a 1-D query.
+
+    Raises:
+        ElipsError: a binary index, another dim, or k above 2,048 on a GPU.
+    """
+    _check(build, index, queries)
+    check_k(k)
+    rows = queries.detach()
+    if rows.ndim == 1:
+        rows = rows[None]
+    number = index_gpu(index)
+    device = _CPU if number is None else cuda_device(number)
+    if number is not None and k > MOST_NEIGHBOURS:
+        raise ArgumentError(f"k is {k}, faiss serves at most {MOST_NEIGHBOURS} on a GPU")
+    rows = rows.to(device, torch.float32).contiguous()
+    scores = torch.empty((len(rows), k), dtype=torch.float32, device=device)
+    ids = torch.empty((len(rows), k), dtype=torch.int64, device=device)
+    module = build.module
+    arguments = (
+        len(rows),
+        module.cast_integer_to_float_ptr(rows.data_ptr()),
+        k,
+        module.cast_integer_to_float_ptr(scores.data_ptr()),
+        module.cast_integer_to_idx_t_ptr(ids.data_ptr()),
+        params,
+    )
+    if number is None:
+        use_one_thread_if_forked(build)
+        index.search_c(*arguments)
+    else:
+        with on_current_stream(build, number, device_resources(build, number)):
+            index.search_c(*arguments)
+    if stats is not None:
+        stats.count(
+            queries=len(rows),
+            nbytes=rows.nbytes + scores.nbytes + ids.nbytes,
+            fallback=queries.device != device,
+        )
+    if queries.device != device:
+        scores, ids = scores.to(queries.device), ids.to(queries.device)
+    return (scores[0], ids[0]) if queries.ndim == 1 else (scores, ids)
+
+
+def range_search_index(
+    build: FaissBuild,
+    index: Any,
+    queries: Tensor,  # (Q, D)
+    radius: float,
+    params: Any = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
+    """Find the rows that an index of faiss sees within a radius, in faiss's order.
+
+    Args:
+        build: the faiss that made the index.
+        index: any index of float vectors on the CPU.
+        queries: ``(Q, D)`` or ``(D,)``, as for `search_index`.
+        radius: one for all queries.
+        params: faiss's ``SearchParameters`` for this call.
+
+    Returns:
+        Where the results of each query start, scores, and ids, on the queries' device.
+
+    Raises:
+        ImplementationError: an index on a GPU, where faiss has no range search.
+        ElipsError: a binary index, or another dim.
+    """
+    _check(build, index, queries)
+    if index_gpu(index) is not None:
+        raise ImplementationError("faiss has no range search on a GPU; move the index to the CPU")
+    use_one_thread_if_forked(build)
+    rows = queries.detach().to(_CPU, torch.float32)
+    rows = (rows[None] if rows.ndim == 1 else rows).contiguous()
+    module = build.module
+    found = module.RangeSearchResult(len(rows))
+    index.range_search_c(
+        len(rows), module.cast_integer_to_float_ptr(rows.data_ptr()), float(radius), found, params
+    )
+    lims = torch.from_numpy(module.rev_swig_ptr(found.lims, len(rows) + 1).astype("int64"))
+    count = int(lims[-1])
+    # The memory of the result goes with it.
+    scores = torch.from_numpy(module.rev_swig_ptr(found.distances, count).copy())
+    ids = torch.from_numpy(module.rev_swig_ptr(found.labels, count).copy())
+    return lims.to(queries.device), scores.to(queries.device), ids.to(queries.device)
+
+
+def index_gpu(index: Any) -> int | None:
+    """Return the number of the GPU that an index lies on, None for one that takes rows from the CPU."""
+    return int(index.getDevice()) if hasattr(index, "getDevice") else None
+
+
+def cuda_device(number: int) -> torch.device:
+    """Return torch's device of a number of faiss's."""
+    return torch.device("cuda", number)
+
+
+def _check(build: FaissBuild, index: Any, queries: Tensor) -> None:
+    if isinstance(index, build.module.IndexBinary):
+        raise DtypeError(f"index is a {type(index).__name__}, expected an index of float vectors")
+    check_vectors("queries", queries, dim=int(index.d), allow_single=True)

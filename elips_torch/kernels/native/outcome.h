@@ -1,0 +1,5 @@
+// What the functions return.
+#pragma once
+
+// NO_MEMORY, UNKNOWN_TYPE: nothing was done. UNBOUNDED: a row is too large. OPEN: some query has no certificate.
+enum Outcome : int { DONE = 0, NO_MEMORY = 1, UNKNOWN_TYPE = 2, UNBOUNDED = 3, OPEN = 4 };

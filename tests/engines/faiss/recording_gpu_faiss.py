@@ -1,0 +1,114 @@
+"""A stand-in for the GPU part of faiss: it records what it is called with and calls no driver.
+
+Tensors stay on the CPU, so that pointers are real; what torch and faiss say about GPUs is replaced.
+"""
+
+import contextlib
+import types
+from pathlib import Path
+
+import torch
+
+from elips_torch.engines.faiss.builds import FaissBuild
+
+
+class Options(types.SimpleNamespace):
+    allowCpuCoarseQuantizer = False  # noqa: N815
+    use_cuvs = False
+
+
+class Resources:
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
+        self.calls = []
+
+    def setPinnedMemory(self, nbytes):  # noqa: N802
+        self.calls.append(("pinned", nbytes))
+
+    def setTempMemory(self, nbytes):  # noqa: N802
+        self.calls.append(("temp", nbytes))
+
+
+class GpuIndex:
+    """An index on a GPU that notes where it was searched and writes what it was told to."""
+
+    def __init__(self, faiss, dim, number):
+        self.faiss, self.d, self.number, self.calls = faiss, dim, number, []
+
+    def getDevice(self):  # noqa: N802
+        return self.number
+
+    def search_c(self, n, x, k, scores, ids, params):
+        self.calls.append(
+            {"n": n, "x": x, "k": k, "scores": scores, "ids": ids, "params": params} | self.faiss.now
+        )
+
+
+class RecordingFaiss(types.SimpleNamespace):
+    """The module: constants, options, and functions that record."""
+
+    def __init__(self, gpus=2):
+        super().__init__(
+            METRIC_L2=1,
+            METRIC_INNER_PRODUCT=0,
+            INDICES_64_BIT=3,
+            INDICES_CPU=0,
+            DistanceDataType_F32=1,
+            DistanceDataType_F16=2,
+            DistanceDataType_BF16=3,
+            IndicesDataType_I64=1,
+            IndexBinary=type("IndexBinary", (), {}),
+            GpuClonerOptions=type("GpuClonerOptions", (Options,), {}),
+            GpuMultipleClonerOptions=type("GpuMultipleClonerOptions", (Options,), {}),
+            GpuDistanceParams=types.SimpleNamespace,
+            StandardGpuResources=type("StandardGpuResources", (Resources,), {"made": 0}),
+            cast_integer_to_float_ptr=int,
+            cast_integer_to_void_ptr=int,
+            cast_integer_to_idx_t_ptr=int,
+        )
+        # What is set while faiss runs: the device, and the stream that it was given.
+        self.now, self.copies, self.products, self.gpus = {}, [], [], gpus
+
+    def get_num_gpus(self):
+        return self.gpus
+
+    def index_cpu_to_gpu(self, resources, device, index, options):
+        self.copies.append((resources, device, index, options))
+        return GpuIndex(self, index.d, device)
+
+    def index_cpu_to_gpu_multiple_py(self, resources, index, options, gpus):
+        self.copies.append((resources, gpus, index, options))
+        return index
+
+    def bfKnn(self, resources, call):  # noqa: N802
+        self.products.append((resources, call, dict(self.now)))
+
+
+def recording_build(monkeypatch, gpus=2):
+    """Return a build made of the stand-in, with torch's GPU functions recording into it."""
+    from elips_torch.engines.faiss import gpu_resources, search
+
+    faiss = RecordingFaiss(gpus)
+
+    @contextlib.contextmanager
+    def device(number):
+        faiss.now["device"] = number
+        yield
+        del faiss.now["device"]
+
+    @contextlib.contextmanager
+    def using_stream(resources, stream=None):
+        faiss.now.update(stream=stream, resources=resources)
+        yield
+        faiss.now.pop("stream"), faiss.now.pop("resources")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda number: f"stream of GPU {number}")
+    utils = types.SimpleNamespace(using_stream=using_stream)
+    monkeypatch.setattr(gpu_resources, "_torch_utils", lambda build: utils)
+    monkeypatch.setattr(gpu_resources, "_made", {})
+    monkeypatch.setattr(search, "cuda_device", lambda number: torch.device("cpu"))
+    return FaissBuild(faiss, {}, "0", "generic", "GPU", "unknown", Path("."))

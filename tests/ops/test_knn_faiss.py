@@ -1,0 +1,99 @@
+import sys
+
+import pytest
+import torch
+
+from elips_torch import FlatIndex, explain, knn
+from elips_torch.core.errors import ImplementationError
+from elips_torch.reference.knn import knn as reference
+
+METRICS = ["l2", "ip", "cosine", "l1", "linf", "lp"]
+
+
+def data(n_rows=300, n_queries=7, dim=24):
+    generator = torch.Generator().manual_seed(0)
+    queries, database = (torch.rand(n, dim, generator=generator) for n in (n_queries, n_rows))
+    mask = torch.rand(n_queries, n_rows, generator=generator) < 0.02
+    return queries, database, mask, torch.randint(-1, n_rows, (n_queries, 4), generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("metric", METRICS)
+def test_candidates_are_scored_and_ordered_by_the_definition(metric, dtype):
+    queries, database, mask, exclude = data()
+    database = database.to(dtype)
+    p = 3.0 if metric == "lp" else None
+    for selection in ({}, {"mask": mask}, {"mask": mask[0]}, {"exclude": exclude}):
+        for k in (1, 400):
+            expected = reference(queries, database, k, metric, p, **selection)
+            found = knn(queries, database, k, metric=metric, p=p, implementation="faiss", **selection)
+            assert torch.equal(found.ids, expected.ids)
+            assert torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_small_workspace_cuts_rows_and_queries(metric):
+    queries, database, _, _ = data(n_rows=5000, dim=64)
+    expected = reference(queries, database, 30, metric)
+    found = knn(queries, database, 30, metric=metric, workspace_bytes=2**20, implementation="faiss")
+    assert torch.equal(found.ids, expected.ids)
+    strided = knn(queries, database.T.contiguous().T, 30, metric=metric, implementation="faiss")
+    assert torch.equal(strided.scores, expected.scores)
+
+
+def test_an_index_keeps_its_ids_and_its_ties():
+    queries, database, _, _ = data()
+    ids = torch.randperm(600, generator=torch.Generator().manual_seed(1))
+    index = FlatIndex(24, screen="int8")
+    index.add(torch.cat((database, database)), ids)
+    mask = torch.arange(600) % 3 > 0
+    # Room for both of each pair: which of two equal rows faiss takes is its own affair.
+    expected, found = (
+        index.search(queries, 600, mask=mask, implementation=name) for name in ("eager", "faiss")
+    )
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.scores, expected.scores)
+
+
+def test_gradients_flow_through_the_scores():
+    queries, database, _, _ = data()
+    gradients = []
+    for name in ("eager", "faiss"):
+        leaf = queries.clone().requires_grad_()
+        knn(leaf, database, 5, implementation=name).scores.sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_it_is_never_chosen_and_says_what_it_cannot(monkeypatch):
+    queries, database, _, _ = data()
+    explanation = explain(queries, database, 5)
+    assert explanation.chosen != "faiss"
+    assert "proves nothing" in explanation.reasons["faiss"][0]
+    with pytest.raises(ImplementationError, match="no float64 vectors"):
+        knn(queries.double(), database, 5, implementation="faiss")
+    for metric in ("canberra", "braycurtis", "jensenshannon", "gower"):
+        with pytest.raises(ImplementationError, match=f"not '{metric}'"):
+            knn(queries, database, 5, metric=metric, implementation="faiss")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImplementationError, match="faiss is not installed"):
+        knn(queries, database, 5, implementation="faiss")
+
+
+def test_no_row_and_no_query():
+    queries, database, _, _ = data()
+    assert knn(queries, database[:0], 3, implementation="faiss").ids.unique().tolist() == [-1]
+    assert knn(queries[:0], database, 3, implementation="faiss").ids.shape == (0, 3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_on_a_gpu(metric):
+    queries, database, mask, _ = (each.cuda() for each in data())
+    for selection in ({}, {"mask": mask}):
+        expected = reference(
+            queries.cpu(), database.cpu(), 9, metric, **{k: v.cpu() for k, v in selection.items()}
+        )
+        found = knn(queries, database, 9, metric=metric, implementation="faiss", **selection)
+        assert (found.ids.cpu() == expected.ids).float().mean() > 0.99
