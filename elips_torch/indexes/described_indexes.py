@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import ConversionError
-from elips_torch.core.tiling import spans
 from elips_torch.engines.faiss.descriptions import (
     CodedDescription,
     CodeDescription,
@@ -29,14 +28,13 @@ from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.ivf_coded import IVFCodedIndex
 from elips_torch.indexes.ivf_flat import IVFFlatIndex
 from elips_torch.indexes.refine import RefineIndex
+from elips_torch.indexes.unit_length import normalized
 from elips_torch.indexes.wrappers import PreTransformIndex
 from elips_torch.quantizers.product import ProductQuantizer
 from elips_torch.quantizers.quantizer import Quantizer
 from elips_torch.quantizers.scalar import ScalarQuantizer
 
 _SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-# Features widened to float64 at a time.
-_FEATURES_AT_ONCE = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +63,6 @@ def describe_index(index: Index, labels: Tensor | None, options: DescriptionOpti
         if isinstance(index, kind):
             return describe(index, labels, options)
     raise ConversionError(f"a {type(index).__name__} has no counterpart in faiss")
-
-
-def normalized(vectors: Tensor) -> Tensor:
-    """Return vectors ``(N, D)`` of length 1, float32; zero stays zero."""
-    unit = torch.empty(vectors.shape, dtype=torch.float32, device=vectors.device)
-    for start, stop in spans(len(vectors), max(1, _FEATURES_AT_ONCE // vectors.shape[1])):
-        wide = vectors[start:stop].double()
-        norms = wide.norm(dim=1, keepdim=True)
-        unit[start:stop] = wide / torch.where(norms == 0, 1.0, norms)
-    return unit
 
 
 def _labelled(description: Description, labels: Tensor | None) -> Description:
