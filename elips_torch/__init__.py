@@ -35,6 +35,15 @@ from elips_torch.ops.range_search import range_search
 
 if TYPE_CHECKING:
     from elips_torch.engines.faiss.cuvs import CuvsState, cuvs_state
+    from elips_torch.engines.faiss.shards import add_preassigned, merge_faiss_shards, search_preassigned
+    from elips_torch.evaluation.vector_files import (
+        read_bvecs,
+        read_fvecs,
+        read_ivecs,
+        write_bvecs,
+        write_fvecs,
+        write_ivecs,
+    )
     from elips_torch.indexes.catalog import load_index
     from elips_torch.indexes.factory import index_factory
     from elips_torch.indexes.faiss_conversion import from_faiss, read_faiss, write_faiss
@@ -57,6 +66,15 @@ if TYPE_CHECKING:
 _LAZY = {
     "CuvsState": "elips_torch.engines.faiss.cuvs",
     "cuvs_state": "elips_torch.engines.faiss.cuvs",
+    "add_preassigned": "elips_torch.engines.faiss.shards",
+    "merge_faiss_shards": "elips_torch.engines.faiss.shards",
+    "search_preassigned": "elips_torch.engines.faiss.shards",
+    "read_bvecs": "elips_torch.evaluation.vector_files",
+    "read_fvecs": "elips_torch.evaluation.vector_files",
+    "read_ivecs": "elips_torch.evaluation.vector_files",
+    "write_bvecs": "elips_torch.evaluation.vector_files",
+    "write_fvecs": "elips_torch.evaluation.vector_files",
+    "write_ivecs": "elips_torch.evaluation.vector_files",
     "load_index": "elips_torch.indexes.catalog",
     "index_factory": "elips_torch.indexes.factory",
     "from_faiss": "elips_torch.indexes.faiss_conversion",
@@ -125,18 +143,27 @@ __all__ = [
     "ShapeError",
     "UnknownIdError",
     "__version__",
+    "add_preassigned",
     "cuvs_state",
     "explain",
     "from_faiss",
     "index_factory",
     "knn",
     "load_index",
+    "merge_faiss_shards",
     "pairwise_distance",
     "prepare_for_ddp",
     "range_search",
+    "read_bvecs",
     "read_faiss",
+    "read_fvecs",
+    "read_ivecs",
+    "search_preassigned",
     "suggest_index",
+    "write_bvecs",
     "write_faiss",
+    "write_fvecs",
+    "write_ivecs",
 ]
 
 

@@ -12,8 +12,8 @@ from elips_torch.engines.faiss.builds import FaissBuild
 _BITS = b"IB"
 
 
-def read_index(build: FaissBuild, path: str | os.PathLike[str]) -> Any:
-    """Read an index of floats from a file of faiss.
+def read_index(build: FaissBuild, path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
+    """Read an index of floats from a file of faiss; inverted lists may stay there.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -35,7 +35,7 @@ def read_index(build: FaissBuild, path: str | os.PathLike[str]) -> Any:
             "FaissIndex(faiss.read_index_binary(path)) serves it as it is"
         )
     try:
-        return build.module.read_index(where)
+        return build.module.read_index(where, build.module.IO_FLAG_MMAP if mmap else 0)
     except (RuntimeError, MemoryError) as error:
         raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {_reason(error)}") from error
 
