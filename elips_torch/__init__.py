@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from elips_torch.core.dispatch import Explanation
 from elips_torch.core.errors import (
     ArgumentError,
+    ConversionError,
     DeviceError,
     DtypeError,
     DuplicateIdError,
@@ -34,8 +35,18 @@ from elips_torch.ops.range_search import range_search
 
 if TYPE_CHECKING:
     from elips_torch.engines.faiss.cuvs import CuvsState, cuvs_state
+    from elips_torch.engines.faiss.shards import add_preassigned, merge_faiss_shards, search_preassigned
+    from elips_torch.evaluation.vector_files import (
+        read_bvecs,
+        read_fvecs,
+        read_ivecs,
+        write_bvecs,
+        write_fvecs,
+        write_ivecs,
+    )
     from elips_torch.indexes.catalog import load_index
     from elips_torch.indexes.factory import index_factory
+    from elips_torch.indexes.faiss_conversion import from_faiss, read_faiss, write_faiss
     from elips_torch.indexes.ivf_flat import IVFFlatIndex
     from elips_torch.indexes.ivf_pq import IVFPQIndex
     from elips_torch.indexes.ivf_sq import IVFSQIndex
@@ -44,6 +55,7 @@ if TYPE_CHECKING:
     from elips_torch.indexes.sq import SQIndex
     from elips_torch.indexes.suggestion import suggest_index
     from elips_torch.indexes.wrappers import PreTransformIndex
+    from elips_torch.quantizers.affine import AffineMap, Centring
     from elips_torch.quantizers.itq import ITQ
     from elips_torch.quantizers.kmeans import KMeans
     from elips_torch.quantizers.opq import OPQ
@@ -54,8 +66,20 @@ if TYPE_CHECKING:
 _LAZY = {
     "CuvsState": "elips_torch.engines.faiss.cuvs",
     "cuvs_state": "elips_torch.engines.faiss.cuvs",
+    "add_preassigned": "elips_torch.engines.faiss.shards",
+    "merge_faiss_shards": "elips_torch.engines.faiss.shards",
+    "search_preassigned": "elips_torch.engines.faiss.shards",
+    "read_bvecs": "elips_torch.evaluation.vector_files",
+    "read_fvecs": "elips_torch.evaluation.vector_files",
+    "read_ivecs": "elips_torch.evaluation.vector_files",
+    "write_bvecs": "elips_torch.evaluation.vector_files",
+    "write_fvecs": "elips_torch.evaluation.vector_files",
+    "write_ivecs": "elips_torch.evaluation.vector_files",
     "load_index": "elips_torch.indexes.catalog",
     "index_factory": "elips_torch.indexes.factory",
+    "from_faiss": "elips_torch.indexes.faiss_conversion",
+    "read_faiss": "elips_torch.indexes.faiss_conversion",
+    "write_faiss": "elips_torch.indexes.faiss_conversion",
     "IVFFlatIndex": "elips_torch.indexes.ivf_flat",
     "IVFPQIndex": "elips_torch.indexes.ivf_pq",
     "IVFSQIndex": "elips_torch.indexes.ivf_sq",
@@ -64,6 +88,8 @@ _LAZY = {
     "SQIndex": "elips_torch.indexes.sq",
     "suggest_index": "elips_torch.indexes.suggestion",
     "PreTransformIndex": "elips_torch.indexes.wrappers",
+    "AffineMap": "elips_torch.quantizers.affine",
+    "Centring": "elips_torch.quantizers.affine",
     "ITQ": "elips_torch.quantizers.itq",
     "KMeans": "elips_torch.quantizers.kmeans",
     "OPQ": "elips_torch.quantizers.opq",
@@ -82,7 +108,10 @@ __all__ = [
     "METRICS",
     "OPQ",
     "PCA",
+    "AffineMap",
     "ArgumentError",
+    "Centring",
+    "ConversionError",
     "CuvsState",
     "DeviceError",
     "DtypeError",
@@ -114,15 +143,27 @@ __all__ = [
     "ShapeError",
     "UnknownIdError",
     "__version__",
+    "add_preassigned",
     "cuvs_state",
     "explain",
+    "from_faiss",
     "index_factory",
     "knn",
     "load_index",
+    "merge_faiss_shards",
     "pairwise_distance",
     "prepare_for_ddp",
     "range_search",
+    "read_bvecs",
+    "read_faiss",
+    "read_fvecs",
+    "read_ivecs",
+    "search_preassigned",
     "suggest_index",
+    "write_bvecs",
+    "write_faiss",
+    "write_fvecs",
+    "write_ivecs",
 ]
 
 

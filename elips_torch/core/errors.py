@@ -52,6 +52,10 @@ class ParameterError(ElipsError, TypeError):
     """A search parameter does not exist for this index."""
 
 
+class ConversionError(ArgumentError):
+    """An index has no counterpart in another library, or none in this one."""
+
+
 class NotFittedError(ElipsError, RuntimeError):
     """`fit` has not been called yet."""
 

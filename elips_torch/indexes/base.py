@@ -28,6 +28,7 @@ from elips_torch.core.validation import (
     check_vectors,
     check_workspace,
 )
+from elips_torch.indexes.faiss_export import FaissExport
 from elips_torch.indexes.files import read_index_file, write_index_file
 from elips_torch.indexes.rows import Rows
 from elips_torch.kernels.selection import Selection
@@ -37,7 +38,7 @@ from elips_torch.ops.index_search import format_parameters, index_range_search_o
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
-class Index(Rows):
+class Index(FaissExport, Rows):
     """A database of vectors that can be searched; base of all indexes.
 
     A subclass names its row tensors and writes `_encode`, `_decode`, `_search` and

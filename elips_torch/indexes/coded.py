@@ -8,6 +8,7 @@ from torch import Tensor
 from elips_torch.core.dispatch import Explanation
 from elips_torch.core.errors import NotEmptyError, NotFittedError
 from elips_torch.core.validation import check_k, check_vectors, check_workspace
+from elips_torch.indexes import faiss_mirror
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.storage import durable
 from elips_torch.indexes.untraced import untraced
@@ -93,7 +94,10 @@ class CodedIndex(Index):
         check_vectors("queries", queries, dim=self.dim, allow_single=True)
         rows = queries[None] if queries.ndim == 1 else queries
         count = self.k if k is None else check_k(k)
-        return explain_coded_search(rows, self.codes, self.quantizer, self._metric, count, implementation)
+        mirror = faiss_mirror.mirror_entry(self)
+        return explain_coded_search(
+            rows, self.codes, self.quantizer, self._metric, count, implementation, (mirror,)
+        )
 
     def _check_fitted(self, verb: str) -> None:
         if not self.is_trained:
@@ -115,6 +119,8 @@ class CodedIndex(Index):
         parameters: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         self._check_fitted("search")
+        if implementation == faiss_mirror.NAME:
+            return faiss_mirror.search_mirror(self, queries, k, selection)
         return run_coded_search(
             queries,
             self.codes,

@@ -12,6 +12,7 @@ from elips_torch.core.dispatch import Explanation, explain_choice
 from elips_torch.core.errors import ArgumentError, NotEmptyError, NotFittedError
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, spans
 from elips_torch.core.validation import bad_queries, check_count, check_k, check_vectors, check_workspace
+from elips_torch.indexes import faiss_mirror
 from elips_torch.indexes.base import Index, known_indexes
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.listed_rows import ListedRows
@@ -176,7 +177,8 @@ class IVFIndex(ListedRows):
         rows = queries[None] if queries.ndim == 1 else queries
         count = self.k if k is None else check_k(k)
         request = describe(rows, self.lists.layout, self._decoder(), self._metric, count)
-        return explain_choice("ivf_search", IMPLEMENTATIONS, request, implementation)
+        known = (*IMPLEMENTATIONS, faiss_mirror.mirror_entry(self))
+        return explain_choice("ivf_search", known, request, implementation)
 
     # Verbs that change it.
 
@@ -283,6 +285,8 @@ class IVFIndex(ListedRows):
         self._check_fitted("search")
         n_probes = self._n_probes(parameters)
         workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
+        if implementation == faiss_mirror.NAME:
+            return faiss_mirror.search_mirror(self, queries, k, selection, n_probes)
         bad = bad_queries(queries, self._metric) if self.check_finite else None
         ranks = self._current_id_map().ranks(self.ids)
         layout, decode = self.lists.layout, self._decoder()

@@ -63,11 +63,20 @@ class CodedRequest(Request):
 
 
 def explain_coded_search(
-    queries: Tensor, codes: Tensor, decoder: Decoder, metric: Metric, k: int, implementation: str
+    queries: Tensor,
+    codes: Tensor,
+    decoder: Decoder,
+    metric: Metric,
+    k: int,
+    implementation: str,
+    others: tuple[Implementation, ...] = (),
 ) -> Explanation:
-    """Return which implementation would serve a search and why the others would not, shown as text."""
+    """Return which implementation would serve a search and why the others would not, shown as text.
+
+    The index may have others, which come last.
+    """
     request = _request(queries, codes, decoder, metric, k)
-    return explain_choice("coded_search", IMPLEMENTATIONS, request, implementation)
+    return explain_choice("coded_search", (*IMPLEMENTATIONS, *others), request, implementation)
 
 
 def _request(

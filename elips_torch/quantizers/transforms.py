@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.validation import check_count
+from elips_torch.quantizers.affine import AffineMap, Centring
 from elips_torch.quantizers.itq import ITQ
 from elips_torch.quantizers.learned import learning
 from elips_torch.quantizers.opq import OPQ
@@ -102,4 +103,4 @@ class L2Normalize(Transform):
 
 
 # Every transform; index files name them.
-TRANSFORMS: tuple[type[Transform], ...] = (PCA, OPQ, RandomRotation, ITQ, L2Normalize)
+TRANSFORMS: tuple[type[Transform], ...] = (PCA, OPQ, RandomRotation, ITQ, L2Normalize, Centring, AffineMap)

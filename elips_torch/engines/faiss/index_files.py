@@ -1,0 +1,60 @@
+"""Files of faiss."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from elips_torch.core.errors import DtypeError, IndexFileError
+from elips_torch.engines.faiss.builds import FaissBuild
+
+# How every index of bits begins, and no index of floats.
+_BITS = b"IB"
+
+
+def read_index(build: FaissBuild, path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
+    """Read an index of floats from a file of faiss; inverted lists may stay there.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IndexFileError: truncated, damaged or foreign.
+        DtypeError: an index of bits.
+    """
+    where = os.fspath(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no index file at {where!r}")
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":
+        raise IndexFileError(
+            f"{where!r} is a safetensors file, expected one of faiss; load_index reads those"
+        )
+    if start[:2] == _BITS:
+        raise DtypeError(
+            f"{where!r} holds an index whose vectors are bits, expected an index of floats; "
+            "FaissIndex(faiss.read_index_binary(path)) serves it as it is"
+        )
+    try:
+        return build.module.read_index(where, build.module.IO_FLAG_MMAP if mmap else 0)
+    except (RuntimeError, MemoryError) as error:
+        raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {_reason(error)}") from error
+
+
+def write_index(build: FaissBuild, index: Any, path: str | os.PathLike[str]) -> None:
+    """Write an index of faiss; the file appears whole or not at all."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {os.fspath(target.parent)!r} to save an index in")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        build.module.write_index(index, os.fspath(temporary))
+        os.replace(temporary, target)
+    except RuntimeError as error:
+        raise IndexFileError(f"faiss could not write {os.fspath(path)!r}: {_reason(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what faiss says, without where in its code."""
+    return str(error).rpartition("Error: ")[2].strip() or type(error).__name__

@@ -1,0 +1,131 @@
+"""Indexes of faiss and its files, brought here and taken back."""
+
+import os
+from typing import Any
+
+import torch
+
+from elips_torch.core.errors import DeviceError, DtypeError
+from elips_torch.engines.faiss.builds import load_installed
+from elips_torch.engines.faiss.construct import construct
+from elips_torch.engines.faiss.describe import describe
+from elips_torch.engines.faiss.gpu_resources import check_gpu
+from elips_torch.engines.faiss.index_files import read_index, write_index
+from elips_torch.engines.faiss.transfer import to_gpu
+from elips_torch.indexes.base import Index
+from elips_torch.indexes.described_indexes import DescriptionOptions, describe_index
+from elips_torch.indexes.restored_indexes import restore_index
+
+
+def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
+    """Make an index of this library from one of faiss, value for value.
+
+    Flat, PQ, SQ (8, 6 and 4 bits, fp16, bf16) and inverted files of the three come over, behind PCA, OPQ,
+    rotations, ITQ, centring and normalisation, under id maps, and with refinement, one inside the other.
+    Searches find the same ids; scores are equal to float rounding. Inner products of vectors that faiss
+    normalises ("L2norm,Flat", "L2norm,IVF...,Flat") become the metric "cosine". An inverted file keeps no
+    order of its rows: they come by ascending id, which is the order of insertion unless own ids were given.
+
+    Args:
+        index: of faiss, on the CPU or on GPUs; it may be dropped or changed after.
+        device: where to put the database.
+
+    Returns:
+        A `FlatIndex`, `SQIndex`, `PQIndex`, `IVFFlatIndex`, `IVFSQIndex`, `IVFPQIndex`, `PreTransformIndex`
+        or `RefineIndex`.
+
+    Raises:
+        DtypeError: no index of faiss, or one of bits.
+        ConversionError: a kind of index, a metric or a setting that has no counterpart; the message names it.
+            `FaissIndex` serves such an index as it is.
+        NonFiniteError: vectors hold NaN or infinity.
+        DeviceError: a GPU is asked for, and there is none.
+        ImportError: faiss is not installed.
+
+    >>> import torch
+    >>> from elips_torch import FlatIndex
+    >>> index = FlatIndex(2)
+    >>> index.add(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+    tensor([0, 1])
+    >>> from_faiss(index.to_faiss())
+    FlatIndex(dim=2, metric='l2', ntotal=2, k=10, dtype=float32)
+    """
+    check_torch_device(device)
+    return restore_index(describe(load_installed(), index), device)
+
+
+def to_faiss(
+    index: Index, device: torch.device | str | None = None, *, precomputed_tables: bool | None = None
+) -> Any:
+    """Make an index of faiss; see `Index.to_faiss`."""
+    build = load_installed()
+    number = _gpu_number(device)
+    if number is not None:
+        # Before memory is filled.
+        check_gpu(build, number)
+    description = describe_index(index, index.ids, DescriptionOptions(precomputed_tables))
+    made = construct(build, description)
+    return made if number is None else to_gpu(build, made, (number,))
+
+
+def _gpu_number(device: torch.device | str | None) -> int | None:
+    """Return the number that faiss has for a GPU, None for the CPU."""
+    place = torch.device("cpu" if device is None else device)
+    if place.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device is {place}, faiss has indexes on the CPU and on CUDA and ROCm GPUs")
+    if place.type == "cpu":
+        return None
+    if place.index is not None:
+        return place.index
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def read_faiss(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Index:
+    """Read a file that ``faiss.write_index`` or `write_faiss` wrote; see `from_faiss`.
+
+    Args:
+        path: the file.
+        device: where to put the database.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IndexFileError: a truncated, damaged or foreign file.
+        ElipsError: as for `from_faiss`.
+    """
+    check_torch_device(device)
+    build = load_installed()
+    return restore_index(describe(build, read_index(build, path)), device)
+
+
+def write_faiss(index: Index, path: str | os.PathLike[str]) -> None:
+    """Write an index to a file that ``faiss.read_index`` reads, which appears whole or not at all.
+
+    Args:
+        index: any index that `Index.to_faiss` takes.
+        path: where to write; an existing file is replaced.
+
+    Raises:
+        ConversionError: the index has no counterpart in faiss.
+        IndexFileError: faiss could not write the file.
+        FileNotFoundError: there is no such folder.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from elips_torch import FlatIndex
+    >>> index = FlatIndex(2, "ip")
+    >>> index.add(torch.tensor([[0.0, 1.0], [3.0, 4.0]]), ids=[7, 5])
+    tensor([7, 5])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_faiss(index, f"{folder}/two.faiss")
+    ...     read_faiss(f"{folder}/two.faiss").ids
+    tensor([7, 5])
+    """
+    if not isinstance(index, Index):
+        raise DtypeError(f"index is a {type(index).__name__}, expected an Index; faiss writes its own")
+    write_index(load_installed(), index.to_faiss(), path)
+
+
+def check_torch_device(device: torch.device | str) -> None:
+    """Check that a database can be put on a device."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device is {device}, this machine has no GPU that torch can use")

@@ -1,0 +1,40 @@
+"""Taking an index to faiss, as a method of every index."""
+
+import importlib
+from typing import Any
+
+import torch
+
+
+class FaissExport:
+    """Gives indexes the verb `to_faiss`."""
+
+    def to_faiss(
+        self, device: torch.device | str | None = None, *, precomputed_tables: bool | None = None
+    ) -> Any:
+        """Make an index of faiss that holds the same values and finds the same ids.
+
+        Scores are equal to float rounding. Vectors in other dtypes become float32 (those that `RefineIndex`
+        keeps in float16 and bfloat16 stay that). Where the ids are 0 to ntotal - 1 in this order, faiss
+        numbers rows itself; else inverted files hold them, and an ``IndexIDMap2`` does for the others.
+        "cosine" becomes the inner product of vectors that faiss normalises. Parameters of searches
+        (``nprobe``, ``k_factor``) come along. Faiss can search, add and remove at once; for
+        ``reconstruct(id)`` in an inverted file it wants ``set_direct_map_type(faiss.DirectMap.Hashtable)``.
+
+        Args:
+            device: a GPU to copy the index to; default is the CPU.
+            precomputed_tables: for product-quantized residuals under "l2", whether faiss keeps tables of
+                products of centroids, which make its searches faster and take ``nlist * m * 2**nbits``
+                floats; default is as faiss decides, by their size.
+
+        Returns:
+            The index of faiss, which shares no memory with this one.
+
+        Raises:
+            ConversionError: faiss has no such index.
+            DeviceError: a GPU is asked for, and there is none.
+            ImportError: faiss is not installed.
+        """
+        # That module knows every class of index, and all of them import this file.
+        conversion = importlib.import_module("elips_torch.indexes.faiss_conversion")
+        return conversion.to_faiss(self, device, precomputed_tables=precomputed_tables)
