@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from elips_torch.engines.faiss.cuvs import CuvsState, cuvs_state
     from elips_torch.indexes.catalog import load_index
     from elips_torch.indexes.factory import index_factory
+    from elips_torch.indexes.faiss_index import FaissIndex
     from elips_torch.indexes.ivf_flat import IVFFlatIndex
     from elips_torch.indexes.ivf_pq import IVFPQIndex
     from elips_torch.indexes.ivf_sq import IVFSQIndex
@@ -56,6 +57,7 @@ _LAZY = {
     "cuvs_state": "elips_torch.engines.faiss.cuvs",
     "load_index": "elips_torch.indexes.catalog",
     "index_factory": "elips_torch.indexes.factory",
+    "FaissIndex": "elips_torch.indexes.faiss_index",
     "IVFFlatIndex": "elips_torch.indexes.ivf_flat",
     "IVFPQIndex": "elips_torch.indexes.ivf_pq",
     "IVFSQIndex": "elips_torch.indexes.ivf_sq",
@@ -90,6 +92,7 @@ __all__ = [
     "ElipsError",
     "Explanation",
     "FactoryError",
+    "FaissIndex",
     "FlatIndex",
     "IVFFlatIndex",
     "IVFPQIndex",
