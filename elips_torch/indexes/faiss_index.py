@@ -1,18 +1,13 @@
 """Indexes of faiss that the library has no class for, as modules."""
 
-import os
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from elips_torch.core.errors import (
     ArgumentError,
-    DeviceError,
-    ElipsError,
     ImplementationError,
-    IndexFileError,
     MetricError,
     NotEmptyError,
     NotFittedError,
@@ -22,36 +17,33 @@ from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import check_unique, check_values, check_vectors, check_workspace
 from elips_torch.engines.faiss import opaque, tuning
-from elips_torch.engines.faiss.builds import FaissBuild, load_installed
+from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.row_search import RowSearch
-from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY, parameter_holders
-from elips_torch.engines.faiss.transfer import to_cpu, to_gpu
+from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY
+from elips_torch.engines.faiss.transfer import to_cpu
 from elips_torch.engines.faiss.tuning import OperatingPoint
-from elips_torch.indexes.base import Index
-from elips_torch.indexes.state import assigns
+from elips_torch.indexes.faiss_state import FaissState
 from elips_torch.indexes.storage import durable
 from elips_torch.indexes.untraced import untraced
 from elips_torch.kernels.selection import Selection
 
-_BYTES = "faiss"
 
-
-class FaissIndex(Index):
+class FaissIndex(FaissState):
     """An index of faiss of any family, with the verbs of every index: HNSW, LSH, RaBitQ, NSG, ...
 
-    faiss searches, and its scores and its order are returned. What it cannot do is done around it: ids are the
-    users' own, masks and exclusions go by faiss's selectors where the family takes them and by asking for more
-    rows where it does not, and rows that `remove` or `upsert` give up are hidden, since most families cannot
-    take them out: their memory comes back at `reset`. With grad mode on, scores are those of the vectors that
-    the index reconstructs, so far as it does, with their gradients; they may differ from faiss's own.
+    faiss searches, and its scores and its order are returned. What it cannot do is done around it: ids are
+    the users' own, masks and exclusions go by faiss's selectors where the family takes them and by asking
+    for more rows where it does not, and rows that `remove` or `upsert` give up are hidden, since most
+    families cannot take them out: their memory comes back at `reset`. Where queries require gradients,
+    scores are those of the vectors that the index reconstructs, if it does; faiss's own may differ.
 
     Search parameters are those of the family, as attributes and as keywords of `search`: ``nprobe``,
-    ``efSearch``, ``k_factor``, and ``quantizer_...`` for those of a coarse quantizer; ``search_L`` of NSG as an
-    attribute only.
+    ``efSearch``, ``k_factor``, and ``quantizer_...`` for those of a coarse quantizer; ``search_L`` of NSG
+    as an attribute only.
 
     Args:
-        faiss_index: any index of float vectors, used as it is and not copied, but where it keeps labels of its
-            own in inverted lists. Those labels, or those of an ``IndexIDMap``, become the ids.
+        faiss_index: any index of float vectors, used as it is and not copied, but where it keeps labels of
+            its own in inverted lists. Those labels, or those of an ``IndexIDMap``, become the ids.
         metric: "cosine" for an index of inner products normalises vectors and queries; default: as in
             the index.
         k: number of neighbours that `search` returns by default.
@@ -76,10 +68,6 @@ class FaissIndex(Index):
     >>> index.search(vectors[0], k=1)
     SearchResult(scores=tensor([0.]), ids=tensor([40]))
     """
-
-    row_tensors: ClassVar[tuple[str, ...]] = ("places", "ids")
-
-    places: Tensor
 
     def __init__(
         self,
@@ -156,26 +144,6 @@ class FaissIndex(Index):
     def _settings() -> tuple[str, ...]:
         return ("k", "index_in_state_dict", "check_finite", "workspace_bytes")
 
-    # faiss's index and what searches need to know of it.
-
-    def _hold(self, index: Any) -> None:
-        register = self.__dict__
-        register["_faiss"] = index
-        register["_holders"] = parameter_holders(load_installed(), index)
-        register["_search_rows"] = None
-
-    @property
-    def faiss_index(self) -> Any:
-        """The index of faiss."""
-        return self._faiss
-
-    @property
-    def _build(self) -> FaissBuild:
-        return load_installed()
-
-    def _rows_changed(self) -> None:
-        self._search_rows: RowSearch | None = None
-
     def _current_search(self) -> RowSearch:
         id_map = self._current_id_map()
         if self._search_rows is None:
@@ -206,7 +174,8 @@ class FaissIndex(Index):
             super().__setattr__(name, value)
             return
         self._check_parameters({name: value})
-        setattr(*holder, type(getattr(*holder))(value))
+        owner, attribute = holder
+        setattr(owner, attribute, type(getattr(owner, attribute))(value))
 
     def _check_parameters(self, parameters: dict[str, Any]) -> None:
         super()._check_parameters(parameters)
@@ -238,7 +207,7 @@ class FaissIndex(Index):
 
         Args:
             queries: ``(Q, D)``, as for `search`.
-            true_ids: ``(Q, K)`` int64, the ids that should be found, such as `FlatIndex` finds; -1 is never found.
+            true_ids: ``(Q, K)`` int64, the ids that should be found, such as `FlatIndex` finds.
             experiments: at most so many settings are tried; 0 tries all.
 
         Returns:
@@ -391,117 +360,3 @@ class FaissIndex(Index):
         # A stand-in; the state brings the index itself.
         made = cls.from_factory(config["dim"], "Flat", config["metric"], p=config["p"], **settings)
         return made if device is None else made.to(device)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.index_in_state_dict:
-            destination[prefix + _BYTES] = opaque.to_bytes(self._build, self._faiss)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + _BYTES
-        rest = {name: value for name, value in state_dict.items() if name != key}
-        own = {prefix + name for name in (*self.row_tensors, "next_id")}
-        if key not in state_dict:
-            if own & rest.keys() or self.index_in_state_dict:
-                missing_keys.append(key)
-            rest = {name: value for name, value in rest.items() if name not in own}
-            incoming = None
-        else:
-            incoming = self._read_state(prefix, state_dict[key], error_msgs)
-            if incoming is None:
-                return
-        self.__dict__["_incoming"] = incoming
-        try:
-            super()._load_from_state_dict(
-                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-        finally:
-            del self.__dict__["_incoming"]
-
-    def _read_state(self, prefix: str, content: Tensor, error_msgs: list[str]) -> Any:
-        """Return the index that a checkpoint holds; None, with a message, where it does not fit."""
-        if content.dtype != torch.uint8 or content.ndim != 1:
-            got = f"{content.dtype} of shape {tuple(content.shape)}"
-            error_msgs.append(f"{prefix}{_BYTES}: got {got}, expected bytes (M,)")
-            return None
-        try:
-            index = opaque.from_bytes(self._build, content)
-            opaque.check_float_index(self._build, index)
-            metric = opaque.metric_of_index(self._build, index)
-        except ElipsError as error:
-            error_msgs.append(f"{prefix}{_BYTES}: {error}")
-            return None
-        own = "ip" if self.metric == "cosine" else self.metric
-        if (int(index.d), metric.name) != (self.dim, own):
-            error_msgs.append(
-                f"{prefix}{_BYTES}: got dim {index.d} and metric {metric.name!r}, "
-                f"expected dim {self.dim} and {own!r}"
-            )
-            return None
-        return index
-
-    def _faults(self, rows: dict[str, Tensor], next_id: Tensor, assign: bool) -> list[str]:
-        faults = super()._faults(rows, next_id, assign)
-        places, total = rows["places"], int(self._incoming.ntotal)
-        if not faults and len(places):
-            if int(places.min()) < 0 or int(places.max()) >= total or len(places.unique()) < len(places):
-                faults.append(
-                    f"places: got no {len(places)} different rows of the {total} that faiss's index has"
-                )
-        return faults
-
-    def _load_rows(self, rows: dict[str, Tensor], *, assign: bool) -> None:
-        index = self._incoming
-        super()._load_rows(rows, assign=assign)
-        self._hold(self._on_device(index, self.device))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
-        """Read an index that `save` wrote; see `Index.load`."""
-        return super().load(path, device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        try:
-            with durable():
-                device = fn(torch.empty(0, dtype=torch.int64, device=self.device)).device
-        except (RuntimeError, AssertionError) as error:
-            raise DeviceError(f"a FaissIndex cannot move there: {error}") from error
-        if device != self.device:
-            index = self._on_device(to_cpu(self._build, self._faiss), device)
-            super()._apply(fn, recurse)
-            self._hold(index)
-            return self
-        return super()._apply(fn, recurse)
-
-    def _on_device(self, index: Any, device: torch.device) -> Any:
-        if device.type == "cpu":
-            return index
-        if device.type != "cuda":
-            raise DeviceError(f"a FaissIndex lies on a CPU or a CUDA GPU, not on {device}")
-        try:
-            return to_gpu(self._build, index, [device.index or 0])
-        except ElipsError:
-            raise
-        except RuntimeError as error:
-            raise opaque.describe_refusal("move to a GPU", index, error) from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        for name in ("_holders", "_search_rows"):
-            state.pop(name, None)
-        state["_faiss"] = opaque.to_bytes(self._build, self._faiss)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        content = state.pop("_faiss")
-        super().__setstate__(state)
-        self._hold(self._on_device(opaque.from_bytes(self._build, content), self.device))

@@ -1,6 +1,7 @@
 """Searches of an index of faiss in which some rows are out: by faiss's selectors, or by asking for more."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -194,4 +195,4 @@ def _equal_spans(radius: Tensor) -> list[tuple[int, int]]:
         return []
     cuts = (radius.diff() != 0).nonzero().flatten().add(1).tolist()
     edges = [0, *cuts, len(radius)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))

@@ -71,7 +71,7 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
 def widened(
     build: FaissBuild, index: Any, values: dict[str, float], fetch: int, factor: int
 ) -> dict[str, float]:
-    """Return parameters with which an index looks at more rows: at ``fetch`` at least, and ``factor`` as many.
+    """Return parameters with which an index looks at more rows: ``fetch``, ``factor`` times as many lists.
 
     Those of a coarse quantizer stay as they are.
     """
