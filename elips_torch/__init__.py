@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from elips_torch.indexes.catalog import load_index
     from elips_torch.indexes.factory import index_factory
     from elips_torch.indexes.faiss_conversion import from_faiss, read_faiss, write_faiss
+    from elips_torch.indexes.faiss_index import FaissIndex
     from elips_torch.indexes.ivf_flat import IVFFlatIndex
     from elips_torch.indexes.ivf_pq import IVFPQIndex
     from elips_torch.indexes.ivf_sq import IVFSQIndex
@@ -80,6 +81,7 @@ _LAZY = {
     "from_faiss": "elips_torch.indexes.faiss_conversion",
     "read_faiss": "elips_torch.indexes.faiss_conversion",
     "write_faiss": "elips_torch.indexes.faiss_conversion",
+    "FaissIndex": "elips_torch.indexes.faiss_index",
     "IVFFlatIndex": "elips_torch.indexes.ivf_flat",
     "IVFPQIndex": "elips_torch.indexes.ivf_pq",
     "IVFSQIndex": "elips_torch.indexes.ivf_sq",
@@ -119,6 +121,7 @@ __all__ = [
     "ElipsError",
     "Explanation",
     "FactoryError",
+    "FaissIndex",
     "FlatIndex",
     "IVFFlatIndex",
     "IVFPQIndex",

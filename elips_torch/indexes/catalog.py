@@ -6,6 +6,7 @@ import torch
 
 from elips_torch.core.errors import IndexFileError
 from elips_torch.indexes.base import Index, known_indexes
+from elips_torch.indexes.faiss_index import FaissIndex
 from elips_torch.indexes.files import read_index_file
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.ivf_flat import IVFFlatIndex
@@ -26,6 +27,7 @@ INDEXES: tuple[type[Index], ...] = (
     PQIndex,
     PreTransformIndex,
     RefineIndex,
+    FaissIndex,
 )
 
 

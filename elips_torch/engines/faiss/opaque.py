@@ -1,0 +1,227 @@
+"""Indexes of faiss as they are: made, filled, asked for vectors, and turned into bytes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.errors import (
+    DtypeError,
+    FactoryError,
+    ImplementationError,
+    IndexFileError,
+    MetricError,
+    NotFittedError,
+)
+from elips_torch.core.metric import Metric, resolve_metric
+from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.transfer import to_cpu
+
+# "cosine" is the inner product of normalised vectors.
+_METRICS = {
+    "l2": "METRIC_L2",
+    "ip": "METRIC_INNER_PRODUCT",
+    "cosine": "METRIC_INNER_PRODUCT",
+    "l1": "METRIC_L1",
+    "linf": "METRIC_Linf",
+    "lp": "METRIC_Lp",
+    "canberra": "METRIC_Canberra",
+    "braycurtis": "METRIC_BrayCurtis",
+    "jensenshannon": "METRIC_JensenShannon",
+    "gower": "METRIC_GOWER",
+}
+
+
+def build_index(build: FaissBuild, dim: int, description: str, metric: Metric) -> Any:
+    """Return an empty index that a description in faiss's grammar stands for.
+
+    Raises:
+        FactoryError: faiss cannot make it; with what faiss says.
+        MetricError: this faiss has no such metric.
+    """
+    kind = getattr(build.module, _METRICS[metric.name], None)
+    if kind is None:
+        raise MetricError(f"metric is {metric.name!r}, which {build} does not have")
+    try:
+        index = build.module.index_factory(dim, description, kind)
+    except RuntimeError as error:
+        raise FactoryError(
+            f"faiss makes no index of {description!r} for dim {dim}: {_reason(error)}"
+        ) from error
+    if metric.name == "lp":
+        index.metric_arg = metric.p
+    return index
+
+
+def check_float_index(build: FaissBuild, index: Any) -> None:
+    """Raise `DtypeError` unless this is an index of float vectors of this build."""
+    name = type(index).__name__
+    if isinstance(index, build.module.IndexBinary):
+        raise DtypeError(f"faiss_index is a {name}, which holds bits, expected an index of float vectors")
+    if not isinstance(index, build.module.Index):
+        raise DtypeError(f"faiss_index is a {name}, expected an index of faiss")
+
+
+def metric_of_index(build: FaissBuild, index: Any) -> Metric:
+    """Return the metric of an index.
+
+    Raises:
+        MetricError: one that the library does not have.
+    """
+    for name, constant in _METRICS.items():
+        if getattr(build.module, constant, None) == index.metric_type:
+            return resolve_metric(name, float(index.metric_arg) if name == "lp" else None)
+    raise MetricError(
+        f"faiss_index has faiss's metric number {index.metric_type}, expected one of {', '.join(_METRICS)}"
+    )
+
+
+def without_labels(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
+    """Take the users' labels off an index, so that its rows count from 0.
+
+    Returns:
+        An index whose labels are row numbers, and the label ``(N,)`` of each row, None where they were
+        that already. An index that keeps labels of its own in its lists is copied, any other is not.
+    """
+    faiss = build.module
+    if isinstance(index, faiss.IndexIDMap):
+        labels = torch.from_numpy(faiss.vector_to_array(index.id_map).copy())
+        inner = faiss.downcast_index(index.index)
+        # Whoever frees the map frees the index within.
+        inner.labelled_by = index
+        return inner, labels
+    lists = None if index.ntotal == 0 else inverted_file(build, index)
+    if lists is None:
+        return index, None
+    labels = torch.cat([torch.as_tensor(each) for each in _list_labels(build, lists)]).sort().values
+    rows = torch.arange(len(labels))
+    if torch.equal(labels, rows):
+        return index, None
+    index = faiss.clone_index(index)
+    lists = inverted_file(build, index)
+    lists.set_direct_map_type(faiss.DirectMap.NoMap)
+    for each in _list_labels(build, lists):
+        each[:] = torch.searchsorted(labels, torch.as_tensor(each)).numpy()
+    return index, labels
+
+
+def prepare_to_reconstruct(build: FaissBuild, index: Any) -> None:
+    """Let an inverted file find its rows by their number; 8 bytes a row."""
+    lists = inverted_file(build, index)
+    if lists is not None and hasattr(lists, "make_direct_map") and lists.direct_map.no():
+        lists.make_direct_map()
+
+
+def inverted_file(build: FaissBuild, index: Any) -> Any:
+    """Return the inverted file inside an index, None where there is none."""
+    return build.module.try_extract_index_ivf(index)
+
+
+def train(build: FaissBuild, index: Any, vectors: Tensor) -> None:
+    """Teach an index on ``(N, D)`` float32 vectors.
+
+    Raises:
+        ImplementationError: faiss refuses, with what it says.
+    """
+    use_one_thread_if_forked(build)
+    try:
+        index.train(_array(vectors))
+    except RuntimeError as error:
+        raise _refused("train", index, error) from error
+
+
+def append(build: FaissBuild, index: Any, vectors: Tensor) -> Tensor:
+    """Add ``(N, D)`` float32 vectors and return the rows ``(N,)`` that they became.
+
+    Raises:
+        NotFittedError: the index must be trained first.
+        ImplementationError: faiss refuses, with what it says.
+    """
+    if not index.is_trained:
+        raise NotFittedError(f"{type(index).__name__} takes no vectors before fit(vectors)")
+    use_one_thread_if_forked(build)
+    first = int(index.ntotal)
+    if len(vectors):
+        try:
+            index.add(_array(vectors))
+        except RuntimeError as error:
+            raise _refused("add", index, error) from error
+    return torch.arange(first, first + len(vectors))
+
+
+def reconstruct(index: Any, rows: Tensor) -> Tensor:
+    """Return the vectors ``(M, D)`` of rows ``(M,)``, as the index has kept them.
+
+    Raises:
+        ImplementationError: the family cannot.
+    """
+    if not rows.numel():
+        return torch.empty(0, int(index.d))
+    try:
+        vectors = index.reconstruct_batch(rows.cpu().numpy())
+    except RuntimeError as error:
+        raise _refused("reconstruct", index, error) from error
+    # An array, or a tensor once something has imported `faiss.contrib.torch_utils`.
+    return torch.as_tensor(vectors)
+
+
+def to_bytes(build: FaissBuild, index: Any) -> Tensor:
+    """Return an index as faiss writes it to files, uint8 ``(M,)``."""
+    try:
+        return torch.as_tensor(build.module.serialize_index(to_cpu(build, index)))
+    except RuntimeError as error:
+        raise _refused("write", index, error) from error
+
+
+def from_bytes(build: FaissBuild, content: Tensor) -> Any:
+    """Return the index that `to_bytes` wrote.
+
+    Raises:
+        IndexFileError: faiss cannot read it.
+    """
+    try:
+        return build.module.deserialize_index(content.contiguous().cpu().numpy())
+    except (RuntimeError, MemoryError) as error:
+        raise IndexFileError(f"faiss cannot read the index: {_reason(error)}") from error
+
+
+def count_bytes(build: FaissBuild, index: Any) -> int:
+    """Return how many bytes `to_bytes` would take, without taking them."""
+    counted = 0
+
+    def count(chunk: bytes) -> None:
+        nonlocal counted
+        counted += len(chunk)
+
+    writer = build.module.PyCallbackIOWriter(count)
+    build.module.write_index(to_cpu(build, index), build.module.BufferedIOWriter(writer))
+    return counted
+
+
+def describe_refusal(verb: str, index: Any, error: RuntimeError) -> ImplementationError:
+    """Return the error that says what faiss did not do."""
+    return _refused(verb, index, error)
+
+
+def _refused(verb: str, index: Any, error: RuntimeError) -> ImplementationError:
+    return ImplementationError(f"faiss's {type(index).__name__} does not {verb}: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    """Return what faiss says without where in its sources it says so."""
+    text = str(error).strip()
+    return text.rpartition("Error: ")[2] or text
+
+
+def _array(vectors: Tensor) -> Any:
+    return vectors.detach().to("cpu", torch.float32).contiguous().numpy()
+
+
+def _list_labels(build: FaissBuild, lists: Any) -> list[Any]:
+    """Return the labels of each list, as arrays on the memory of the index."""
+    inverted = lists.invlists
+    sizes = [int(inverted.list_size(number)) for number in range(inverted.nlist)]
+    return [
+        build.module.rev_swig_ptr(inverted.get_ids(number), size) for number, size in enumerate(sizes) if size
+    ]

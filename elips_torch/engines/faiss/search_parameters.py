@@ -1,0 +1,93 @@
+"""Parameters of searches in any index of faiss: which there are, and faiss's object for one call."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elips_torch.engines.faiss.builds import FaissBuild
+
+# Set on the index only: faiss has no object that carries it for one call.
+ATTRIBUTES_ONLY = ("search_L",)
+_QUANTIZER = "quantizer_"
+
+
+def parameter_holders(build: FaissBuild, index: Any) -> dict[str, tuple[Any, str]]:
+    """Return the parameters that searches of an index have: by name, the object and attribute that hold it.
+
+    Args:
+        build: the faiss that made the index.
+        index: any index of float vectors.
+    """
+    faiss, index = build.module, build.module.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return parameter_holders(build, index.index)
+    if isinstance(index, faiss.IndexRefine):
+        return {"k_factor": (index, "k_factor"), **parameter_holders(build, index.base_index)}
+    if isinstance(index, faiss.IndexIVF):
+        inner = parameter_holders(build, index.quantizer)
+        return {"nprobe": (index, "nprobe"), **{_QUANTIZER + name: where for name, where in inner.items()}}
+    if isinstance(index, faiss.IndexHNSW):
+        return {"efSearch": (index.hnsw, "efSearch")}
+    if isinstance(index, faiss.IndexNSG):
+        return {"search_L": (index.nsg, "search_L")}
+    return {}
+
+
+def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], selector: Any = None) -> Any:
+    """Return faiss's ``SearchParameters`` for one call; None where it would say nothing.
+
+    Args:
+        build: the faiss that made the index.
+        index: any index of float vectors.
+        values: of parameters that `parameter_holders` names; the others are as the index has them.
+        selector: an ``IDSelector``, kept alive by the result.
+    """
+    if not values and selector is None:
+        return None
+    faiss, index = build.module, build.module.downcast_index(index)
+    chosen = {} if selector is None else {"sel": selector}
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = search_parameters(build, index.index, values, selector)
+        return faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexRefine):
+        rest = {name: value for name, value in values.items() if name != "k_factor"}
+        inner = search_parameters(build, index.base_index, rest, selector)
+        factor = values.get("k_factor", index.k_factor)
+        return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
+    if isinstance(index, faiss.IndexIVF):
+        cut = len(_QUANTIZER)
+        rest = {name[cut:]: value for name, value in values.items() if name.startswith(_QUANTIZER)}
+        inner = search_parameters(build, index.quantizer, rest)
+        if inner is not None:
+            chosen["quantizer_params"] = inner
+        nprobe = min(int(values.get("nprobe", index.nprobe)), int(index.nlist))
+        return faiss.SearchParametersIVF(nprobe=nprobe, max_codes=index.max_codes, **chosen)
+    if isinstance(index, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(efSearch=int(values.get("efSearch", index.hnsw.efSearch)), **chosen)
+    return faiss.SearchParameters(**chosen)
+
+
+def widened(
+    build: FaissBuild, index: Any, values: dict[str, float], fetch: int, factor: int
+) -> dict[str, float]:
+    """Return parameters with which an index looks at more rows: ``fetch``, ``factor`` times as many lists.
+
+    Those of a coarse quantizer stay as they are.
+    """
+    wider = dict(values)
+    for name, (holder, attribute) in parameter_holders(build, index).items():
+        now = values.get(name, getattr(holder, attribute))
+        if name == "nprobe":
+            wider[name] = min(int(now) * factor, int(holder.nlist))
+        elif name == "efSearch":
+            wider[name] = max(int(now), fetch)
+    return wider
+
+
+def bitmap_selector(build: FaissBuild, keep: Tensor) -> tuple[Any, Any]:
+    """Return faiss's selector of rows where bool ``keep (N,)`` is True, and the memory it reads."""
+    padded = torch.nn.functional.pad(keep.cpu(), (0, -len(keep) % 8)).view(-1, 8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    bits = (padded * weights).sum(1, dtype=torch.uint8).numpy()
+    return build.module.IDSelectorBitmap(len(bits), build.module.swig_ptr(bits)), bits

@@ -1,0 +1,87 @@
+"""Tuning of indexes of faiss by faiss's own parameter space."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.errors import ParameterError
+from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.search import index_gpu
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatingPoint:
+    """What one setting of the parameters gives.
+
+    Attributes:
+        recall: share of the true neighbours that were found.
+        seconds: how long all queries took.
+        parameters: as ``set_parameters`` takes them.
+    """
+
+    recall: float
+    seconds: float
+    parameters: str
+
+
+def set_parameters(build: FaissBuild, index: Any, parameters: str) -> None:
+    """Set parameters from text such as ``"nprobe=16,quantizer_efSearch=64"``.
+
+    Raises:
+        ParameterError: one that the index does not have; those before it are set.
+    """
+    try:
+        parameter_space(build, index).set_index_parameters(index, parameters)
+    except RuntimeError as error:
+        known = ", ".join(parameter_ranges(build, index)) or "none"
+        raise ParameterError(
+            f"{type(index).__name__} does not take the parameters {parameters!r}, it has {known}"
+        ) from error
+
+
+def parameter_ranges(build: FaissBuild, index: Any) -> dict[str, list[float]]:
+    """Return the values of each parameter that faiss would try."""
+    space = parameter_space(build, index)
+    space.initialize(index)
+    ranges = space.parameter_ranges
+    return {
+        ranges.at(number).name: build.module.vector_to_array(ranges.at(number).values).tolist()
+        for number in range(ranges.size())
+    }
+
+
+def explore(
+    build: FaissBuild, index: Any, queries: Tensor, truth: Tensor, experiments: int
+) -> list[OperatingPoint]:
+    """Search with many settings and return those that no other beats in both recall and time.
+
+    Args:
+        build: the faiss that made the index.
+        index: searched on as it is; its parameters change.
+        queries: ``(Q, D)`` float32.
+        truth: ``(Q, K)`` int64, the rows that should be found.
+        experiments: at most so many settings; 0 tries all.
+
+    Returns:
+        The best settings, the quickest first.
+    """
+    use_one_thread_if_forked(build)
+    space = parameter_space(build, index)
+    space.initialize(index)
+    space.verbose = 0
+    space.n_experiments = experiments
+    criterion = build.module.IntersectionCriterion(len(queries), truth.shape[1])
+    criterion.set_groundtruth(None, truth.cpu().numpy())
+    rows = queries.detach().to("cpu", torch.float32).contiguous().numpy()
+    best = space.explore(index, rows, criterion).optimal_pts
+    points = [best.at(number) for number in range(best.size())]
+    # The point of no search comes first.
+    return [OperatingPoint(float(p.perf), float(p.t), str(p.key)) for p in points if p.cno >= 0]
+
+
+def parameter_space(build: FaissBuild, index: Any) -> Any:
+    """Return faiss's parameter space for where the index lies."""
+    return build.module.ParameterSpace() if index_gpu(index) is None else build.module.GpuParameterSpace()

@@ -1,0 +1,362 @@
+"""Indexes of faiss that the library has no class for, as modules."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.errors import (
+    ArgumentError,
+    ImplementationError,
+    MetricError,
+    NotEmptyError,
+    NotFittedError,
+    ParameterError,
+)
+from elips_torch.core.metric import resolve_metric
+from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
+from elips_torch.core.validation import check_unique, check_values, check_vectors, check_workspace
+from elips_torch.engines.faiss import opaque, tuning
+from elips_torch.engines.faiss.builds import load_installed
+from elips_torch.engines.faiss.row_search import RowSearch
+from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY
+from elips_torch.engines.faiss.transfer import to_cpu
+from elips_torch.engines.faiss.tuning import OperatingPoint
+from elips_torch.indexes.faiss_state import FaissState
+from elips_torch.indexes.storage import durable
+from elips_torch.indexes.untraced import untraced
+from elips_torch.kernels.selection import Selection
+
+
+class FaissIndex(FaissState):
+    """An index of faiss of any family, with the verbs of every index: HNSW, LSH, RaBitQ, NSG, ...
+
+    faiss searches, and its scores and its order are returned. What it cannot do is done around it: ids are
+    the users' own, masks and exclusions go by faiss's selectors where the family takes them and by asking
+    for more rows where it does not, and rows that `remove` or `upsert` give up are hidden, since most
+    families cannot take them out: their memory comes back at `reset`. Where queries require gradients,
+    scores are those of the vectors that the index reconstructs, if it does; faiss's own may differ.
+
+    Search parameters are those of the family, as attributes and as keywords of `search`: ``nprobe``,
+    ``efSearch``, ``k_factor``, and ``quantizer_...`` for those of a coarse quantizer; ``search_L`` of NSG
+    as an attribute only.
+
+    Args:
+        faiss_index: any index of float vectors, used as it is and not copied, but where it keeps labels of
+            its own in inverted lists. Those labels, or those of an ``IndexIDMap``, become the ids.
+        metric: "cosine" for an index of inner products normalises vectors and queries; default: as in
+            the index.
+        k: number of neighbours that `search` returns by default.
+        index_in_state_dict: whether checkpoints hold the index.
+        check_finite: whether vectors and queries are checked for NaN and infinity.
+        workspace_bytes: limit on temporary memory of searches with masks or exclusions. Default 256 MiB.
+
+    Attributes:
+        faiss_index: the index, whose row numbers `places` lists; what is written to it is not noticed.
+        places: ``(ntotal,)`` int64, the row of faiss's index that is each of this.
+        ids: ``(ntotal,)`` int64, the label of each row.
+
+    Raises:
+        ElipsError: a binary index, something else, or a metric that the library does not have.
+        ImportError: faiss is not installed.
+
+    >>> import torch
+    >>> index = FaissIndex.from_factory(4, "HNSW8", efSearch=32)
+    >>> vectors = torch.eye(4)
+    >>> index.add(vectors, ids=[40, 30, 20, 10])
+    tensor([40, 30, 20, 10])
+    >>> index.search(vectors[0], k=1)
+    SearchResult(scores=tensor([0.]), ids=tensor([40]))
+    """
+
+    def __init__(
+        self,
+        faiss_index: Any,
+        *,
+        metric: str | None = None,
+        k: int = 10,
+        index_in_state_dict: bool = True,
+        check_finite: bool = True,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    ) -> None:
+        build = load_installed()
+        opaque.check_float_index(build, faiss_index)
+        faiss_index = to_cpu(build, faiss_index)
+        kind = opaque.metric_of_index(build, faiss_index)
+        if metric is not None:
+            wanted = resolve_metric(metric, kind.p if kind.name == "lp" else None)
+            if wanted.name != kind.name and (wanted.name, kind.name) != ("cosine", "ip"):
+                raise MetricError(f"metric is {wanted.name!r}, faiss_index has {kind.name!r}")
+            kind = wanted
+        super().__init__(
+            int(faiss_index.d),
+            kind.name,
+            k=k,
+            p=kind.p if kind.name == "lp" else None,
+            index_in_state_dict=index_in_state_dict,
+            check_finite=check_finite,
+            workspace_bytes=workspace_bytes,
+        )
+        index, labels = opaque.without_labels(build, faiss_index)
+        if labels is None:
+            labels = torch.arange(int(index.ntotal))
+        elif len(labels):
+            check_unique("the labels of faiss_index", labels)
+            if int(labels.min()) < 0:
+                raise ArgumentError(f"faiss_index has the negative label {int(labels.min())}")
+        opaque.prepare_to_reconstruct(build, index)
+        self._hold(index)
+        with durable():
+            self.register_buffer("places", torch.empty(0, dtype=torch.int64))
+        self._append_rows({"places": torch.arange(len(labels)), "ids": labels})
+        self._id_map.rebuild(self.ids)
+        self._next_id = int(labels.max()) + 1 if len(labels) else 0
+
+    @classmethod
+    def from_factory(
+        cls, dim: int, description: str, metric: str = "l2", *, p: float | None = None, **options: Any
+    ) -> Self:
+        """Make an empty index from a description in faiss's grammar.
+
+        Args:
+            dim: D, size of a vector.
+            description: such as "HNSW32" or "IVF1024,PQ16x4fs".
+            metric: name of the distance kind, or an alias.
+            p: exponent of metric "lp".
+            **options: as for the class, and search parameters.
+
+        Raises:
+            ElipsError: faiss knows no such index, or an argument has a wrong type or value.
+
+        >>> FaissIndex.from_factory(16, "LSH").faiss_index.nbits
+        16
+        """
+        kind = resolve_metric(metric, p)
+        index = opaque.build_index(load_installed(), dim, description, kind)
+        settings = {name: options.pop(name) for name in list(options) if name in cls._settings()}
+        made = cls(index, metric=kind.name, **settings)
+        made._check_parameters(options)
+        for name, value in options.items():
+            setattr(made, name, value)
+        return made
+
+    @staticmethod
+    def _settings() -> tuple[str, ...]:
+        return ("k", "index_in_state_dict", "check_finite", "workspace_bytes")
+
+    def _current_search(self) -> RowSearch:
+        id_map = self._current_id_map()
+        if self._search_rows is None:
+            places, total = self.places, int(self._faiss.ntotal)
+            rows = torch.arange(len(places), device=places.device)
+            row_of = None
+            if total != len(places) or not torch.equal(places, rows):
+                row_of = torch.full((total,), -1, device=places.device)
+                row_of[places] = rows
+            self._search_rows = RowSearch(self._build, self._faiss, self._metric, row_of, places)
+        self._search_rows.ranks = id_map.ranks(self.ids)
+        return self._search_rows
+
+    # Search parameters live in faiss's index.
+
+    @property
+    def search_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of what `search` takes as keywords for one call."""
+        return (*(self._holders), "workspace_bytes")
+
+    def __getattr__(self, name: str) -> Any:
+        holder = self.__dict__.get("_holders", {}).get(name)
+        return super().__getattr__(name) if holder is None else getattr(*holder)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        holder = self.__dict__.get("_holders", {}).get(name)
+        if holder is None:
+            super().__setattr__(name, value)
+            return
+        self._check_parameters({name: value})
+        owner, attribute = holder
+        setattr(owner, attribute, type(getattr(owner, attribute))(value))
+
+    def _check_parameters(self, parameters: dict[str, Any]) -> None:
+        super()._check_parameters(parameters)
+        for name, value in parameters.items():
+            if name in self._holders and not value >= 1:
+                raise ArgumentError(f"{name} is {value}, expected at least 1")
+
+    @untraced
+    def set_parameters(self, parameters: str) -> None:
+        """Set search parameters as faiss's ``ParameterSpace`` does.
+
+        Args:
+            parameters: such as ``"nprobe=16,quantizer_efSearch=64"``.
+
+        Raises:
+            ParameterError: one that the index does not have.
+        """
+        tuning.set_parameters(self._build, self._faiss, parameters)
+
+    def parameter_ranges(self) -> dict[str, list[float]]:
+        """Return the values of each search parameter that `explore` tries."""
+        return tuning.parameter_ranges(self._build, self._faiss)
+
+    @untraced
+    def explore(self, queries: Tensor, true_ids: Tensor, *, experiments: int = 100) -> list[OperatingPoint]:
+        """Find what settings of search parameters give, by faiss's ``ParameterSpace``.
+
+        A copy of the index is searched; this one is left as it is.
+
+        Args:
+            queries: ``(Q, D)``, as for `search`.
+            true_ids: ``(Q, K)`` int64, the ids that should be found, such as `FlatIndex` finds.
+            experiments: at most so many settings are tried; 0 tries all.
+
+        Returns:
+            Settings that no other beats in both recall and time, the quickest first; `set_parameters` takes
+            their ``parameters``.
+
+        Raises:
+            ElipsError: an argument has a wrong type, shape, device or value.
+        """
+        check_vectors("queries", queries, dim=self.dim, device=self.device)
+        if true_ids.ndim != 2 or len(true_ids) != len(queries):
+            raise ArgumentError(f"true_ids has shape {tuple(true_ids.shape)}, expected ({len(queries)}, K)")
+        rows = self._rows_of(true_ids)
+        truth = torch.where(rows < 0, -1, self.places[rows.clamp_min(0)])
+        copied = self._build.module.clone_index(to_cpu(self._build, self._faiss))
+        return tuning.explore(self._build, copied, self._as_faiss(queries.detach()), truth, experiments)
+
+    # Rows.
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether vectors can be added."""
+        return bool(self._faiss.is_trained)
+
+    @untraced
+    def fit(self, vectors: Tensor) -> Self:
+        """Train faiss's index on ``(N, D)`` vectors like those to come.
+
+        Returns:
+            The index itself.
+
+        Raises:
+            NotEmptyError: the index holds vectors.
+            ElipsError: vectors that do not fit, or that faiss refuses to train on.
+        """
+        if self._faiss.ntotal:
+            raise NotEmptyError(
+                f"fit was called on an index that holds {self.ntotal} vectors; call reset() first"
+            )
+        opaque.train(self._build, self._faiss, self._as_faiss(self._check_new(vectors)))
+        opaque.prepare_to_reconstruct(self._build, self._faiss)
+        return self
+
+    def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
+        if not self.is_trained:
+            raise NotFittedError(f"{type(self._faiss).__name__} takes no vectors before fit(vectors)")
+        # They become rows of faiss once all else is checked.
+        return {"places": self._as_faiss(vectors)}
+
+    def _append_rows(self, rows: dict[str, Tensor]) -> None:
+        super()._append_rows({**rows, "places": self._added(rows["places"])})
+
+    def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
+        super()._overwrite_rows(where, {"places": self._added(rows["places"])})
+        self._rows_changed()
+
+    def _added(self, vectors: Tensor) -> Tensor:
+        """Return the places of vectors ``(N, D)``, which faiss gets; of places ``(N,)``, themselves."""
+        if vectors.ndim == 1:
+            return vectors
+        return opaque.append(self._build, self._faiss, vectors).to(self.device)
+
+    @untraced
+    def reset(self) -> None:
+        """Remove every vector, and give the memory of those removed before back; see `Index.reset`."""
+        self._faiss.reset()
+        super().reset()
+
+    def _decode(self, rows: Tensor) -> Tensor:
+        return opaque.reconstruct(self._faiss, self.places[rows]).to(self.device)
+
+    def _as_faiss(self, vectors: Tensor) -> Tensor:
+        if self._metric.name != "cosine":
+            return vectors
+        # In float64 no norm overflows; a zero vector stays one.
+        wide = vectors.double()
+        norms: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        return (wide / norms.masked_fill(norms == 0, 1.0)).float()
+
+    # Searches.
+
+    def _search(
+        self,
+        queries: Tensor,
+        k: int,
+        selection: Selection,
+        implementation: str,
+        parameters: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        values, workspace = self._search_settings(queries, implementation, parameters)
+        return self._current_search().search(self._as_faiss(queries), k, selection, values, workspace)
+
+    def _range_search(
+        self,
+        queries: Tensor,
+        radius: Tensor,
+        selection: Selection,
+        implementation: str,
+        parameters: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values, _ = self._search_settings(queries, implementation, parameters)
+        return self._current_search().range_search(self._as_faiss(queries), radius, selection, values)
+
+    def _search_settings(
+        self, queries: Tensor, implementation: str, parameters: dict[str, Any]
+    ) -> tuple[dict[str, Any], int]:
+        if implementation not in ("auto", "faiss"):
+            raise ImplementationError(f"implementation is {implementation!r}, a FaissIndex has 'faiss' only")
+        if not self.is_trained:
+            raise NotFittedError(f"{type(self._faiss).__name__} cannot be searched before fit(vectors)")
+        workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
+        if self.check_finite:
+            check_values("queries", queries, self._metric)
+        values = {name: value for name, value in parameters.items() if name != "workspace_bytes"}
+        for name in values:
+            if name in ATTRIBUTES_ONLY:
+                raise ParameterError(
+                    f"faiss takes {name} for no single call; set index.{name} = {values[name]}"
+                )
+        return values, workspace
+
+    # State.
+
+    def memory_bytes(self) -> int:
+        """Return the bytes of faiss's index as it would be written, and of ids."""
+        return super().memory_bytes() + opaque.count_bytes(self._build, self._faiss)
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows."""
+        settings = "".join(f", {name}={getattr(*where):g}" for name, where in self._holders.items())
+        hidden = int(self._faiss.ntotal) - self.ntotal
+        trained = "" if self.is_trained else ", not fitted"
+        return (
+            f"{type(self._faiss).__name__}, {super().extra_repr()}{settings}"
+            f"{f', hidden={hidden}' if hidden else ''}{trained}"
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Return the settings beside what faiss's index says of itself, for JSON."""
+        return {
+            "dim": self.dim,
+            "metric": self.metric,
+            "p": self.p,
+            **{name: getattr(self, name) for name in self._settings()},
+        }
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any], device: torch.device | str | None) -> Self:
+        settings = {name: config[name] for name in cls._settings()}
+        # A stand-in; the state brings the index itself.
+        made = cls.from_factory(config["dim"], "Flat", config["metric"], p=config["p"], **settings)
+        return made if device is None else made.to(device)
