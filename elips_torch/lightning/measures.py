@@ -8,15 +8,14 @@ from torch import Tensor
 from elips_torch.core.errors import ArgumentError
 from elips_torch.core.metric import metric_of
 from elips_torch.core.tiling import spans
-from elips_torch.evaluation.recall import HitRateAtK, LabelRecallAtK, RecallAtK
+from elips_torch.evaluation.retrieval_metrics import RetrievalMetrics
 from elips_torch.indexes.base import Index
 from elips_torch.lightning.gather import Processes
 from elips_torch.ops.knn import knn
 
-# What may be measured, and whether that is by ids, by labels or by both.
-BY_ID = ("recall", "hit_rate")
-BY_LABEL = ("recall", "hit_rate", "label_recall")
-NAMES = tuple(dict.fromkeys((*BY_ID, *BY_LABEL)))
+# What may be measured where relevance is by id, and where it is by label.
+BY_ID = ("recall", "hit_rate", "precision", "ndcg", "map", "mrr", "r_precision")
+BY_LABEL = (*BY_ID, "label_recall")
 
 # Pairs are scored by the definition in float64, a few queries at a time.
 _QUERIES = 128
@@ -29,62 +28,49 @@ def check_names(metrics: Sequence[str]) -> tuple[str, ...]:
         ArgumentError: none, a repeated or an unknown one.
     """
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    unknown = [name for name in names if name not in NAMES]
+    unknown = [name for name in names if name not in BY_LABEL]
     if unknown or not names or len(set(names)) < len(names):
-        raise ArgumentError(f"metrics is {metrics!r}, expected different ones of {', '.join(NAMES)}")
+        raise ArgumentError(f"metrics is {metrics!r}, expected different ones of {', '.join(BY_LABEL)}")
     return names
 
 
-def measured_by_id(
-    names: Sequence[str],
-    k: Sequence[int],
-    retrieved: Tensor,  # (Q, K)
-    relevant: Tensor,  # (Q, R)
-    processes: Processes,
-) -> dict[str, Tensor]:
-    """Return averages over the queries of all processes, by name; must be called by all of them."""
-    values: dict[str, Tensor] = {}
-    for name, metric in (("recall", RecallAtK(k)), ("hit_rate", HitRateAtK(k))):
-        if name in names:
-            metric.to(processes.device)
-            metric.update(retrieved.to(processes.device), relevant.to(processes.device))
-            values |= metric.compute()
-    return values
+def value_names(metrics: Sequence[str], k: Sequence[int], *, by_label: bool) -> list[str]:
+    """Return the names of the numbers that `measured` returns."""
+    known = [name for name in metrics if name in (BY_LABEL if by_label else BY_ID)]
+    return [
+        each for name in known for each in ([name] if name == "r_precision" else [f"{name}@{n}" for n in k])
+    ]
 
 
-def measured_by_label(
-    names: Sequence[str],
+def measured(
+    metrics: Sequence[str],
     k: Sequence[int],
     retrieved: Tensor,  # (Q, K)
-    labels: Tensor,  # (Q,)
-    relevant: Tensor,  # (Q,)
+    relevant: Tensor,  # (Q, R) or (Q,)
     processes: Processes,
+    *,
+    n_relevant: Tensor | None = None,  # (Q,)
 ) -> dict[str, Tensor]:
-    """Return averages over the queries of all processes; must be called by all of them.
+    """Return averages over the queries of all processes, by name; must be called by all of them.
 
     Args:
-        names: "recall" and "hit_rate" are the Recall@k of metric learning, "label_recall" is the fraction
-            found.
+        metrics: what to measure. By label, "recall" is the Recall@k of metric learning, which asks for any of
+            the label, and "label_recall" the fraction found.
         k: numbers of results to look at.
-        retrieved: the labels of what was found, -1 where nothing was.
-        labels: of the queries, -1 for none.
-        relevant: how many documents have the query's label; a query with none does not count.
+        retrieved: ids that were found, or their labels; -1 where nothing was.
+        relevant: ids, padded by -1, or the label of each query.
         processes: who takes part.
+        n_relevant: by label, how many documents have the query's; a query with none does not count.
     """
+    by_label = n_relevant is not None
     place = processes.device
-    hit_rate, label_recall = HitRateAtK(k).to(place), LabelRecallAtK(k).to(place)
-    retrieved, labels, relevant = retrieved.to(place), labels.to(place), relevant.to(place)
-    values: dict[str, Tensor] = {}
-    if "recall" in names or "hit_rate" in names:
-        hit_rate.update(retrieved, labels.masked_fill(relevant == 0, -1))
-        hits = hit_rate.compute()
-        for name in ("recall", "hit_rate"):
-            if name in names:
-                values |= {f"{name}@{each}": hits[f"hit_rate@{each}"] for each in k}
-    if "label_recall" in names:
-        label_recall.update(retrieved, labels, relevant)
-        values |= label_recall.compute()
-    return values
+    counts = {} if n_relevant is None else {"n_relevant": n_relevant.to(place)}
+    metric = RetrievalMetrics(k, labels=by_label).to(place)
+    metric.update(retrieved.to(place), relevant.to(place), **counts)
+    values = metric.compute()
+    if by_label:
+        values |= {f"recall@{n}": values[f"hit_rate@{n}"] for n in k}
+    return {name: values[name] for name in value_names(metrics, k, by_label=by_label)}
 
 
 def index_hits(

@@ -59,8 +59,9 @@ class RetrievalEvaluation(Callback):
         device: where the embeddings are kept and searched; default is where the step leaves them.
         prefix: what the logged names begin with.
         metric: distance kind of an index that is named by class or description.
-        metrics: what to measure: "recall", "hit_rate", "label_recall"; what the data does not allow is left
-            out.
+        metrics: what to measure: "recall", "hit_rate", "precision", "ndcg", "map", "mrr" and "label_recall",
+            at each k, and "r_precision", which looks at no more than the largest k. What the data does not
+            allow is left out. `evaluation.RetrievalMetrics` says what each is.
         shard: True shards an approximate index too: faster, but each process learns its own lists or codes,
             so that numbers differ from those of one process. False builds any index on the first process.
         recall_queries: by how many queries, about, the recall of an approximate index is measured; 0 for not

@@ -13,7 +13,7 @@ from elips_torch.core.validation import check_unique
 from elips_torch.indexes.base import Index
 from elips_torch.lightning.gather import Processes
 from elips_torch.lightning.index_choice import IndexChoice, make_index
-from elips_torch.lightning.measures import BY_ID, BY_LABEL, index_hits, measured_by_id, measured_by_label
+from elips_torch.lightning.measures import index_hits, measured, value_names
 from elips_torch.lightning.retrieval_rows import RowCollection, Rows
 from elips_torch.lightning.sharded_search import fill_on_first, search_shards
 
@@ -65,8 +65,7 @@ class Task:
 
     def names(self, kinds: set[str]) -> list[str]:
         """Return what an evaluation of such rows would measure."""
-        known = BY_LABEL if "embeddings" in kinds else BY_ID
-        return [f"{name}@{k}" for name in self.metrics if name in known for k in self.k]
+        return value_names(self.metrics, self.k, by_label="embeddings" in kinds)
 
     def run(
         self, rows: RowCollection, samplers: list[Any], device: torch.device, processes: Processes
@@ -108,7 +107,7 @@ class Task:
         if not answered:
             raise NothingToEvaluateError("relevant: no query has a relevant document, all entries are -1")
         scores, found, timing = self._search(queries, documents, documents.integers, False, processes)
-        values = measured_by_id(self.metrics, self.k, found, wanted, processes)
+        values = measured(self.metrics, self.k, found, wanted, processes)
         correct = (found[..., None] == wanted[:, None, :]).any(-1) & (found >= 0) if self.kept else found >= 0
         return {**values, **timing}, self._neighbours(queries, scores, found, correct, False)
 
@@ -130,7 +129,7 @@ class Task:
             )
         scores, found, timing = self._search(queries, documents, documents.places, itself, processes)
         retrieved = labels[found.clamp_min(0)].masked_fill_(found < 0, -1)
-        values = measured_by_label(self.metrics, self.k, retrieved, queries.integers, relevant, processes)
+        values = measured(self.metrics, self.k, retrieved, queries.integers, processes, n_relevant=relevant)
         correct = (retrieved == queries.integers[:, None]) & (retrieved >= 0)
         return {**values, **timing}, self._neighbours(queries, scores, found, correct, itself)
 

@@ -375,6 +375,18 @@ def test_only_the_named_metrics_are_measured(tmp_path):
     evaluation = RetrievalEvaluation(k=2, metrics=["label_recall"])
     trainer(tmp_path, evaluation).validate(Model(), loaders(labelled()), verbose=False)
     assert set(evaluation.history[0]) == {"epoch", "step", "label_recall@2", "retrieval_seconds"}
+    everything = ("recall", "hit_rate", "precision", "ndcg", "map", "mrr", "r_precision", "label_recall")
+    for tables in ((labelled(),), queries_and_documents()):
+        evaluation = RetrievalEvaluation(k=(2, 4), metrics=everything)
+        trainer(tmp_path, evaluation).validate(Model(), loaders(*tables), verbose=False)
+        names = {name for name in evaluation.history[0] if not name.endswith("seconds")} - {"epoch", "step"}
+        allowed = everything if len(tables) == 1 else everything[:-1]
+        assert names == {
+            each
+            for name in allowed
+            for each in ([name] if name == "r_precision" else [f"{name}@2", f"{name}@4"])
+        }
+        assert all(0 < evaluation.history[0][name] < 1 for name in names)
     with pytest.raises(ArgumentError, match="metrics is 'f1'"):
         RetrievalEvaluation(metrics="f1")
 
@@ -430,7 +442,9 @@ TABLES = {
 def test_two_processes_log_the_numbers_of_one(tmp_path, tables):
     # Odd sizes: Lightning's sampler repeats a sample, which must not count twice.
     for options in ({}, {"devices": 2, "strategy": "ddp_spawn"}):
-        exact = RetrievalEvaluation(k=(1, 5))
+        exact = RetrievalEvaluation(
+            k=(1, 5), metrics=("recall", "label_recall", "ndcg", "map", "r_precision")
+        )
         lists = RetrievalEvaluation(k=(1, 5), index=make_lists, prefix="lists/")
         run = trainer(tmp_path, exact, lists, Reporting(tmp_path), **options)
         run.validate(Model(), loaders(*tables), verbose=False)
