@@ -227,7 +227,7 @@ def _finish(device: torch.device) -> None:
 
 def _known_grids(index: Index, k: int) -> dict[str, list[float]]:
     """Return the values to try, by parameter: those that trade recall for speed, inner ones first."""
-    lists: list[Any] = [getattr(each, "nlist", None) for each in _layers(index)]
+    lists: list[Any] = [getattr(each, "nlist", None) for each in layers(index)]
     most = {
         "nprobe": next((nlist for nlist in lists if isinstance(nlist, int)), _MOST),
         "efSearch": _MOST,
@@ -237,7 +237,7 @@ def _known_grids(index: Index, k: int) -> dict[str, list[float]]:
     return {name: _doubled(limit) for name, limit in most.items() if name in index.search_parameters}
 
 
-def _layers(index: Index) -> Iterator[Index]:
+def layers(index: Index) -> Iterator[Index]:
     """Yield an index, the one inside it, and so on."""
     layer: object = index
     while isinstance(layer, Index):
