@@ -9,8 +9,8 @@ On embeddings of your own, a safetensors file with `queries`, `documents` and `r
     python examples/hard_negatives.py FILE.safetensors
 
 Both ways start from the same weights, see the same batches in the same order, and take the positives of
-the other queries in the batch as negatives. "mined" adds two kinds: for each query some of the wrong answers
-that an index of the corpus ranks highest, and a memory bank of what earlier batches embedded.
+the other queries in the batch as negatives. "mined" adds for each query some of the wrong answers that rank
+highest in a memory bank of the corpus, which every batch updates.
 """
 
 import argparse
@@ -39,7 +39,6 @@ class Settings:
         learning_rate: of AdamW, at the start; it falls to zero along a cosine.
         candidates: number of wrong answers that are looked at per query.
         negatives: number drawn from them.
-        capacity: of the memory bank.
     """
 
     epochs: int
@@ -48,46 +47,37 @@ class Settings:
     learning_rate: float
     candidates: int
     negatives: int
-    capacity: int
 
 
-DIGITS = Settings(10, 32, 0.1, 1e-3, candidates=50, negatives=8, capacity=256)
+DIGITS = Settings(10, 32, 0.1, 1e-3, candidates=50, negatives=8)
 DIGITS_DIM = 8
-EMBEDDINGS = Settings(4, 256, 0.05, 1e-3, candidates=50, negatives=8, capacity=1024)
+EMBEDDINGS = Settings(4, 256, 0.05, 1e-3, candidates=50, negatives=8)
 
 
 class HardNegatives:
-    """Wrong answers for a batch of queries: some from the whole corpus, some from earlier batches."""
+    """Finds wrong answers in a memory bank that holds the corpus as batches embedded it last."""
 
     def __init__(self, data: RetrievalData, dim: int, settings: Settings, seed: int) -> None:
         self.data = data
-        self.index = FlatIndex(dim, metric="cosine")
+        self.bank = MemoryBank(dim, capacity=len(data.corpus))
         self.miner = HardNegativeMiner(
             settings.negatives, range_max=settings.candidates, sampling_strategy="random", seed=seed
         )
-        # The label of a vector is its row in the corpus, by which the data knows what is relevant.
-        self.bank = MemoryBank(dim, settings.capacity)
 
     def refresh(self, encoder: nn.Module) -> None:
-        """Search from now on the corpus as the encoder sees it now."""
-        self.index.reset()
-        rows = torch.arange(len(self.data.corpus)).split(8192)
-        fill(
-            self.index,
-            encoder,
-            [(self.data.corpus[part], part) for part in rows],
-            batch_to_ids=lambda batch: batch[1],
-        )
+        """Embed the whole corpus anew."""
+        self.bank.reset()
+        parts = [(self.data.corpus[rows], rows) for rows in torch.arange(len(self.data.corpus)).split(8192)]
+        # The ids are the rows of the corpus.
+        fill(self.bank, encoder, parts, batch_to_ids=lambda part: part[1])
 
-    def scores(self, queries: Tensor, batch: Batch, encoder: nn.Module) -> Tensor:
-        """Return similarities ``(B, M)`` of queries and wrong answers, -inf where there is none."""
-        rows = self.miner.mine(self.index, queries, **self.data.only_negatives(batch)).ids
-        found = encoder(self.data.corpus[rows.clamp_min(0).flatten()]).unflatten(0, rows.shape)
-        mined = torch.einsum("qd,qnd->qn", queries, found).masked_fill(rows < 0, -torch.inf)
-        # Old embeddings are constants: gradients reach the queries alone.
-        remembered = queries @ self.bank.vectors.T
-        relevant = self.data.is_relevant(batch, self.bank.labels)
-        return torch.cat([mined, remembered.masked_fill(relevant, -torch.inf)], 1)
+    def draw(self, queries: Tensor, batch: Batch) -> Tensor:
+        """Return rows ``(B, negatives)`` of the corpus, -1 where there are too few wrong answers."""
+        return self.miner.mine(self.bank, queries, **self.data.only_negatives(batch)).ids
+
+    def remember(self, rows: Tensor, embeddings: Tensor) -> None:
+        """Put what a step has embedded in place of what the bank holds."""
+        self.bank.update(rows, embeddings, momentum=0.0)
 
 
 def train(
@@ -115,8 +105,11 @@ def train(
             also_relevant = data.is_relevant(batch, positives) & ~own
             scores = (queries @ documents.T).masked_fill(also_relevant, -torch.inf)
             if hard is not None:
-                scores = torch.cat([scores, hard.scores(queries, batch, document_encoder)], 1)
-                hard.bank.enqueue(documents, positives)
+                wrong = hard.draw(queries, batch)
+                found = document_encoder(data.corpus[wrong.clamp_min(0).flatten()]).unflatten(0, wrong.shape)
+                mined = torch.einsum("qd,qnd->qn", queries, found).masked_fill(wrong < 0, -torch.inf)
+                scores = torch.cat([scores, mined], 1)
+                hard.remember(positives, documents)
             loss = functional.cross_entropy(scores / settings.temperature, torch.arange(len(queries)))
             optimizer.zero_grad()
             loss.backward()

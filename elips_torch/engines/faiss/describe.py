@@ -43,11 +43,11 @@ _OFFER = "FaissIndex(index) serves it as it is"
 _GROUPS_OF_GPU_INDEXES = ("IndexShards", "IndexReplicas", "IndexShardsIVF")
 
 
-def check_is_index(build: FaissBuild, index: Any) -> Any:
-    """Return an index of faiss as what it is, on the CPU.
+def check_is_index(build: FaissBuild, index: Any) -> None:
+    """Check that something is an index of faiss over floats.
 
     Raises:
-        DtypeError: no index of faiss, or one of bits where floats are expected.
+        DtypeError: it is not.
     """
     faiss = build.module
     if isinstance(index, faiss.IndexBinary):
@@ -57,10 +57,6 @@ def check_is_index(build: FaissBuild, index: Any) -> Any:
         )
     if not isinstance(index, faiss.Index):
         raise DtypeError(f"index is a {type(index).__name__}, expected an index of faiss")
-    index = faiss.downcast_index(index)
-    if _lies_on_gpus(faiss, index):
-        index = faiss.downcast_index(to_cpu(build, index))
-    return index
 
 
 def describe(build: FaissBuild, index: Any) -> Description:
@@ -75,11 +71,15 @@ def describe(build: FaissBuild, index: Any) -> Description:
         ConversionError: it, or an index inside it, is of a kind or has settings that have no description; the
             message names them.
     """
-    index = check_is_index(build, index)
-    name = type(index).__name__
+    check_is_index(build, index)
+    faiss = build.module
+    # Casts own nothing: what owns the memory keeps its name.
+    copy = to_cpu(build, index) if _lies_on_gpus(faiss, faiss.downcast_index(index)) else index
+    found = faiss.downcast_index(copy)
+    name = type(found).__name__
     if name not in _READERS:
         raise ConversionError(f"index is a {name}, which has no counterpart in this library; {_OFFER}")
-    return _READERS[name](build, index)
+    return _READERS[name](build, found)
 
 
 def _lies_on_gpus(faiss: Any, index: Any) -> bool:
