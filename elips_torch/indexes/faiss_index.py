@@ -277,7 +277,7 @@ class FaissIndex(FaissState):
         super().reset()
 
     def _decode(self, rows: Tensor) -> Tensor:
-        return opaque.reconstruct(self._faiss, self.places[rows]).to(self.device)
+        return opaque.reconstruct(self._build, self._faiss, self.places[rows]).to(self.device)
 
     def _as_faiss(self, vectors: Tensor) -> Tensor:
         if self._metric.name != "cosine":

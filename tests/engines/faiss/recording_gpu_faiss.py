@@ -17,6 +17,14 @@ class Options(types.SimpleNamespace):
     use_cuvs = False
 
 
+class ListsConfig(types.SimpleNamespace):
+    allowCpuCoarseQuantizer = False  # noqa: N815
+    use_cuvs = False
+
+    def __init__(self):
+        super().__init__(flatConfig=types.SimpleNamespace())
+
+
 class Resources:
     made = 0
 
@@ -40,10 +48,23 @@ class GpuIndex:
     def getDevice(self):  # noqa: N802
         return self.number
 
+    def reserveMemory(self, n):  # noqa: N802
+        self.reserved = n
+
     def search_c(self, n, x, k, scores, ids, params):
         self.calls.append(
             {"n": n, "x": x, "k": k, "scores": scores, "ids": ids, "params": params} | self.faiss.now
         )
+
+
+class CpuSide:
+    """An index over several GPUs, which takes rows from the CPU and notes what was locked meanwhile."""
+
+    def __init__(self, faiss, dim):
+        self.faiss, self.d, self.calls = faiss, dim, []
+
+    def search_c(self, n, x, k, scores, ids, params):
+        self.calls.append({"n": n, "x": x, "k": k})
 
 
 class RecordingFaiss(types.SimpleNamespace):
@@ -63,6 +84,9 @@ class RecordingFaiss(types.SimpleNamespace):
             GpuClonerOptions=type("GpuClonerOptions", (Options,), {}),
             GpuMultipleClonerOptions=type("GpuMultipleClonerOptions", (Options,), {}),
             GpuDistanceParams=types.SimpleNamespace,
+            GpuIndexFlatConfig=type("GpuIndexFlatConfig", (types.SimpleNamespace,), {}),
+            **{f"GpuIndex{kind}Config": ListsConfig for kind in ("IVFFlat", "IVFPQ", "IVFScalarQuantizer")},
+            downcast_index=lambda index: index,
             StandardGpuResources=type("StandardGpuResources", (Resources,), {"made": 0}),
             cast_integer_to_float_ptr=int,
             cast_integer_to_void_ptr=int,
@@ -80,10 +104,24 @@ class RecordingFaiss(types.SimpleNamespace):
 
     def index_cpu_to_gpu_multiple_py(self, resources, index, options, gpus):
         self.copies.append((resources, gpus, index, options))
-        return index
+        return CpuSide(self, index.d)
+
+    def __getattr__(self, name):
+        # Constructors of the kinds of index there are on GPUs.
+        if not name.startswith("GpuIndex"):
+            raise AttributeError(name)
+
+        def make(resources, index, config):
+            self.copies.append((resources, name, index, config))
+            return GpuIndex(self, index.d, config.device)
+
+        return make
 
     def bfKnn(self, resources, call):  # noqa: N802
         self.products.append((resources, call, dict(self.now)))
+
+    def bfKnn_tiling(self, resources, call, vectors, queries):  # noqa: N802
+        self.products.append((resources, call, dict(self.now), vectors, queries))
 
 
 def recording_build(monkeypatch, gpus=2):
