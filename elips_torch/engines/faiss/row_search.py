@@ -14,7 +14,12 @@ from elips_torch.core.tiling import spans
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
 from elips_torch.engines.faiss.opaque import describe_refusal
-from elips_torch.engines.faiss.search import index_gpu, range_search_index, search_index
+from elips_torch.engines.faiss.search import (
+    gpus_inside,
+    index_gpu,
+    range_search_index,
+    search_index,
+)
 from elips_torch.engines.faiss.search_parameters import bitmap_selector, search_parameters, widened
 from elips_torch.kernels.selection import Selection
 
@@ -126,7 +131,8 @@ class RowSearch:
     def _run_selected(
         self, queries: Tensor, fetch: int, selection: Selection, values: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        keep = self._shared_places(selection) if self.selectors and index_gpu(self.index) is None else None
+        on_gpus = index_gpu(self.index) is not None or gpus_inside(self.index)
+        keep = self._shared_places(selection) if self.selectors and not on_gpus else None
         if keep is not None:
             selector, memory = bitmap_selector(self.build, keep)
             params = search_parameters(self.build, self.index, values, selector)

@@ -69,7 +69,7 @@ def search_index(
         module.cast_integer_to_idx_t_ptr(ids.data_ptr()),
         params,
     )
-    if number is None and not _gpus_inside(index):
+    if number is None and not gpus_inside(index):
         use_one_thread_if_forked(build)
         index.search_c(*arguments)
         cuvs = False
@@ -143,7 +143,7 @@ def runs_with_cuvs(build: FaissBuild, index: Any) -> bool:
 
 @contextmanager
 def placed(build: FaissBuild, index: Any) -> Iterator[None]:
-    """Run calls of an index of any place: with one thread in a forked process, on the caller's stream on a GPU.
+    """Run calls of an index where it lies: on the caller's stream on a GPU, with one thread if forked.
 
     An index over several GPUs, or behind a transform, takes rows from the CPU and synchronises by itself; its
     resources are held meanwhile, so that nobody changes their stream.
@@ -156,13 +156,15 @@ def placed(build: FaissBuild, index: Any) -> Iterator[None]:
     use_one_thread_if_forked(build)
     with ExitStack() as stack:
         # Always in one order: two threads that hold one each would wait for ever.
-        for gpu in sorted(_gpus_inside(index)):
+        for gpu in sorted(gpus_inside(index)):
             stack.enter_context(device_resources(build, gpu).lock)
         yield
 
 
-def _gpus_inside(index: Any) -> tuple[int, ...]:
-    return getattr(index, "lies_on", ())
+def gpus_inside(index: Any) -> tuple[int, ...]:
+    """Return the numbers of the GPUs that `to_gpu` has put an index on."""
+    numbers: tuple[int, ...] = getattr(index, "lies_on", ())
+    return numbers
 
 
 def cuda_device(number: int) -> torch.device:

@@ -4,12 +4,15 @@ Tensors stay on the CPU, so that pointers are real; what torch and faiss say abo
 """
 
 import contextlib
+import ctypes
 import types
 from pathlib import Path
 
 import torch
 
 from elips_torch.engines.faiss.builds import FaissBuild
+
+_FAMILIES = ("IndexPreTransform", "IndexRefine", "IndexIVF", "IndexHNSW", "IndexNSG", "GpuIndexIVF")
 
 
 class Options(types.SimpleNamespace):
@@ -40,10 +43,13 @@ class Resources:
 
 
 class GpuIndex:
-    """An index on a GPU that notes where it was searched and writes what it was told to."""
+    """An index on a GPU that notes where it was called, and finds rows that it was told to."""
 
-    def __init__(self, faiss, dim, number):
+    is_trained = True
+
+    def __init__(self, faiss, dim, number, found=(), ntotal=0):
         self.faiss, self.d, self.number, self.calls = faiss, dim, number, []
+        self.found, self.ntotal = found, ntotal
 
     def getDevice(self):  # noqa: N802
         return self.number
@@ -51,10 +57,24 @@ class GpuIndex:
     def reserveMemory(self, n):  # noqa: N802
         self.reserved = n
 
+    def train_c(self, n, x):
+        self.calls.append({"name": "train", "n": n, "x": x} | self.faiss.now)
+
+    def add_c(self, n, x):
+        self.calls.append({"name": "add", "n": n, "x": x} | self.faiss.now)
+
+    def reconstruct_batch_c(self, n, keys, x):
+        self.calls.append({"name": "reconstruct", "n": n, "x": x} | self.faiss.now)
+
     def search_c(self, n, x, k, scores, ids, params):
         self.calls.append(
             {"n": n, "x": x, "k": k, "scores": scores, "ids": ids, "params": params} | self.faiss.now
         )
+        if self.found:
+            # The score of a row is its number.
+            row = [*self.found, *[-1] * k][:k]
+            (ctypes.c_int64 * (n * k)).from_address(ids)[:] = row * n
+            (ctypes.c_float * (n * k)).from_address(scores)[:] = [float(each) for each in row] * n
 
 
 class CpuSide:
@@ -86,6 +106,7 @@ class RecordingFaiss(types.SimpleNamespace):
             GpuDistanceParams=types.SimpleNamespace,
             GpuIndexFlatConfig=type("GpuIndexFlatConfig", (types.SimpleNamespace,), {}),
             **{f"GpuIndex{kind}Config": ListsConfig for kind in ("IVFFlat", "IVFPQ", "IVFScalarQuantizer")},
+            **{name: type(name, (), {}) for name in _FAMILIES},
             downcast_index=lambda index: index,
             StandardGpuResources=type("StandardGpuResources", (Resources,), {"made": 0}),
             cast_integer_to_float_ptr=int,
@@ -126,7 +147,7 @@ class RecordingFaiss(types.SimpleNamespace):
 
 def recording_build(monkeypatch, gpus=2):
     """Return a build made of the stand-in, with torch's GPU functions recording into it."""
-    from elips_torch.engines.faiss import gpu_resources, search
+    from elips_torch.engines.faiss import gpu_resources, opaque, search
 
     faiss = RecordingFaiss(gpus)
 
@@ -148,5 +169,6 @@ def recording_build(monkeypatch, gpus=2):
     utils = types.SimpleNamespace(using_stream=using_stream)
     monkeypatch.setattr(gpu_resources, "_torch_utils", lambda build: utils)
     monkeypatch.setattr(gpu_resources, "_made", {})
-    monkeypatch.setattr(search, "cuda_device", lambda number: torch.device("cpu"))
+    for module in (search, opaque):
+        monkeypatch.setattr(module, "cuda_device", lambda number: torch.device("cpu"))
     return FaissBuild(faiss, {}, "0", "generic", "GPU", "unknown", Path("."))
