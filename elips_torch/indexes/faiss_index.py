@@ -104,7 +104,6 @@ class FaissIndex(FaissState):
             check_unique("the labels of faiss_index", labels)
             if int(labels.min()) < 0:
                 raise ArgumentError(f"faiss_index has the negative label {int(labels.min())}")
-        opaque.prepare_to_reconstruct(build, index)
         self._hold(index)
         with durable():
             self.register_buffer("places", torch.empty(0, dtype=torch.int64))

@@ -30,9 +30,11 @@ class FaissState(Index):
     _gpu_options: GpuOptions | None = None
 
     def _hold(self, index: Any) -> None:
-        register = self.__dict__
+        register, build = self.__dict__, load_installed()
+        # What comes back from a GPU has forgotten where its rows are.
+        opaque.prepare_to_reconstruct(build, index)
         register["_faiss"] = index
-        register["_holders"] = parameter_holders(load_installed(), index)
+        register["_holders"] = parameter_holders(build, index)
         register["_search_rows"] = None
 
     @property
