@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import faiss
 import torch
 
 README = Path(__file__).parent.parent / "README.md"
@@ -41,6 +42,16 @@ def test_the_faiss_example_runs(capsys):
     exec(block, names)
     assert names["ids"].shape == (8, 10)
     assert capsys.readouterr().out.strip()
+
+
+def test_the_example_of_an_index_of_faiss_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    (block,) = (block for block in blocks() if "faiss_stats" in block)
+    exec(block, names)
+    found = faiss.read_index("index.faiss").search(torch.zeros(1, 64).numpy(), 3)[1]
+    assert found.tolist() == names["index"].search(torch.zeros(1, 64), 3).ids.tolist()
+    assert "searches=" in capsys.readouterr().out
 
 
 def test_the_training_example_runs():

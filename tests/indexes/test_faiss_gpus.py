@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+import types
+from contextlib import nullcontext
 
 import faiss
 import pytest
 import torch
 
 from elips_torch import ArgumentError, DeviceError, FaissIndex, GpuOptions, IVFPQIndex, ParameterError
+from elips_torch.engines.faiss import search
 from elips_torch.indexes import faiss_conversion, faiss_state
 
 DIM = 8
@@ -92,6 +95,29 @@ def test_an_index_of_this_library_goes_to_faiss_on_gpus(copies, device):
         index.to_faiss(["cuda:0", "cpu"])
     with pytest.raises(ParameterError, match="no option 'fast'"):
         index.to_faiss("cuda", fast=True)
+
+
+def test_tuning_on_gpus_searches_there_and_puts_parameters_back(copies, monkeypatch):
+    index = lists()
+    index.to_gpus([1, 0])
+    vars(index.faiss_index)["lies_on"] = (1, 0)
+    index.nprobe = 3
+    queries, seen = data(20, seed=1), []
+
+    class Space(faiss.ParameterSpace):
+        def explore(self, searched, *arguments):
+            seen.append(searched)
+            return super().explore(searched, *arguments)
+
+    monkeypatch.setattr(faiss, "GpuParameterSpace", Space, raising=False)
+    monkeypatch.setattr(
+        search, "device_resources", lambda build, number: types.SimpleNamespace(lock=nullcontext())
+    )
+    exact = torch.cdist(queries, data()).topk(5, largest=False).indices + 1000
+    points = index.explore(queries, exact)
+    assert seen == [index.faiss_index]
+    assert points[-1].recall == 1.0
+    assert index.nprobe == 3
 
 
 @without_gpu

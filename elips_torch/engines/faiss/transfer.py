@@ -70,8 +70,9 @@ def to_gpu(
     except RuntimeError as error:
         reason = str(error).rpartition("Error: ")[2].strip() or error
         raise ImplementationError(f"faiss has no {type(index).__name__} on a GPU: {reason}") from error
-    # What searches need to know, and faiss does not say of what it has made.
-    made.uses_cuvs, made.lies_on = cuvs, tuple(devices)
+    # What searches need to know, and faiss does not say of what it has made; some of its classes refuse
+    # attributes that they do not know.
+    made.__dict__.update(uses_cuvs=cuvs, lies_on=tuple(devices))
     return made
 
 

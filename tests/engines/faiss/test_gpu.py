@@ -113,7 +113,11 @@ def test_cuvs_falls_back_or_is_required(monkeypatch):
         cuvs_state("yes")
     build.module.should_use_cuvs = lambda config: config.use_cuvs
     build.module.GpuIndexConfig = types.SimpleNamespace
-    assert "compiled with GPU, without cuVS" in cuvs_state("auto", build).reason
+    for has_package in (True, False):
+        monkeypatch.setattr(cuvs, "_has_package", lambda found=has_package: found)
+        reason = cuvs_state("auto", build).reason
+        assert "compiled with GPU, without cuVS" in reason
+        assert ("the package cuvs is installed, which faiss does not use" in reason) is has_package
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with_cuvs = dataclasses.replace(build, compile_options="GPU NVIDIA_CUVS CUVS")
     assert cuvs_state("require", with_cuvs).enabled

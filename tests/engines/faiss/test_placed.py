@@ -20,7 +20,7 @@ from elips_torch.engines.faiss.search import placed, search_index
 from elips_torch.engines.faiss.search_parameters import parameter_holders, search_parameters
 from elips_torch.engines.faiss.stats import EngineStats
 from elips_torch.engines.faiss.transfer import to_gpu
-from elips_torch.engines.faiss.tuning import explore
+from elips_torch.engines.faiss.tuning import explore, parameter_space
 from elips_torch.kernels.selection import Selection
 
 DIM = 8
@@ -118,6 +118,17 @@ class Noted:
         self.taken.append(-1)
 
 
+@pytest.mark.parametrize("description", ["Flat", "IVF4,Flat", "IVF4,PQ4x4", "HNSW8"])
+def test_objects_of_faiss_keep_where_they_were_put(monkeypatch, description):
+    build = recording_build(monkeypatch)
+    # Some classes of faiss refuse attributes that they do not know.
+    made = faiss.index_factory(DIM, description)
+    build.module.index_cpu_to_gpu = lambda *arguments: made
+    assert to_gpu(build, made, [1]) is made
+    assert search.gpus_inside(made) == (1,)
+    assert search.runs_with_cuvs(build, made) is False
+
+
 def test_an_index_on_the_cpu_holds_nothing(vectors, monkeypatch):
     monkeypatch.setattr(search, "device_resources", None)
     with placed(load_installed(), flat(vectors)):
@@ -136,6 +147,14 @@ def test_searches_count_whether_cuvs_ran_them(monkeypatch, used):
     search_index(build, index, torch.randn(3, DIM), 2, stats=stats)
     assert stats.counts().cuvs is (used is not False)
     assert stats.counts().cuvs_searches == (used is not False)
+
+
+def test_the_space_of_parameters_is_that_of_where_an_index_lies(monkeypatch, vectors):
+    build = recording_build(monkeypatch)
+    build.module.ParameterSpace, build.module.GpuParameterSpace = lambda: "CPU", lambda: "GPU"
+    group = to_gpu(build, types.SimpleNamespace(d=DIM), [0, 1])
+    places = [flat(vectors), GpuIndex(build.module, DIM, 0), group]
+    assert [parameter_space(build, index) for index in places] == ["CPU", "GPU", "GPU"]
 
 
 def test_a_search_on_the_cpu_counts_no_cuvs(vectors):
