@@ -379,6 +379,9 @@ class Scan {
             const Floats norm = all(block.norm[i]);
             for (int first = 0; first < c.n; first += LANES) {
                 const int n = std::min(LANES, c.n - first);
+                if (c.slots && !c.unpacked && i == 0)
+                    for (int r = first + ROWS_AHEAD; r < std::min(first + ROWS_AHEAD + LANES, c.n); ++r)
+                        prefetch_row(c.slots[r]);
                 for (int r = 0; r < LANES; r += FEW) {
                     const Code* rows[FEW];
                     for (int i = 0; i < FEW; ++i) rows[i] = codes_of(c, first + std::min(r + i, n - 1));
