@@ -100,16 +100,18 @@ def train(
             batch = loader.dataset.__getitems__(rows.tolist())
             queries = query_encoder(batch["queries"])
             positives = draw_positives(data, batch, order)
-            documents = document_encoder(data.corpus[positives])
+            wrong = positives.new_empty(len(positives), 0) if hard is None else hard.draw(queries, batch)
+            # All documents in one pass, so that normalisation over the batch treats right and wrong alike.
+            drawn = torch.cat([positives, wrong.clamp_min(0).flatten()])
+            documents = document_encoder(data.corpus[drawn])
+            if hard is not None:
+                hard.remember(drawn, documents)
+            right, found = documents[: len(queries)], documents[len(queries) :]
             own = torch.eye(len(queries), dtype=torch.bool)
             also_relevant = data.is_relevant(batch, positives) & ~own
-            scores = (queries @ documents.T).masked_fill(also_relevant, -torch.inf)
-            if hard is not None:
-                wrong = hard.draw(queries, batch)
-                found = document_encoder(data.corpus[wrong.clamp_min(0).flatten()]).unflatten(0, wrong.shape)
-                mined = torch.einsum("qd,qnd->qn", queries, found).masked_fill(wrong < 0, -torch.inf)
-                scores = torch.cat([scores, mined], 1)
-                hard.remember(positives, documents)
+            in_batch = (queries @ right.T).masked_fill(also_relevant, -torch.inf)
+            mined = torch.einsum("qd,qnd->qn", queries, found.unflatten(0, wrong.shape))
+            scores = torch.cat([in_batch, mined.masked_fill(wrong < 0, -torch.inf)], 1)
             loss = functional.cross_entropy(scores / settings.temperature, torch.arange(len(queries)))
             optimizer.zero_grad()
             loss.backward()
