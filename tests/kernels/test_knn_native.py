@@ -339,6 +339,9 @@ def test_forked_processes_search_with_one_thread(monkeypatch, certified):
     index = FlatIndex(32)
     index.add(x)
     assert_same(index.search(q, 5, implementation="native"), unscreened("l2", q, x, 5))
+    # What has a mask is not prepared.
+    everything = torch.ones(5000, dtype=torch.bool)
+    assert_same(index.search(q, 5, mask=everything, implementation="native"), unscreened("l2", q, x, 5))
     assert certified == [9]
 
 
