@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from elips_torch.cli.datasets import as_dtype
 from elips_torch.cli.id_sources import read_ids
 from elips_torch.cli.index_files import ENDINGS, check_output, is_faiss, write_index
 from elips_torch.cli.vector_sources import VectorSource, open_vectors
@@ -28,9 +29,9 @@ def run(options: argparse.Namespace) -> int:
     """Build the index and write it."""
     check_output("--output", options.output, ENDINGS)
     source = open_vectors(options.vectors)
+    print(f"{source.n:,} vectors of dim {source.dim} from {source.place.text}")
     index = make_index(options, source)
     ids = None if options.ids is None else read_ids(options.ids, source.n).to(index.device)
-    print(f"{source.n:,} vectors of dim {source.dim} from {source.place.text}")
     if not index.is_trained:
         _fit(index, source, options)
     if is_faiss(options.output):
@@ -51,14 +52,16 @@ def make_index(options: argparse.Namespace, source: VectorSource) -> Index:
     Raises:
         ElipsError: the description or a keyword is wrong, or two descriptions are given.
     """
-    if options.index is not None:
+    # Older versions of jsonargparse leave out a class that was not given.
+    described = getattr(options, "index", None)
+    if described is not None:
         for name in ("factory", "metric", "p", "memory_bytes"):
             if getattr(options, name) is not None:
                 own = f"; write --index.{name}" if name in ("metric", "p") else ""
                 raise ArgumentError(f"both --index and --{name.replace('_', '-')} were given{own}")
         if options.options:
             raise ArgumentError("--options go with --factory; those of a class are written --index.NAME")
-        made: Index = _construct(options.index, {"dim": source.dim, "device": options.device})
+        made: Index = _construct(described, {"dim": source.dim, "device": options.device})
         if made.dim != source.dim:
             raise ArgumentError(
                 f"--index has dim {made.dim}, the vectors in {source.place.text} have dim {source.dim}"
@@ -72,8 +75,12 @@ def make_index(options: argparse.Namespace, source: VectorSource) -> Index:
         description = str(suggestion)
     elif options.memory_bytes is not None:
         raise ArgumentError("both --factory and --memory-bytes were given, expected one of them")
-    device = {} if options.device is None else {"device": options.device}
-    return index_factory(source.dim, description, metric, p=options.p, **device, **options.options)
+    keywords = dict(options.options)
+    if isinstance(keywords.get("dtype"), str):
+        keywords["dtype"] = as_dtype(keywords["dtype"])
+    if options.device is not None:
+        keywords["device"] = options.device
+    return index_factory(source.dim, description, metric, p=options.p, **keywords)
 
 
 def _construct(node: Any, given: Mapping[str, Any]) -> Any:

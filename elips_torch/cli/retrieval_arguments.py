@@ -21,7 +21,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt, register_type, rest
 
 from elips_torch.cli import build, evaluate, search, tune
 from elips_torch.cli.command_texts import DESCRIPTIONS, EXAMPLES, INDEXES, SOURCES
-from elips_torch.cli.datasets import DTYPES
+from elips_torch.cli.datasets import as_dtype
 from elips_torch.cli.index_files import check_device_name
 from elips_torch.cli.search import BATCH_QUERIES
 from elips_torch.indexes import catalog
@@ -32,15 +32,8 @@ _Share = restricted_number_type("Share", float, [(">", 0.0), ("<=", 1.0)])
 _K = (1, 3, 5, 10, 100)
 
 
-def _as_dtype(name: str) -> torch.dtype:
-    dtypes = {**DTYPES, "float64": torch.float64}
-    if name not in dtypes:
-        raise ValueError(f"{name!r} is no dtype, expected {', '.join(dtypes)}")
-    return dtypes[name]
-
-
 register_type(
-    torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), _as_dtype, fail_already_registered=False
+    torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), as_dtype, fail_already_registered=False
 )
 
 
@@ -209,7 +202,7 @@ def tune_parser() -> ArgumentParser:
     how.add_argument("--k", type=PositiveInt, default=10, help="number of neighbours")
     how.add_argument(
         "--parameters",
-        type=dict[str, list[int | float]],
+        type=dict[str, int | float | list[int | float]],
         default={},
         metavar="GRID",
         help="values to try for each search parameter, as in --parameters.nprobe [1,4,16]. Without it "

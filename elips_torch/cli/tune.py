@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     if options.png is not None:
         check_plotting()
     index, queries = open_both(options.index, options.queries, options.device)
+    print(f"trying settings on {min(queries.n, options.sample):,} queries", flush=True)
     curve = _measure(index, queries, options)
     print(curve)
     if options.json is not None:
@@ -45,6 +46,9 @@ def run(options: argparse.Namespace) -> int:
     if options.output is not None:
         write_index(index, options.output)
         print(f"wrote {options.output}, which searches with these parameters")
+    elif curve.best.parameters:
+        typed = " ".join(f"--parameters.{name} {value:g}" for name, value in curve.best.parameters.items())
+        print(f"to search with it: elips-torch search {typed} ..., or keep it in an index with --output")
     return 0
 
 
@@ -60,6 +64,9 @@ def _measure(index: Index, queries: VectorSource, options: argparse.Namespace) -
         lists = read_id_lists(options.ground_truth)
         check_rows(lists, queries.n, options.queries)
         truth = lists.table()[rows].to(index.device)
+    grid = {
+        name: values if isinstance(values, list) else [values] for name, values in options.parameters.items()
+    }
     chosen = queries.take(rows, metric=index.metric, progress=options.progress)
     with warnings.catch_warnings():
         # What the warning says stands below the table.
@@ -69,7 +76,7 @@ def _measure(index: Index, queries: VectorSource, options: argparse.Namespace) -
             chosen.to(index.device),
             options.target_recall,
             options.k,
-            parameters=options.parameters or None,
+            parameters=grid or None,
             database=_database(index, options),
             ground_truth=truth,
         )
