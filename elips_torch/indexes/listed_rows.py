@@ -1,5 +1,6 @@
 """Rows in inverted lists, one list per centroid, as module state."""
 
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -94,6 +95,8 @@ class ListedRows(Index):
     def _attach(self) -> None:
         super()._attach()
         self._lists = InvertedLists()
+        # A search in another thread may make lists anew that are just being changed.
+        self._changing_lists = threading.RLock()
 
     def _slots_changed(self, change: SlotChange) -> None:
         """Follow a change of the slots with payload that is laid out by them; here there is none."""
@@ -107,7 +110,9 @@ class ListedRows(Index):
     def lists(self) -> InvertedLists:
         """The rows of each list, as they are now."""
         if not self._lists.knows(self.assignments):
-            self._slots_changed(self._lists.rebuild(self.assignments, self.nlist))
+            with self._changing_lists:
+                if not self._lists.knows(self.assignments):
+                    self._slots_changed(self._lists.rebuild(self.assignments, self.nlist))
         return self._lists
 
     def memory_bytes(self) -> int:
@@ -117,19 +122,22 @@ class ListedRows(Index):
     # The lists follow changes of the assignments that they know; else the next search makes them anew.
 
     def _append_rows(self, rows: dict[str, Tensor]) -> None:
-        known = self._lists.knows(self.assignments)
-        super()._append_rows(rows)
-        self._follow(known, lambda: [self._lists.append(rows["assignments"], self.assignments)])
+        with self._changing_lists:
+            known = self._lists.knows(self.assignments)
+            super()._append_rows(rows)
+            self._follow(known, lambda: [self._lists.append(rows["assignments"], self.assignments)])
 
     def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
-        known = self._lists.knows(self.assignments)
-        super()._overwrite_rows(where, rows)
-        self._follow(known, lambda: self._lists.move(where, self.assignments))
+        with self._changing_lists:
+            known = self._lists.knows(self.assignments)
+            super()._overwrite_rows(where, rows)
+            self._follow(known, lambda: self._lists.move(where, self.assignments))
 
     def _keep_rows(self, keep: Tensor) -> None:
-        known = self._lists.knows(self.assignments)
-        super()._keep_rows(keep)
-        self._follow(known, lambda: [self._lists.keep(keep, self.assignments)])
+        with self._changing_lists:
+            known = self._lists.knows(self.assignments)
+            super()._keep_rows(keep)
+            self._follow(known, lambda: [self._lists.keep(keep, self.assignments)])
 
     def _follow(self, known: bool, change: Callable[[], list[SlotChange]]) -> None:
         if not known:
@@ -163,7 +171,8 @@ class ListedRows(Index):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state.pop("_lists", None)
+        for name in ("_lists", "_changing_lists"):
+            state.pop(name, None)
         return state
 
     def _load_from_state_dict(

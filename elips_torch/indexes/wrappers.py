@@ -12,6 +12,7 @@ from elips_torch.core.errors import ArgumentError, DtypeError, IndexFileError
 from elips_torch.core.results import RangeResult, SearchResult
 from elips_torch.core.validation import check_device, check_vectors
 from elips_torch.indexes.base import Index, known_indexes
+from elips_torch.indexes.prepared_searches import PreparedSearches
 from elips_torch.indexes.row_tensors import RowTensors
 from elips_torch.indexes.rows import Rows
 from elips_torch.indexes.storage import durable
@@ -130,11 +131,13 @@ class WrapperIndex(Index):
 
     def _attach(self) -> None:
         RowTensors._attach(self)
+        self._searches = PreparedSearches()
         self._handle = register(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = RowTensors.__getstate__(self)
-        state.pop("_handle", None)
+        for name in ("_searches", "_handle"):
+            state.pop(name, None)
         return state
 
     def _rows_of(self, ids: Tensor) -> Tensor:
