@@ -17,7 +17,6 @@ from elips_torch.core.errors import ArgumentError, DtypeError, ShapeError
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
 _INSTALL = 'parquet and arrow files need pyarrow: pip install "elips-torch[arrow]"'
-_ROWS_LOOKED_AT = 1
 
 
 def check_pyarrow() -> None:
@@ -67,7 +66,8 @@ class Column:
         """Return how many numbers each row has; the first one says it where the type does not.
 
         Raises:
-            ShapeError: rows are no lists of numbers.
+            ShapeError, DtypeError: rows are no lists of numbers.
+            ArgumentError: the first is missing.
         """
         kind = _storage(self.kind)
         if not _is_list(kind):
@@ -76,9 +76,10 @@ class Column:
             raise DtypeError(f"{self.where} has lists of {kind.value_type}, expected numbers")
         if getattr(kind, "list_size", 0):
             return int(kind.list_size)
-        for chunk in self.chunks(_ROWS_LOOKED_AT):
+        for chunk in self.chunks(1):
             if len(chunk):
-                return len(chunk[0]) if chunk[0].is_valid else 0
+                self._check_complete(chunk, 0)
+                return len(chunk[0])
         return 0
 
     def vectors(self, rows: int) -> Iterator[Tensor]:

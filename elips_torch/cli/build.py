@@ -27,7 +27,7 @@ _PER_LIST, LEAST = 64, 65_536
 
 def run(options: argparse.Namespace) -> int:
     """Build the index and write it."""
-    check_output("--output", options.output, ENDINGS)
+    check_output("--output", options.output, ENDINGS, [options.vectors, options.ids])
     source = open_vectors(options.vectors)
     print(f"{source.n:,} vectors of dim {source.dim} from {source.place.text}")
     index = make_index(options, source)

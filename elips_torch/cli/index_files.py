@@ -1,10 +1,12 @@
 """Index files of the command line: the library's own, and those of faiss, told apart by their ending."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from elips_torch.cli.vector_sources import parse_place
 from elips_torch.core.errors import ArgumentError
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.catalog import load_index
@@ -65,13 +67,24 @@ def check_ending(option: str, path: str, endings: tuple[str, ...]) -> None:
         )
 
 
-def check_output(option: str, path: str, endings: tuple[str, ...]) -> None:
+def check_output(option: str, path: str, endings: tuple[str, ...], read: Sequence[str | None] = ()) -> None:
     """Check that a file can be written, before the work whose result it holds.
 
+    Args:
+        option: that names the file.
+        path: the file.
+        endings: those it may have.
+        read: other files, ``FILE`` or ``FILE:NAME``, which are not to be replaced.
+
     Raises:
-        ArgumentError: another ending, a folder, or no folder to write in.
+        ArgumentError: another ending, a file that is read, a folder, or no folder to write in.
     """
     check_ending(option, path, endings)
+    for text in read:
+        if text is not None and parse_place(text).path.resolve() == Path(path).resolve():
+            raise ArgumentError(
+                f"{option} is {path!r}, which is read and would be replaced, expected another file"
+            )
     if Path(path).is_dir():
         raise ArgumentError(f"{option} is {path!r}, which is a folder, expected a file")
     folder = Path(path).resolve().parent

@@ -18,7 +18,7 @@ BATCH_QUERIES = 4096
 
 def run(options: argparse.Namespace) -> int:
     """Search and write what is found."""
-    check_output("--output", options.output, NEIGHBOUR_ENDINGS)
+    check_output("--output", options.output, NEIGHBOUR_ENDINGS, [options.queries])
     check_neighbours(options.output)
     index, queries = open_both(options.index, options.queries, options.device)
     begin, start = time.perf_counter(), 0

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         ("--output", options.output, ENDINGS),
     ):
         if path is not None:
-            check_output(option, path, endings)
+            check_output(option, path, endings, [options.queries, options.database, options.ground_truth])
     if options.png is not None:
         check_plotting()
     index, queries = open_both(options.index, options.queries, options.device)

@@ -330,6 +330,25 @@ def test_what_is_typed_wins_over_a_configuration():
     assert (index.nlist, index.nprobe) == (4, 3)
 
 
+def test_the_configuration_that_is_printed_builds_the_same(capsys):
+    write_npy()
+    typed = (
+        "--vectors",
+        "documents.npy",
+        "--index",
+        "IVFFlatIndex",
+        "--index.nlist",
+        4,
+        "--index.dtype",
+        "float16",
+    )
+    assert run("build", *typed, "--print_config") == 0
+    pathlib.Path("printed.yaml").write_text(capsys.readouterr().out)
+    assert run("build", "--config", "printed.yaml", "--output", "i.safetensors") == 0
+    index = load_index("i.safetensors")
+    assert (index.nlist, index.dtype) == (4, torch.float16)
+
+
 # What is typed after a command, where GOOD stands for arguments that are right, and what is said of it. Of an
 # option that comes twice, the last counts.
 GOOD = {
@@ -343,6 +362,7 @@ BAD = {
         ("", "--vectors and --output must be given"),
         ("GOOD --vectors nix.npy", "no file at 'nix.npy'"),
         ("GOOD --output o.txt", "expected a file that ends in .safetensors or"),
+        ("--vectors data.safetensors:a --output data.safetensors", "is read and would be replaced"),
         ("GOOD --output nix/o.faiss", "there is no folder"),
         ("GOOD --vectors bad.npy", "bad.npy has NaN, infinity or values"),
         ("GOOD --vectors empty.npy", "expected at least one vector"),
@@ -366,6 +386,7 @@ BAD = {
         ("GOOD --index nix.safetensors", "elips-torch build makes one"),
         ("GOOD --index queries.npy", "--index is 'queries.npy'"),
         ("GOOD --index other.safetensors", "not an elips_torch index"),
+        ("GOOD --queries v.parquet --output ./v.parquet", "is read and would be replaced"),
         ("GOOD --queries wide.npy", "wide.npy has vectors of dim 9, the index"),
         ("GOOD --output o.csv", "expected a file that ends in .parquet or .jsonl"),
         ("GOOD --k 0", "--k"),
@@ -379,6 +400,7 @@ BAD = {
         ("GOOD --database queries.npy", "what the index was built from"),
         ("GOOD --ground-truth documents.npy", "expected whole numbers"),
         ("GOOD --ground-truth same.npy", "has 900 rows"),
+        ("GOOD --database data.safetensors:a --output data.safetensors", "is read and would be replaced"),
         ("GOOD --png o.txt", "--png is 'o.txt'"),
     ],
     "evaluate": [
@@ -408,6 +430,8 @@ def prepared(tmp_path_factory):
     queries[57, 1] = torch.nan
     np.save(folder / "bad.npy", queries.numpy())
     save_file({"a": torch.zeros(1)}, folder / "other.safetensors")
+    save_file({"a": documents}, folder / "data.safetensors")
+    pq.write_table(pa.table({"v": list(documents.numpy())}), folder / "v.parquet")
     index = FlatIndex(D)
     index.add(documents)
     index.save(folder / "i.safetensors")

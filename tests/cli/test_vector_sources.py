@@ -219,6 +219,12 @@ def test_bad_rows_of_a_column_are_named_by_their_place_in_the_file(tmp_path, row
         list(source.batches(size))
 
 
+def test_a_first_row_that_is_missing_is_named(tmp_path):
+    text = bad_column(tmp_path, pa.array([None, [1.0, 2.0]], pa.list_(pa.float32())))
+    with pytest.raises(ElipsError, match="has no vector in row 0"):
+        open_vectors(text)
+
+
 def test_bad_values_are_named_by_their_place_in_the_file(tmp_path):
     rows = vectors()
     rows[41, 2] = torch.inf
