@@ -9,6 +9,7 @@ from elips_torch.core.dispatch import Explanation, Request
 from elips_torch.core.errors import DtypeError
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import FLOAT_DTYPES, check_k, check_vectors, check_workspace
+from elips_torch.indexes.prepared_searches import PreparesSearches
 from elips_torch.indexes.screened_vectors import ScreenedVectors
 from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.storage import durable
@@ -20,7 +21,7 @@ from elips_torch.ops.knn import prepare_knn, run_knn
 from elips_torch.ops.range_search import run_range_search
 
 
-class FlatIndex(ScreenedVectors):
+class FlatIndex(ScreenedVectors, PreparesSearches):
     """Exact search over vectors stored as they are.
 
     Args:

@@ -1,6 +1,5 @@
 """Rows in inverted lists, one list per centroid, as module state."""
 
-import threading
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -13,11 +12,12 @@ from elips_torch.core.validation import check_count
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.inverted_lists import InvertedLists, SlotChange
+from elips_torch.indexes.prepared_searches import PreparesSearches
 from elips_torch.indexes.state import assigns
 from elips_torch.indexes.storage import durable
 
 
-class ListedRows(Index):
+class ListedRows(PreparesSearches):
     """An index whose rows are each assigned to the list of a centroid.
 
     A checkpoint holds the assignments and the centroids; the lists are made from the former.
@@ -95,8 +95,6 @@ class ListedRows(Index):
     def _attach(self) -> None:
         super()._attach()
         self._lists = InvertedLists()
-        # A search in another thread may make lists anew that are just being changed.
-        self._changing_lists = threading.RLock()
 
     def _slots_changed(self, change: SlotChange) -> None:
         """Follow a change of the slots with payload that is laid out by them; here there is none."""
@@ -110,9 +108,7 @@ class ListedRows(Index):
     def lists(self) -> InvertedLists:
         """The rows of each list, as they are now."""
         if not self._lists.knows(self.assignments):
-            with self._changing_lists:
-                if not self._lists.knows(self.assignments):
-                    self._slots_changed(self._lists.rebuild(self.assignments, self.nlist))
+            self._slots_changed(self._lists.rebuild(self.assignments, self.nlist))
         return self._lists
 
     def memory_bytes(self) -> int:
@@ -122,22 +118,19 @@ class ListedRows(Index):
     # The lists follow changes of the assignments that they know; else the next search makes them anew.
 
     def _append_rows(self, rows: dict[str, Tensor]) -> None:
-        with self._changing_lists:
-            known = self._lists.knows(self.assignments)
-            super()._append_rows(rows)
-            self._follow(known, lambda: [self._lists.append(rows["assignments"], self.assignments)])
+        known = self._lists.knows(self.assignments)
+        super()._append_rows(rows)
+        self._follow(known, lambda: [self._lists.append(rows["assignments"], self.assignments)])
 
     def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
-        with self._changing_lists:
-            known = self._lists.knows(self.assignments)
-            super()._overwrite_rows(where, rows)
-            self._follow(known, lambda: self._lists.move(where, self.assignments))
+        known = self._lists.knows(self.assignments)
+        super()._overwrite_rows(where, rows)
+        self._follow(known, lambda: self._lists.move(where, self.assignments))
 
     def _keep_rows(self, keep: Tensor) -> None:
-        with self._changing_lists:
-            known = self._lists.knows(self.assignments)
-            super()._keep_rows(keep)
-            self._follow(known, lambda: [self._lists.keep(keep, self.assignments)])
+        known = self._lists.knows(self.assignments)
+        super()._keep_rows(keep)
+        self._follow(known, lambda: [self._lists.keep(keep, self.assignments)])
 
     def _follow(self, known: bool, change: Callable[[], list[SlotChange]]) -> None:
         if not known:
@@ -171,8 +164,7 @@ class ListedRows(Index):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        for name in ("_lists", "_changing_lists"):
-            state.pop(name, None)
+        state.pop("_lists", None)
         return state
 
     def _load_from_state_dict(

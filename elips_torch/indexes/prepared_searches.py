@@ -1,12 +1,14 @@
 """Searches of an index that are ready for queries like those of earlier calls."""
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from elips_torch.core.metric import Metric
 from elips_torch.core.native import native_threads
 from elips_torch.core.validation import check_values
+from elips_torch.indexes.base import Index
 from elips_torch.indexes.storage import Snapshot
 from elips_torch.kernels.prepared_native import PreparedSearch
 from elips_torch.kernels.search_native import library_is_ready
@@ -102,3 +104,27 @@ class PreparedSearches:
             searches[key] = found
             return found
         return searches.get(key)
+
+
+class PreparesSearches(Index):
+    """An index that keeps prepared searches."""
+
+    def _attach(self) -> None:
+        super()._attach()
+        self._searches = PreparedSearches()
+
+    # What they hold is let go with what it was made of.
+
+    def _assign_rows(self, tensors: dict[str, Tensor]) -> None:
+        super()._assign_rows(tensors)
+        self._searches.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._searches.clear()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_searches", None)
+        return state

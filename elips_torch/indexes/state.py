@@ -10,7 +10,6 @@ from torch import Tensor
 from elips_torch.core.errors import DuplicateIdError
 from elips_torch.core.validation import FLOAT_DTYPES, check_unique
 from elips_torch.indexes.id_map import IdMap
-from elips_torch.indexes.prepared_searches import PreparedSearches
 from elips_torch.indexes.row_tensors import RowTensors
 from elips_torch.indexes.storage import durable, owned
 from elips_torch.ops.index_search import register
@@ -40,18 +39,12 @@ class RowState(RowTensors):
     def _attach(self) -> None:
         super()._attach()
         self._id_map = IdMap(self.ids)
-        self._searches = PreparedSearches()
         self._handle = register(self)  # type: ignore[arg-type]
 
     @property
     def ntotal(self) -> int:
         """Number of stored vectors."""
         return self.ids.shape[0]
-
-    def _assign_rows(self, tensors: dict[str, Tensor]) -> None:
-        super()._assign_rows(tensors)
-        # They would keep what was replaced alive.
-        self._searches.clear()
 
     def _current_id_map(self) -> IdMap:
         """Return the map of the ids as they are now."""
@@ -181,12 +174,11 @@ class RowState(RowTensors):
                 # `Module.type` casts every tensor; a label or a code is no number to round.
                 self._buffers[name] = tensor.to(moved.device)
         self._id_map.move(self.ids)
-        self._searches.clear()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        for name in ("_id_map", "_searches", "_handle"):
+        for name in ("_id_map", "_handle"):
             state.pop(name, None)
         return state
 

@@ -12,7 +12,6 @@ from elips_torch.core.errors import ArgumentError, DtypeError, IndexFileError
 from elips_torch.core.results import RangeResult, SearchResult
 from elips_torch.core.validation import check_device, check_vectors
 from elips_torch.indexes.base import Index, known_indexes
-from elips_torch.indexes.prepared_searches import PreparedSearches
 from elips_torch.indexes.row_tensors import RowTensors
 from elips_torch.indexes.rows import Rows
 from elips_torch.indexes.storage import durable
@@ -131,13 +130,11 @@ class WrapperIndex(Index):
 
     def _attach(self) -> None:
         RowTensors._attach(self)
-        self._searches = PreparedSearches()
         self._handle = register(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = RowTensors.__getstate__(self)
-        for name in ("_searches", "_handle"):
-            state.pop(name, None)
+        state.pop("_handle", None)
         return state
 
     def _rows_of(self, ids: Tensor) -> Tensor:
