@@ -55,6 +55,9 @@ class _Parser(ArgumentParser):
         nested = not self.prog.startswith("elips-torch")
         prog = "elips-torch build" if nested else self.prog
         text = f"--index: {_one_line(message)}" if nested else _one_line(message)
+        unknown = re.search(r"nrecognized arguments: (\S+)", text)
+        if unknown is not None:
+            text += f"; {_what_to_type(prog.split()[-1], unknown[1])}"
         sys.stderr.write(f"{prog}: {text} (see {prog} --help)\n")
         raise SystemExit(2)
 
@@ -77,6 +80,16 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _what_to_type(command: str, unknown: str) -> str:
+    """Return how what no option takes may have been meant."""
+    if not unknown.startswith("-"):
+        return f"files are named by options, such as --{REQUIRED[command][0]} FILE"
+    name = unknown.lstrip("-").partition("=")[0]
+    if command == "build":
+        return f"keywords of the index are written --options.{name} or, beside --index, --index.{name}"
+    return f"search parameters are written --parameters.{name}"
 
 
 def _one_line(message: str) -> str:
@@ -147,7 +160,7 @@ def build_parser() -> ArgumentParser:
         help=f"vectors to train on, chosen at random. Without it 64 for each list, at least {build.LEAST:,}.",
     )
     how.add_argument("--seed", type=NonNegativeInt, default=0, help="of that choice")
-    _add_batch_rows(how, "vectors", "as many as take 64 MiB in float32")
+    _add_batch_rows(how, "vectors", "as many as take 16 MiB in float32")
     _add_device(how)
     return parser
 
@@ -228,6 +241,7 @@ def tune_parser() -> ArgumentParser:
     written.add_argument(
         "--output",
         type=str | None,
+        metavar="FILE",
         help="index file to write, with the best parameters as its own; may be that of --index",
     )
     return parser

@@ -25,8 +25,8 @@ from elips_torch.core.tiling import spans
 from elips_torch.core.validation import FLOAT_DTYPES, check_values, describe_rows, rows_outside_domain
 from elips_torch.evaluation.vector_files import read_bvecs, read_fvecs, read_ivecs
 
-# How many rows are read at a time: about 64 MiB of float32.
-_NUMBERS_AT_ONCE = 2**24
+# How many rows are read at a time: about 16 MiB of float32.
+_NUMBERS_AT_ONCE = 2**22
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 SUFFIXES = (".npy", ".safetensors", ".fvecs", ".bvecs", ".ivecs", ".parquet", ".arrow", ".feather")
 
@@ -71,7 +71,7 @@ class VectorSource:
         """Return what yields the vectors in parts.
 
         Args:
-            rows: how many at a time; default is about 64 MiB.
+            rows: how many at a time; default is about 16 MiB.
             metric: whose values they must have: finite, and for some within bounds.
         """
         return Batches(self, rows or max(1, _NUMBERS_AT_ONCE // self.dim), metric)

@@ -381,6 +381,8 @@ BAD = {
         ("--config nix.yaml", "does not exist"),
         ("GOOD --factory Flat --options.dtype nix", "is no dtype to store"),
         ("--nix", "recognized arguments: --nix"),
+        ("documents.npy", "files are named by options, such as --vectors FILE"),
+        ("GOOD --nprobe 3", "written --options.nprobe or, beside --index, --index.nprobe"),
     ],
     "search": [
         ("GOOD --index nix.safetensors", "elips-torch build makes one"),
@@ -390,6 +392,7 @@ BAD = {
         ("GOOD --queries wide.npy", "wide.npy has vectors of dim 9, the index"),
         ("GOOD --output o.csv", "expected a file that ends in .parquet or .jsonl"),
         ("GOOD --k 0", "--k"),
+        ("GOOD --nprobe=3", "search parameters are written --parameters.nprobe"),
         ("GOOD --parameters.nix 1", "no search parameter 'nix'"),
         ("GOOD --queries bad.npy --batch-rows 10", "row 57"),
         ("GOOD --queries bad.npy --output o.parquet --batch-rows 10", "row 57"),
