@@ -35,6 +35,9 @@ from elips_torch.ops.range_search import range_search
 
 if TYPE_CHECKING:
     from elips_torch.engines.faiss.cuvs import CuvsState, cuvs_state
+    from elips_torch.engines.faiss.gpu_options import GpuOptions
+    from elips_torch.engines.faiss.shards import add_preassigned, merge_faiss_shards, search_preassigned
+    from elips_torch.engines.faiss.stats import EngineCounts, faiss_stats
     from elips_torch.evaluation.vector_files import (
         read_bvecs,
         read_fvecs,
@@ -66,6 +69,12 @@ if TYPE_CHECKING:
 _LAZY = {
     "CuvsState": "elips_torch.engines.faiss.cuvs",
     "cuvs_state": "elips_torch.engines.faiss.cuvs",
+    "GpuOptions": "elips_torch.engines.faiss.gpu_options",
+    "add_preassigned": "elips_torch.engines.faiss.shards",
+    "merge_faiss_shards": "elips_torch.engines.faiss.shards",
+    "search_preassigned": "elips_torch.engines.faiss.shards",
+    "EngineCounts": "elips_torch.engines.faiss.stats",
+    "faiss_stats": "elips_torch.engines.faiss.stats",
     "read_bvecs": "elips_torch.evaluation.vector_files",
     "read_fvecs": "elips_torch.evaluation.vector_files",
     "read_ivecs": "elips_torch.evaluation.vector_files",
@@ -115,10 +124,12 @@ __all__ = [
     "DtypeError",
     "DuplicateIdError",
     "ElipsError",
+    "EngineCounts",
     "Explanation",
     "FactoryError",
     "FaissIndex",
     "FlatIndex",
+    "GpuOptions",
     "IVFFlatIndex",
     "IVFPQIndex",
     "IVFSQIndex",
@@ -142,12 +153,15 @@ __all__ = [
     "ShapeError",
     "UnknownIdError",
     "__version__",
+    "add_preassigned",
     "cuvs_state",
     "explain",
+    "faiss_stats",
     "from_faiss",
     "index_factory",
     "knn",
     "load_index",
+    "merge_faiss_shards",
     "pairwise_distance",
     "prepare_for_ddp",
     "range_search",
@@ -155,6 +169,7 @@ __all__ = [
     "read_faiss",
     "read_fvecs",
     "read_ivecs",
+    "search_preassigned",
     "suggest_index",
     "write_bvecs",
     "write_faiss",

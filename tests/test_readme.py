@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,7 +33,7 @@ def test_the_first_example_runs(tmp_path, monkeypatch):
 def test_the_approximate_example_runs(capsys):
     torch.manual_seed(0)
     names = {}
-    (block,) = (block for block in blocks() if "IVFFlatIndex(" in block)
+    (block,) = (block for block in blocks() if "suggest_index(" in block)
     exec(block, names)
     assert (names["even"].ids % 2 == 0).all()
     assert (names["found"][:, 0] == names["ids"][:100]).all()
@@ -47,6 +48,16 @@ def test_the_faiss_example_runs(capsys):
     exec(block, names)
     assert names["ids"].shape == (8, 10)
     assert capsys.readouterr().out.strip()
+
+
+def test_the_example_of_an_index_of_faiss_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    (block,) = (block for block in blocks() if "faiss_stats" in block)
+    exec(block, names)
+    found = faiss.read_index("index.faiss").search(torch.zeros(1, 64).numpy(), 3)[1]
+    assert found.tolist() == names["index"].search(torch.zeros(1, 64), 3).ids.tolist()
+    assert "searches=" in capsys.readouterr().out
 
 
 def test_the_training_example_runs():
@@ -66,6 +77,33 @@ def test_the_example_of_callbacks_runs():
     exec(block, names)
     kinds = ["RetrievalEvaluation", "NeighbourTable", "IndexRefresh", "HardNegativeRefresh"]
     assert [type(callback).__name__ for callback in names["callbacks"]] == kinds
+
+
+def test_the_example_of_miners_and_banks_runs():
+    torch.manual_seed(0)
+    names = {}
+    (block,) = (block for block in blocks() if "HardNegativeMiner(" in block)
+    exec(block, names)
+    assert (names["labels"][names["negatives"]] != names["labels"][:, None]).all()
+    assert names["classes"].shape == (500,)
+    assert names["memory"].values.grad.abs().sum() > 0
+    assert names["encoder"].weight.grad.abs().sum() > 0
+
+
+def test_the_example_of_evaluation_runs(capsys):
+    torch.manual_seed(0)
+    names = {}
+    (block,) = (block for block in blocks() if "RetrievalMetrics(" in block)
+    exec(block, names)
+    assert names["index"].nprobe == names["curve"].best.parameters["nprobe"]
+    assert names["figure"].axes
+    assert "ndcg@10" in capsys.readouterr().out
+
+
+def test_the_notebooks_that_are_linked_to_are_there():
+    text = README.read_text(encoding="utf-8")
+    linked = set(re.findall(r"\(notebooks/(\w+\.ipynb)\)", text))
+    assert linked == {path.name for path in (README.parent / "notebooks").glob("*.ipynb")}
 
 
 def test_the_commands_run(tmp_path, monkeypatch, capsys):

@@ -1,20 +1,24 @@
 """Indexes of faiss and its files, brought here and taken back."""
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 
-from elips_torch.core.errors import DeviceError, DtypeError
+from elips_torch.core.errors import ArgumentError, DeviceError, DtypeError
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.construct import construct
 from elips_torch.engines.faiss.describe import describe
+from elips_torch.engines.faiss.gpu_options import read_options
 from elips_torch.engines.faiss.gpu_resources import check_gpu
 from elips_torch.engines.faiss.index_files import read_index, write_index
 from elips_torch.engines.faiss.transfer import to_gpu
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.described_indexes import DescriptionOptions, describe_index
 from elips_torch.indexes.restored_indexes import restore_index
+
+Device: TypeAlias = torch.device | str
 
 
 def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
@@ -55,29 +59,41 @@ def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
 
 
 def to_faiss(
-    index: Index, device: torch.device | str | None = None, *, precomputed_tables: bool | None = None
+    index: Index,
+    device: Device | Sequence[Device] | None = None,
+    *,
+    precomputed_tables: bool | None = None,
+    **gpu_options: Any,
 ) -> Any:
     """Make an index of faiss; see `Index.to_faiss`."""
     build = load_installed()
-    number = _gpu_number(device)
-    if number is not None:
+    numbers = gpu_numbers(device)
+    if gpu_options and not numbers:
+        raise ArgumentError(f"{', '.join(gpu_options)}: options of indexes on GPUs, device is {device}")
+    options = read_options(precomputed_tables=bool(precomputed_tables), **gpu_options)
+    for number in numbers:
         # Before memory is filled.
         check_gpu(build, number)
     description = describe_index(index, index.ids, DescriptionOptions(precomputed_tables))
     made = construct(build, description)
-    return made if number is None else to_gpu(build, made, (number,))
+    return to_gpu(build, made, numbers, options) if numbers else made
 
 
-def _gpu_number(device: torch.device | str | None) -> int | None:
-    """Return the number that faiss has for a GPU, None for the CPU."""
+def gpu_numbers(device: Device | Sequence[Device] | None) -> list[int]:
+    """Return the numbers that faiss has for GPUs, none for the CPU."""
+    if isinstance(device, Sequence) and not isinstance(device, str):
+        numbers = [gpu_numbers(each) for each in device]
+        if not all(numbers):
+            raise DeviceError(f"device is {list(device)}, expected GPUs only")
+        return [number for each in numbers for number in each]
     place = torch.device("cpu" if device is None else device)
     if place.type not in ("cpu", "cuda"):
         raise DeviceError(f"device is {place}, faiss has indexes on the CPU and on CUDA and ROCm GPUs")
     if place.type == "cpu":
-        return None
+        return []
     if place.index is not None:
-        return place.index
-    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+        return [place.index]
+    return [torch.cuda.current_device() if torch.cuda.is_available() else 0]
 
 
 def read_faiss(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Index:

@@ -1,6 +1,7 @@
 """Taking an index to faiss, as a method of every index."""
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,11 @@ class FaissExport:
     """Gives indexes the verb `to_faiss`."""
 
     def to_faiss(
-        self, device: torch.device | str | None = None, *, precomputed_tables: bool | None = None
+        self,
+        device: torch.device | str | Sequence[torch.device | str] | None = None,
+        *,
+        precomputed_tables: bool | None = None,
+        **gpu_options: Any,
     ) -> Any:
         """Make an index of faiss that holds the same values and finds the same ids.
 
@@ -22,10 +27,14 @@ class FaissExport:
         ``reconstruct(id)`` in an inverted file it wants ``set_direct_map_type(faiss.DirectMap.Hashtable)``.
 
         Args:
-            device: a GPU to copy the index to; default is the CPU.
+            device: a GPU to copy the index to, or several, each with all of it or, with ``shard=True``, with
+                a part; default is the CPU.
             precomputed_tables: for product-quantized residuals under "l2", whether faiss keeps tables of
                 products of centroids, which make its searches faster and take ``nlist * m * 2**nbits``
                 floats; default is as faiss decides, by their size.
+            **gpu_options: for GPUs, ``use_float16``, ``use_float16_coarse``, ``interleaved_layout``,
+                ``indices_options``, ``reserve_vectors``, ``temp_memory_bytes``, ``pinned_memory_bytes``,
+                ``memory_space``, ``allow_cpu_coarse``, ``use_cuvs`` and ``shard``: fields of `GpuOptions`.
 
         Returns:
             The index of faiss, which shares no memory with this one.
@@ -33,8 +42,9 @@ class FaissExport:
         Raises:
             ConversionError: faiss has no such index.
             DeviceError: a GPU is asked for, and there is none.
+            ParameterError: no such option.
             ImportError: faiss is not installed.
         """
         # That module knows every class of index, and all of them import this file.
         conversion = importlib.import_module("elips_torch.indexes.faiss_conversion")
-        return conversion.to_faiss(self, device, precomputed_tables=precomputed_tables)
+        return conversion.to_faiss(self, device, precomputed_tables=precomputed_tables, **gpu_options)

@@ -19,6 +19,7 @@ from elips_torch.core.validation import check_unique, check_values, check_vector
 from elips_torch.engines.faiss import opaque, tuning
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.row_search import RowSearch
+from elips_torch.engines.faiss.search import gpus_inside
 from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY
 from elips_torch.engines.faiss.transfer import to_cpu
 from elips_torch.engines.faiss.tuning import OperatingPoint
@@ -104,7 +105,6 @@ class FaissIndex(FaissState):
             check_unique("the labels of faiss_index", labels)
             if int(labels.min()) < 0:
                 raise ArgumentError(f"faiss_index has the negative label {int(labels.min())}")
-        opaque.prepare_to_reconstruct(build, index)
         self._hold(index)
         with durable():
             self.register_buffer("places", torch.empty(0, dtype=torch.int64))
@@ -203,7 +203,7 @@ class FaissIndex(FaissState):
     def explore(self, queries: Tensor, true_ids: Tensor, *, experiments: int = 100) -> list[OperatingPoint]:
         """Find what settings of search parameters give, by faiss's ``ParameterSpace``.
 
-        A copy of the index is searched; this one is left as it is.
+        A copy of the index is searched on a CPU; on GPUs it is this one, whose parameters are put back.
 
         Args:
             queries: ``(Q, D)``, as for `search`.
@@ -222,8 +222,16 @@ class FaissIndex(FaissState):
             raise ArgumentError(f"true_ids has shape {tuple(true_ids.shape)}, expected ({len(queries)}, K)")
         rows = self._rows_of(true_ids)
         truth = torch.where(rows < 0, -1, self.places[rows.clamp_min(0)])
-        copied = self._build.module.clone_index(to_cpu(self._build, self._faiss))
-        return tuning.explore(self._build, copied, self._as_faiss(queries.detach()), truth, experiments)
+        rows = self._as_faiss(queries.detach())
+        if self.device.type == "cpu" and not gpus_inside(self._faiss):
+            copied = self._build.module.clone_index(self._faiss)
+            return tuning.explore(self._build, copied, rows, truth, experiments)
+        before = {name: getattr(*where) for name, where in self._holders.items()}
+        try:
+            return tuning.explore(self._build, self._faiss, rows, truth, experiments)
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
 
     # Rows.
 
@@ -277,7 +285,7 @@ class FaissIndex(FaissState):
         super().reset()
 
     def _decode(self, rows: Tensor) -> Tensor:
-        return opaque.reconstruct(self._faiss, self.places[rows]).to(self.device)
+        return opaque.reconstruct(self._build, self._faiss, self.places[rows]).to(self.device)
 
     def _as_faiss(self, vectors: Tensor) -> Tensor:
         if self._metric.name != "cosine":

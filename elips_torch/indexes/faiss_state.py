@@ -1,6 +1,6 @@
 """The state of an index of faiss as a module: bytes in checkpoints, copies, moves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor
 from elips_torch.core.errors import DeviceError, ElipsError
 from elips_torch.engines.faiss import opaque
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed
+from elips_torch.engines.faiss.gpu_options import GpuOptions, read_options
 from elips_torch.engines.faiss.row_search import RowSearch
+from elips_torch.engines.faiss.search import cuda_device
 from elips_torch.engines.faiss.search_parameters import parameter_holders
 from elips_torch.engines.faiss.transfer import to_cpu, to_gpu
 from elips_torch.indexes.base import Index
@@ -24,11 +26,15 @@ class FaissState(Index):
     row_tensors: ClassVar[tuple[str, ...]] = ("places", "ids")
 
     places: Tensor
+    _gpus: tuple[int, ...] = ()
+    _gpu_options: GpuOptions | None = None
 
     def _hold(self, index: Any) -> None:
-        register = self.__dict__
+        register, build = self.__dict__, load_installed()
+        # What comes back from a GPU has forgotten where its rows are.
+        opaque.prepare_to_reconstruct(build, index)
         register["_faiss"] = index
-        register["_holders"] = parameter_holders(load_installed(), index)
+        register["_holders"] = parameter_holders(build, index)
         register["_search_rows"] = None
 
     @property
@@ -127,17 +133,39 @@ class FaissState(Index):
             return self
         return super()._apply(fn, recurse)
 
+    def to_gpus(self, devices: Sequence[int] = (0,), **options: Any) -> Self:
+        """Move to GPUs, as faiss lets callers choose; later moves to a GPU keep the options.
+
+        On several GPUs faiss takes queries from the CPU and gives results there: those on a GPU are copied.
+
+        Args:
+            devices: numbers of the GPUs. Several repeat the index, or share it with ``shard=True``.
+            **options: ``use_float16``, ``use_float16_coarse``, ``precomputed_tables``,
+                ``interleaved_layout``, ``indices_options``, ``reserve_vectors``, ``temp_memory_bytes``,
+                ``pinned_memory_bytes``, ``memory_space``, ``allow_cpu_coarse``, ``use_cuvs``, ``shard``.
+
+        Returns:
+            This index.
+
+        Raises:
+            ElipsError: no such GPU or option, or faiss has no such index on a GPU; this index is as it was.
+        """
+        chosen = read_options(**options)
+        made = to_gpu(self._build, to_cpu(self._build, self._faiss), devices, chosen)
+        device = cuda_device(devices[0])
+        super()._apply(lambda tensor: tensor.to(device))
+        self.__dict__.update(_gpus=tuple(devices), _gpu_options=chosen)
+        self._hold(made)
+        return self
+
     def _on_device(self, index: Any, device: torch.device) -> Any:
         if device.type == "cpu":
             return index
         if device.type != "cuda":
             raise DeviceError(f"a FaissIndex lies on a CPU or a CUDA GPU, not on {device}")
-        try:
-            return to_gpu(self._build, index, [device.index or 0])
-        except ElipsError:
-            raise
-        except RuntimeError as error:
-            raise opaque.describe_refusal("move to a GPU", index, error) from error
+        number = device.index or 0
+        devices = self._gpus if self._gpus[:1] == (number,) else (number,)
+        return to_gpu(self._build, index, devices, self._gpu_options)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

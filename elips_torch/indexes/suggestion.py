@@ -189,5 +189,6 @@ def _reason(
 def _readable(size: int) -> str:
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= unit:
-            return f"{size / unit:.3g} {name}"
+            # Three digits would write 1000 MiB as 1e+03.
+            return f"{size / unit:.{3 if size < 1000 * unit else 4}g} {name}"
     return f"{size} bytes"

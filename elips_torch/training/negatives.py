@@ -112,6 +112,15 @@ class HardNegativeMiner:
         self.generator = torch.Generator().manual_seed(seed)
         self._has_warned = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Generators cannot be pickled, their states can: a spawned process draws what this one would.
+        return {**self.__dict__, "generator": self.generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.generator = torch.Generator()
+        self.generator.set_state(state["generator"])
+
     def __repr__(self) -> str:
         names = ("num_negatives", "range_min", "range_max", "sampling_strategy", "on_shortage")
         return f"HardNegativeMiner({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"

@@ -84,7 +84,7 @@ FAMILIES = {
     "HNSW16,SQ8": {"efSearch": 400},
     "LSH": {},
     "RQ4x4": {},
-    "NSG16,Flat": {"search_L": 400},
+    "NSG16,Flat": {"search_L": 299},
     "PQ8x4fs": {},
     "IVF4,PQ8x4fs": {"nprobe": 4},
     "RaBitQ": {},
@@ -181,6 +181,21 @@ def test_gradients_are_those_of_reconstructed_vectors_or_refused():
     assert index.search(queries.detach(), 2).ids.shape == (3, 2)
     with pytest.raises(ImplementationError, match="IndexPreTransform does not reconstruct"):
         index.search(queries, 2)
+
+
+def test_a_graph_searches_with_a_pool_larger_than_itself():
+    index = FaissIndex.from_factory(DIM, "NSG16,Flat")
+    index.add(data(300))
+    queries = data(20, seed=2)
+    index.search_L = 400
+    found = index.search(queries, 5)
+    assert index.search_L == 400
+    index.search_L = 299
+    assert torch.equal(found.ids, index.search(queries, 5).ids)
+    scores, ids = index.search(queries, 310)
+    assert (ids >= 0).sum(1).max() <= 300
+    assert (ids[:, 300:] == -1).all()
+    assert scores[:, 300:].isinf().all()
 
 
 def test_a_family_without_range_search_says_so():

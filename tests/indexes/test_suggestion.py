@@ -66,6 +66,10 @@ def test_the_finest_that_fits_is_suggested(arguments, description):
     assert ("nprobe" in suggestion.reason) == ("IVF" in description)
 
 
+def test_sizes_are_written_out():
+    assert "of the 1000 MiB allowed" in suggest_index(1_000_000, 128, memory_bytes=1000 * MIB).reason
+
+
 def test_a_suggestion_is_a_string_for_the_factory():
     suggestion = suggest_index(30_000, 16)
     assert isinstance(index_factory(16, suggestion), IVFFlatIndex)

@@ -1,3 +1,5 @@
+import copy
+import pickle
 import re
 import warnings
 
@@ -314,3 +316,18 @@ def test_bad_input():
             call()
     # Without a margin, positives that have left the index are no matter.
     assert (plain.mine(index, queries, unknown).ids >= 0).all()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda miner: pickle.loads(pickle.dumps(miner))])
+def test_a_copy_draws_what_the_miner_would_have_drawn(copied):
+    """Also in a process of its own, which a trainer that spawns sends its callbacks to by pickle."""
+    index, queries = filled(), data()[1]
+    miner = HardNegativeMiner(3, range_max=40, sampling_strategy="random", seed=7)
+    first = miner.mine(index, queries).ids
+    other = copied(miner)
+    assert vars(other).keys() == vars(miner).keys()
+    assert repr(other) == repr(miner)
+    drawn = other.mine(index, queries).ids
+    assert not torch.equal(drawn, first)
+    # What the copy has drawn leaves the miner where it was.
+    assert torch.equal(miner.mine(index, queries).ids, drawn)

@@ -1,20 +1,19 @@
 """Brute-force search by faiss on plain tensors, without a copy."""
 
 import dataclasses
-import functools
-import importlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DeviceError, DtypeError, ImplementationError, MetricError
-from elips_torch.core.validation import check_vectors
-from elips_torch.engines.faiss.builds import FaissBuild, standing_as_faiss
+from elips_torch.core.validation import check_count, check_vectors
+from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS, check_gpu
+from elips_torch.engines.faiss.products import GPU_DTYPES, MemoryLimits, multiply_on_gpu
 
 # Products run through BLAS from this many queries on: always, and never.
 _ALWAYS, _NEVER = 1, 2**31 - 1
-_MOST_ON_GPU = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +88,7 @@ def knn_faiss(
     _check(queries, database, k, torch.float32)
     if queries.device.type != "cpu":
         raise DeviceError(f"queries are on {queries.device}, knn_faiss serves the CPU")
+    use_one_thread_if_forked(build)
     scores, ids = build.module.knn(
         queries.detach().numpy(), database.detach().numpy(), k, metric=_metric(build, metric)
     )
@@ -101,44 +101,66 @@ def knn_faiss_gpu(
     database: Tensor,  # (N, D)
     k: int,
     metric: str = "l2",
+    *,
+    device: int | None = None,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
-    """Find the k nearest rows by `faiss.knn_gpu`, on the current CUDA stream.
+    """Find the k nearest rows as `faiss.knn_gpu` does, on the current CUDA stream of the device.
+
+    What lies on the GPU is read where it is and results are written into tensors there. What lies on the CPU
+    goes through the GPU by parts: a database may be larger than its memory.
 
     Args:
         build: a faiss with GPU code.
-        queries: ``(Q, D)`` float32, float16 or bfloat16, contiguous, on a GPU.
-        database: ``(N, D)``, likewise.
+        queries: ``(Q, D)`` float32, float16 or bfloat16, contiguous.
+        database: ``(N, D)``, likewise, on the same device.
         k: number of neighbours, at most N and at most 2,048.
         metric: "l2" (squared) or "ip".
+        device: number of the GPU, for tensors on the CPU only.
+        workspace_bytes: for tensors on the CPU, how much of them and of the results may be on the GPU at
+            once: half for rows, half for queries. Default: all.
 
     Returns:
-        Scores and row numbers on the GPU.
+        Scores and row numbers, where the queries are.
 
     Raises:
-        ElipsError: an argument on the CPU or of another dtype, or a build without GPU code.
+        ElipsError: an argument of another dtype, tensors on the CPU without ``device``, no such GPU, or a
+            build without GPU code.
     """
     if not build.has_gpu:
         raise ImplementationError(f"{build} has no GPU code")
-    _check(queries, database, k, torch.float32, torch.float16, torch.bfloat16)
+    _check(queries, database, k, *GPU_DTYPES)
+    if k > MOST_NEIGHBOURS:
+        raise ArgumentError(f"k is {k}, faiss serves at most {MOST_NEIGHBOURS} on a GPU")
+    limits = None
     if queries.device.type == "cpu":
-        raise DeviceError("queries are on the CPU, knn_faiss_gpu serves GPUs")
-    if k > _MOST_ON_GPU:
-        raise ArgumentError(f"k is {k}, faiss serves at most {_MOST_ON_GPU} on a GPU")
-    with standing_as_faiss(build):
-        # Makes `knn_gpu` take tensors and the current stream.
-        importlib.import_module("faiss.contrib.torch_utils")
-    index = queries.device.index
-    device = torch.cuda.current_device() if index is None and queries.is_cuda else index or 0
-    scores, ids = build.module.knn_gpu(
-        _resources(build, device), queries, database, k, metric=_metric(build, metric), device=device
-    )
+        if device is None:
+            raise DeviceError("queries are on the CPU, knn_faiss_gpu serves GPUs; device= says which one")
+        limits = _limits(queries, database, k, workspace_bytes)
+        use_one_thread_if_forked(build)
+    elif device is not None or workspace_bytes is not None:
+        raise ArgumentError(
+            f"device and workspace_bytes are for tensors on the CPU, queries are on {queries.device}"
+        )
+    number = (queries.device.index or 0) if device is None else device
+    check_gpu(build, number)
+    scores = torch.empty((len(queries), k), dtype=torch.float32, device=queries.device)
+    ids = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
+    code = _metric(build, metric)
+    multiply_on_gpu(build, number, queries.detach(), database.detach(), code, scores, ids, limits)
     return scores, ids
 
 
-@functools.lru_cache(maxsize=16)
-def _resources(build: FaissBuild, device: int) -> Any:
-    # Making them takes about a tenth of a second and a gigabyte.
-    return build.module.StandardGpuResources()
+def _limits(queries: Tensor, database: Tensor, k: int, workspace_bytes: int | None) -> MemoryLimits | None:
+    if workspace_bytes is None:
+        return None
+    check_count("workspace_bytes", workspace_bytes)
+    # A row, and a query with a score and an id for each of its neighbours.
+    row, query = (each.shape[1] * each.element_size() for each in (database, queries))
+    least = 2 * max(row, query + 12 * k)
+    if workspace_bytes < least:
+        raise ArgumentError(f"workspace_bytes is {workspace_bytes}, expected at least {least}")
+    return MemoryLimits(workspace_bytes // 2, workspace_bytes // 2)
 
 
 def check_build(build: FaissBuild) -> None:

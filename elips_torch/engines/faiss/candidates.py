@@ -1,7 +1,5 @@
 """Candidates for exact search: the rows that faiss ranks best by brute force, in float32."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -9,11 +7,8 @@ from elips_torch.core.dispatch import Request
 from elips_torch.core.metric import Metric
 from elips_torch.engines.faiss.builds import INSTALL, FaissBuild, is_installed
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
-from elips_torch.engines.faiss.gpu_resources import (
-    MOST_NEIGHBOURS,
-    device_resources,
-    on_current_stream,
-)
+from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
+from elips_torch.engines.faiss.products import GPU_DTYPES, multiply_on_gpu
 
 # Where a term of faiss's other metrics is 0/0 it gives NaN, and the row is lost.
 _METRICS = {
@@ -25,11 +20,6 @@ _METRICS = {
     "lp": "METRIC_Lp",
 }
 _ON_GPU = ("l2", "ip", "cosine")
-_GPU_DTYPES = {
-    torch.float32: "DistanceDataType_F32",
-    torch.float16: "DistanceDataType_F16",
-    torch.bfloat16: "DistanceDataType_BF16",
-}
 
 
 def brute_force_reasons(request: Request) -> list[str]:
@@ -50,7 +40,7 @@ def brute_force_reasons(request: Request) -> list[str]:
 
 def common_dtype(queries: Tensor, database: Tensor) -> torch.dtype:
     """Return the dtype in which faiss takes both; on a GPU it multiplies no two that differ."""
-    same = queries.dtype == database.dtype and database.dtype in _GPU_DTYPES
+    same = queries.dtype == database.dtype and database.dtype in GPU_DTYPES
     return database.dtype if same and database.device.type != "cpu" else torch.float32
 
 
@@ -83,7 +73,9 @@ def brute_force(
         use_one_thread_if_forked(build)
         _on_cpu(build, queries, database, k, metric, scores, ids)
     else:
-        _on_gpu(build, queries, database, k, metric, scores, ids)
+        code = getattr(build.module, _METRICS[metric.name])
+        # Its own limits on memory are for what lies on the CPU: the caller cuts instead.
+        multiply_on_gpu(build, queries.device.index or 0, queries, database, code, scores, ids)
     return ids
 
 
@@ -119,31 +111,3 @@ def _on_cpu(
         faiss.knn_inner_product(*vectors, k, *results)
     else:
         faiss.knn_extra_metrics(*vectors, getattr(faiss, _METRICS[metric.name]), metric.p, k, *results)
-
-
-def _on_gpu(
-    build: FaissBuild,
-    queries: Tensor,
-    database: Tensor,
-    k: int,
-    metric: Metric,
-    scores: Tensor,
-    ids: Tensor,
-) -> None:
-    faiss = build.module
-    number = queries.device.index or 0
-    pointer = faiss.cast_integer_to_void_ptr
-    call: Any = faiss.GpuDistanceParams()
-    call.metric = getattr(faiss, _METRICS[metric.name])
-    call.k, call.dims, call.device = k, database.shape[1], number
-    call.vectors, call.numVectors = pointer(database.data_ptr()), len(database)
-    call.vectorType, call.vectorsRowMajor = getattr(faiss, _GPU_DTYPES[database.dtype]), True
-    call.queries, call.numQueries = pointer(queries.data_ptr()), len(queries)
-    call.queryType, call.queriesRowMajor = getattr(faiss, _GPU_DTYPES[queries.dtype]), True
-    call.outDistances = faiss.cast_integer_to_float_ptr(scores.data_ptr())
-    call.outIndices = pointer(ids.data_ptr())
-    call.outIndicesType = faiss.IndicesDataType_I64
-    resources = device_resources(build, number)
-    with on_current_stream(build, number, resources):
-        # Its own limits on memory would take results through the CPU: the caller cuts instead.
-        faiss.bfKnn(resources.resources, call)

@@ -24,6 +24,7 @@ from elips_torch.engines.faiss.descriptions import (
     ScalarDescription,
     TransformDescription,
 )
+from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 
 # Of what adds up over features or parts.
 _CODED_METRICS = ("l2", "ip")
@@ -37,6 +38,7 @@ def construct(build: FaissBuild, description: Description) -> Any:
     Raises:
         ConversionError: faiss does not have this metric for this kind of index, or would score wrongly.
     """
+    use_one_thread_if_forked(build)
     # A rejected inner description is noticed before the memory of the outer one is filled.
     return _BUILDERS[type(description)](build, description)
 

@@ -1,7 +1,8 @@
 """Scratch memory and streams of faiss on GPUs: made once per device, shared with torch."""
 
 import functools
-import importlib
+import importlib.util
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from elips_torch.engines.faiss.builds import FaissBuild, standing_as_faiss
 from elips_torch.engines.faiss.gpu_options import GpuOptions
 
 MOST_NEIGHBOURS = 2048
+_TORCH_UTILS = "faiss.contrib.torch_utils"
 _making = threading.Lock()
 
 
@@ -93,5 +95,31 @@ def on_current_stream(build: FaissBuild, device: int, resources: DeviceResources
 
 @functools.cache
 def _torch_utils(build: FaissBuild) -> Any:
+    """Return faiss's code for streams, and leave faiss as it was.
+
+    Importing it makes methods take tensors, and no longer parameters of searches: whoever wants that imports
+    it for himself.
+    """
     with standing_as_faiss(build):
-        return importlib.import_module("faiss.contrib.torch_utils")
+        if _TORCH_UTILS in sys.modules:
+            return sys.modules[_TORCH_UTILS]
+        owners = [build.module, *(each for each in vars(build.module).values() if isinstance(each, type))]
+        before = [dict(vars(owner)) for owner in owners]
+        spec = importlib.util.find_spec(_TORCH_UTILS)
+        if spec is None or spec.loader is None:
+            raise ImplementationError(f"{build} has no {_TORCH_UTILS}, which knows torch's streams")
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            for owner, members in zip(owners, before, strict=True):
+                _restore(owner, members)
+    return module
+
+
+def _restore(owner: Any, members: dict[str, Any]) -> None:
+    for name, value in list(vars(owner).items()):
+        if name not in members:
+            delattr(owner, name)
+        elif value is not members[name]:
+            setattr(owner, name, members[name])

@@ -7,6 +7,7 @@ from typing import Any
 
 from elips_torch.core.errors import DtypeError, IndexFileError
 from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 
 # How every index of bits begins, and no index of floats.
 _BITS = b"IB"
@@ -34,6 +35,8 @@ def read_index(build: FaissBuild, path: str | os.PathLike[str], *, mmap: bool = 
             f"{where!r} holds an index whose vectors are bits, expected an index of floats; "
             "FaissIndex(faiss.read_index_binary(path)) serves it as it is"
         )
+    # Tables of product codes are computed anew.
+    use_one_thread_if_forked(build)
     try:
         return build.module.read_index(where, build.module.IO_FLAG_MMAP if mmap else 0)
     except (RuntimeError, MemoryError) as error:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError
 from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 
 _QTYPES = {"int8": "QT_8bit", "int6": "QT_6bit", "int4": "QT_4bit", "fp16": "QT_fp16", "bf16": "QT_bf16"}
 # Over queries, the usual, and over lists.
@@ -57,20 +58,23 @@ class FaissInvertedFile:
         else:
             self._index = faiss.IndexIVFFlat(*arguments, kind)
         self._index.cp.niter = niter
-        self._nlist = nlist
+        self._build, self._nlist = build, nlist
 
     def train(self, vectors: Tensor, centroids: Tensor | None = None) -> None:
         """Learn from ``(N, D)`` float32 vectors; what is given as ``(nlist, D)`` centroids is not learned."""
+        use_one_thread_if_forked(self._build)
         if centroids is not None:
             self._quantizer.add(centroids.contiguous().numpy())
         self._index.train(vectors.numpy())
 
     def add(self, vectors: Tensor) -> None:
         """Store ``(N, D)`` float32 vectors."""
+        use_one_thread_if_forked(self._build)
         self._index.add(vectors.numpy())
 
     def search(self, queries: Tensor, k: int, nprobe: int, parallel_mode: int = 0) -> Tensor:
         """Return ``(Q, K)`` row numbers for float32 queries ``(Q, D)``."""
+        use_one_thread_if_forked(self._build)
         self._index.nprobe = nprobe
         self._index.parallel_mode = parallel_mode
         return torch.from_numpy(self._index.search(queries.numpy(), k)[1])
@@ -78,5 +82,6 @@ class FaissInvertedFile:
     @property
     def centroids(self) -> Tensor:
         """``(nlist, D)`` float32."""
+        use_one_thread_if_forked(self._build)
         # An array, or a tensor once something has imported `faiss.contrib.torch_utils`.
         return torch.as_tensor(self._quantizer.reconstruct_n(0, self._nlist))

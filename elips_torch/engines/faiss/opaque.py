@@ -16,6 +16,7 @@ from elips_torch.core.errors import (
 from elips_torch.core.metric import Metric, resolve_metric
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.search import cuda_device, index_gpu, placed
 from elips_torch.engines.faiss.transfer import to_cpu
 
 # "cosine" is the inner product of normalised vectors.
@@ -88,8 +89,8 @@ def without_labels(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
     if isinstance(index, faiss.IndexIDMap):
         labels = torch.from_numpy(faiss.vector_to_array(index.id_map).copy())
         inner = faiss.downcast_index(index.index)
-        # Whoever frees the map frees the index within.
-        inner.labelled_by = index
+        # Whoever frees the map frees the index within. Some classes refuse attributes that they do not know.
+        inner.__dict__["labelled_by"] = index
         return inner, labels
     lists = None if index.ntotal == 0 else inverted_file(build, index)
     if lists is None:
@@ -124,9 +125,10 @@ def train(build: FaissBuild, index: Any, vectors: Tensor) -> None:
     Raises:
         ImplementationError: faiss refuses, with what it says.
     """
-    use_one_thread_if_forked(build)
+    rows = _rows_for(index, vectors)
     try:
-        index.train(_array(vectors))
+        with placed(build, index):
+            index.train_c(len(rows), build.module.cast_integer_to_float_ptr(rows.data_ptr()))
     except RuntimeError as error:
         raise _refused("train", index, error) from error
 
@@ -140,17 +142,18 @@ def append(build: FaissBuild, index: Any, vectors: Tensor) -> Tensor:
     """
     if not index.is_trained:
         raise NotFittedError(f"{type(index).__name__} takes no vectors before fit(vectors)")
-    use_one_thread_if_forked(build)
     first = int(index.ntotal)
     if len(vectors):
+        rows = _rows_for(index, vectors)
         try:
-            index.add(_array(vectors))
+            with placed(build, index):
+                index.add_c(len(rows), build.module.cast_integer_to_float_ptr(rows.data_ptr()))
         except RuntimeError as error:
             raise _refused("add", index, error) from error
     return torch.arange(first, first + len(vectors))
 
 
-def reconstruct(index: Any, rows: Tensor) -> Tensor:
+def reconstruct(build: FaissBuild, index: Any, rows: Tensor) -> Tensor:
     """Return the vectors ``(M, D)`` of rows ``(M,)``, as the index has kept them.
 
     Raises:
@@ -158,12 +161,18 @@ def reconstruct(index: Any, rows: Tensor) -> Tensor:
     """
     if not rows.numel():
         return torch.empty(0, int(index.d))
+    keys = rows.cpu().contiguous()
+    vectors = torch.empty((len(keys), int(index.d)), dtype=torch.float32, device="cpu")
+    pointers = (
+        build.module.cast_integer_to_idx_t_ptr(keys.data_ptr()),
+        build.module.cast_integer_to_float_ptr(vectors.data_ptr()),
+    )
     try:
-        vectors = index.reconstruct_batch(rows.cpu().numpy())
+        with placed(build, index):
+            index.reconstruct_batch_c(len(keys), *pointers)
     except RuntimeError as error:
         raise _refused("reconstruct", index, error) from error
-    # An array, or a tensor once something has imported `faiss.contrib.torch_utils`.
-    return torch.as_tensor(vectors)
+    return vectors
 
 
 def to_bytes(build: FaissBuild, index: Any) -> Tensor:
@@ -180,6 +189,8 @@ def from_bytes(build: FaissBuild, content: Tensor) -> Any:
     Raises:
         IndexFileError: faiss cannot read it.
     """
+    # Tables are computed anew.
+    use_one_thread_if_forked(build)
     try:
         return build.module.deserialize_index(content.contiguous().cpu().numpy())
     except (RuntimeError, MemoryError) as error:
@@ -214,8 +225,11 @@ def _reason(error: BaseException) -> str:
     return text.rpartition("Error: ")[2] or text
 
 
-def _array(vectors: Tensor) -> Any:
-    return vectors.detach().to("cpu", torch.float32).contiguous().numpy()
+def _rows_for(index: Any, vectors: Tensor) -> Tensor:
+    """Return vectors as an index reads them; themselves where it can."""
+    number = index_gpu(index)
+    device = torch.device("cpu") if number is None else cuda_device(number)
+    return vectors.detach().to(device, torch.float32).contiguous()
 
 
 def _list_labels(build: FaissBuild, lists: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 from typing import Any
 
 import torch
@@ -14,12 +15,24 @@ from elips_torch.core.tiling import spans
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
 from elips_torch.engines.faiss.opaque import describe_refusal
-from elips_torch.engines.faiss.search import index_gpu, range_search_index, search_index
-from elips_torch.engines.faiss.search_parameters import bitmap_selector, search_parameters, widened
+from elips_torch.engines.faiss.search import (
+    gpus_inside,
+    index_gpu,
+    range_search_index,
+    search_index,
+)
+from elips_torch.engines.faiss.search_parameters import (
+    bitmap_selector,
+    parameter_holders,
+    search_parameters,
+    widened,
+)
 from elips_torch.kernels.selection import Selection
 
 # Bytes per candidate: score, place, row, whether it is out, and the order of those that are not.
 _CANDIDATE_BYTES = 48
+# The pool of a graph is a property of the index: threads take turns where it is too large.
+_narrowing = threading.Lock()
 
 
 @dataclasses.dataclass
@@ -44,6 +57,9 @@ class RowSearch:
     place_of: Tensor
     ranks: Tensor | None = None
     selectors: bool = True
+
+    def __post_init__(self) -> None:
+        self._pool = parameter_holders(self.build, self.index).get("search_L")
 
     def search(
         self, queries: Tensor, k: int, selection: Selection, values: dict[str, Any], workspace_bytes: int
@@ -126,7 +142,8 @@ class RowSearch:
     def _run_selected(
         self, queries: Tensor, fetch: int, selection: Selection, values: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        keep = self._shared_places(selection) if self.selectors and index_gpu(self.index) is None else None
+        on_gpus = index_gpu(self.index) is not None or gpus_inside(self.index)
+        keep = self._shared_places(selection) if self.selectors and not on_gpus else None
         if keep is not None:
             selector, memory = bitmap_selector(self.build, keep)
             params = search_parameters(self.build, self.index, values, selector)
@@ -165,9 +182,32 @@ class RowSearch:
                 f"{k} candidates are asked for, faiss serves at most {MOST_NEIGHBOURS} on a GPU"
             )
         try:
+            if self._pool is not None:
+                return self._search_in_pool(queries, k, params)
             return search_index(self.build, self.index, queries, k, params)
         except RuntimeError as error:
             raise describe_refusal("search so", self.index, error) from error
+
+    def _search_in_pool(self, queries: Tensor, k: int, params: Any) -> tuple[Tensor, Tensor]:
+        """Search a graph NSG, where faiss looks for ever for more rows than there are."""
+        (graph, name), total = self._pool, int(self.index.ntotal)  # type: ignore[misc]
+        fetch = min(k, total)
+        if fetch == 0:
+            empty = (*queries.shape[:-1], 0)
+            found = queries.new_empty(empty).float(), queries.new_empty(empty).long()
+        elif getattr(graph, name) <= total:
+            found = search_index(self.build, self.index, queries, fetch, params)
+        else:
+            with _narrowing:
+                before = getattr(graph, name)
+                setattr(graph, name, total)
+                try:
+                    found = search_index(self.build, self.index, queries, fetch, params)
+                finally:
+                    setattr(graph, name, before)
+        missing = (0, k - found[1].shape[-1])
+        pad = torch.nn.functional.pad
+        return pad(found[0], missing, value=self.metric.worst), pad(found[1], missing, value=-1)
 
     def _range(self, queries: Tensor, radius: float, params: Any) -> tuple[Tensor, Tensor, Tensor]:
         try:

@@ -1,5 +1,7 @@
 """Searching any index of faiss with torch tensors: no copy on a CPU, the caller's stream on a GPU."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -8,13 +10,14 @@ from torch import Tensor
 from elips_torch.core.errors import ArgumentError, DtypeError, ImplementationError
 from elips_torch.core.validation import check_k, check_vectors
 from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.cuvs import cuvs_state
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.gpu_resources import (
     MOST_NEIGHBOURS,
     device_resources,
     on_current_stream,
 )
-from elips_torch.engines.faiss.stats import EngineStats
+from elips_torch.engines.faiss.stats import ENGINE_STATS, EngineStats
 
 _CPU = torch.device("cpu")
 
@@ -26,7 +29,7 @@ def search_index(
     k: int,
     params: Any = None,
     *,
-    stats: EngineStats | None = None,
+    stats: EngineStats = ENGINE_STATS,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Find what an index of faiss takes for the k nearest rows.
 
@@ -37,7 +40,7 @@ def search_index(
             another on the index's device are read where they are; others are copied first.
         k: number of neighbours.
         params: faiss's ``SearchParameters`` for this call.
-        stats: counts the call.
+        stats: counts the call; by default those of the process.
 
     Returns:
         Scores and ids on the queries' device, as faiss gives them; 1-D for a 1-D query.
@@ -66,18 +69,20 @@ def search_index(
         module.cast_integer_to_idx_t_ptr(ids.data_ptr()),
         params,
     )
-    if number is None:
+    if number is None and not gpus_inside(index):
         use_one_thread_if_forked(build)
         index.search_c(*arguments)
+        cuvs = False
     else:
-        with on_current_stream(build, number, device_resources(build, number)):
+        with placed(build, index):
             index.search_c(*arguments)
-    if stats is not None:
-        stats.count(
-            queries=len(rows),
-            nbytes=rows.nbytes + scores.nbytes + ids.nbytes,
-            fallback=queries.device != device,
-        )
+        cuvs = runs_with_cuvs(build, index)
+    stats.count(
+        queries=len(rows),
+        nbytes=rows.nbytes + scores.nbytes + ids.nbytes,
+        fallback=queries.device != device,
+        cuvs=cuvs,
+    )
     if queries.device != device:
         scores, ids = scores.to(queries.device), ids.to(queries.device)
     return (scores[0], ids[0]) if queries.ndim == 1 else (scores, ids)
@@ -128,6 +133,38 @@ def range_search_index(
 def index_gpu(index: Any) -> int | None:
     """Return the number of the GPU that an index lies on, None for one that takes rows from the CPU."""
     return int(index.getDevice()) if hasattr(index, "getDevice") else None
+
+
+def runs_with_cuvs(build: FaissBuild, index: Any) -> bool:
+    """Whether cuVS searches an index on a GPU; for one made elsewhere, whether faiss would let it."""
+    known: bool | None = getattr(index, "uses_cuvs", None)
+    return cuvs_state("auto", build).enabled if known is None else known
+
+
+@contextmanager
+def placed(build: FaissBuild, index: Any) -> Iterator[None]:
+    """Run calls of an index where it lies: on the caller's stream on a GPU, with one thread if forked.
+
+    An index over several GPUs, or behind a transform, takes rows from the CPU and synchronises by itself; its
+    resources are held meanwhile, so that nobody changes their stream.
+    """
+    number = index_gpu(index)
+    if number is not None:
+        with on_current_stream(build, number, device_resources(build, number)):
+            yield
+        return
+    use_one_thread_if_forked(build)
+    with ExitStack() as stack:
+        # Always in one order: two threads that hold one each would wait for ever.
+        for gpu in sorted(gpus_inside(index)):
+            stack.enter_context(device_resources(build, gpu).lock)
+        yield
+
+
+def gpus_inside(index: Any) -> tuple[int, ...]:
+    """Return the numbers of the GPUs that `to_gpu` has put an index on."""
+    numbers: tuple[int, ...] = getattr(index, "lies_on", ())
+    return numbers
 
 
 def cuda_device(number: int) -> torch.device:

@@ -5,11 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elips_torch.core.errors import ParameterError
 from elips_torch.engines.faiss.builds import FaissBuild
 
 # Set on the index only: faiss has no object that carries it for one call.
 ATTRIBUTES_ONLY = ("search_L",)
 _QUANTIZER = "quantizer_"
+# `IndexShardsIVF` is one of the shards.
+_GROUPS = ("IndexReplicas", "IndexShards")
 
 
 def parameter_holders(build: FaissBuild, index: Any) -> dict[str, tuple[Any, str]]:
@@ -20,8 +23,17 @@ def parameter_holders(build: FaissBuild, index: Any) -> dict[str, tuple[Any, str
         index: any index of float vectors.
     """
     faiss, index = build.module, build.module.downcast_index(index)
+    members = members_of(build, index)
+    if members:
+        holders = [parameter_holders(build, member) for member in members]
+        return {
+            name: (_Together([each[name][0] for each in holders]), attribute)
+            for name, (_, attribute) in holders[0].items()
+        }
     if isinstance(index, faiss.IndexPreTransform):
         return parameter_holders(build, index.index)
+    if _has_lists_on_gpu(faiss, index):
+        return {"nprobe": (index, "nprobe")}
     if isinstance(index, faiss.IndexRefine):
         return {"k_factor": (index, "k_factor"), **parameter_holders(build, index.base_index)}
     if isinstance(index, faiss.IndexIVF):
@@ -42,11 +54,19 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
         index: any index of float vectors.
         values: of parameters that `parameter_holders` names; the others are as the index has them.
         selector: an ``IDSelector``, kept alive by the result.
+
+    Raises:
+        ParameterError: several indexes side by side, which take parameters for no single call.
     """
     if not values and selector is None:
         return None
     faiss, index = build.module, build.module.downcast_index(index)
     chosen = {} if selector is None else {"sel": selector}
+    if values and members_of(build, index):
+        name, value = next(iter(values.items()))
+        raise ParameterError(
+            f"faiss takes {name} for no single call over several GPUs; set index.{name} = {value}"
+        )
     if isinstance(index, faiss.IndexPreTransform):
         inner = search_parameters(build, index.index, values, selector)
         return faiss.SearchParametersPreTransform(index_params=inner)
@@ -63,6 +83,9 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
             chosen["quantizer_params"] = inner
         nprobe = min(int(values.get("nprobe", index.nprobe)), int(index.nlist))
         return faiss.SearchParametersIVF(nprobe=nprobe, max_codes=index.max_codes, **chosen)
+    if _has_lists_on_gpu(faiss, index):
+        nprobe = min(int(values.get("nprobe", index.nprobe)), int(index.nlist))
+        return faiss.SearchParametersIVF(nprobe=nprobe, **chosen)
     if isinstance(index, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(efSearch=int(values.get("efSearch", index.hnsw.efSearch)), **chosen)
     return faiss.SearchParameters(**chosen)
@@ -83,6 +106,33 @@ def widened(
         elif name == "efSearch":
             wider[name] = max(int(now), fetch)
     return wider
+
+
+def members_of(build: FaissBuild, index: Any) -> list[Any]:
+    """Return the indexes side by side in one over several GPUs; none of any other."""
+    groups = tuple(getattr(build.module, name) for name in _GROUPS if hasattr(build.module, name))
+    if not isinstance(index, groups):
+        return []
+    return [build.module.downcast_index(index.at(number)) for number in range(index.count())]
+
+
+def _has_lists_on_gpu(faiss: Any, index: Any) -> bool:
+    # No subclass of the inverted file on a CPU.
+    return hasattr(faiss, "GpuIndexIVF") and isinstance(index, faiss.GpuIndexIVF)
+
+
+class _Together:
+    """Holders of one parameter that are set together and are all alike."""
+
+    def __init__(self, holders: list[Any]) -> None:
+        self.__dict__["_holders"] = holders
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._holders[0], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        for holder in self._holders:
+            setattr(holder, name, value)
 
 
 def bitmap_selector(build: FaissBuild, keep: Tensor) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ class EngineCounts:
         bytes: bytes of queries that came in and of results that went out.
         fallbacks: calls that went by a slower way than the one asked for, such as through the CPU.
         cuvs: whether the last search ran with cuVS.
+        cuvs_searches: calls that did.
     """
 
     searches: int = 0
@@ -21,6 +22,7 @@ class EngineCounts:
     bytes: int = 0
     fallbacks: int = 0
     cuvs: bool = False
+    cuvs_searches: int = 0
 
 
 class EngineStats:
@@ -48,7 +50,12 @@ class EngineStats:
         with self._lock:
             now = self._counts
             self._counts = EngineCounts(
-                now.searches + 1, now.queries + queries, now.bytes + nbytes, now.fallbacks + fallback, cuvs
+                now.searches + 1,
+                now.queries + queries,
+                now.bytes + nbytes,
+                now.fallbacks + fallback,
+                cuvs,
+                now.cuvs_searches + cuvs,
             )
 
     def counts(self) -> EngineCounts:
@@ -60,3 +67,21 @@ class EngineStats:
         """Start from zero."""
         with self._lock:
             self._counts = EngineCounts()
+
+
+# Of this process.
+ENGINE_STATS = EngineStats()
+
+
+def faiss_stats() -> EngineCounts:
+    """Return what faiss has searched for this process, in its own indexes and in copies of others.
+
+    >>> import torch
+    >>> from elips_torch import FaissIndex
+    >>> index = FaissIndex.from_factory(2, "Flat")
+    >>> before = faiss_stats().queries
+    >>> found = index.search(torch.zeros(3, 2))
+    >>> faiss_stats().queries - before
+    3
+    """
+    return ENGINE_STATS.counts()

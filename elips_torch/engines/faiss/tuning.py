@@ -8,8 +8,7 @@ from torch import Tensor
 
 from elips_torch.core.errors import ParameterError
 from elips_torch.engines.faiss.builds import FaissBuild
-from elips_torch.engines.faiss.forked import use_one_thread_if_forked
-from elips_torch.engines.faiss.search import index_gpu
+from elips_torch.engines.faiss.search import gpus_inside, index_gpu, placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,6 @@ def explore(
     Returns:
         The best settings, the quickest first.
     """
-    use_one_thread_if_forked(build)
     space = parameter_space(build, index)
     space.initialize(index)
     space.verbose = 0
@@ -76,7 +74,10 @@ def explore(
     criterion = build.module.IntersectionCriterion(len(queries), truth.shape[1])
     criterion.set_groundtruth(None, truth.cpu().numpy())
     rows = queries.detach().to("cpu", torch.float32).contiguous().numpy()
-    best = space.explore(index, rows, criterion).optimal_pts
+    with placed(build, index):
+        explored = space.explore(index, rows, criterion)
+    # The points live as long as what was explored.
+    best = explored.optimal_pts
     points = [best.at(number) for number in range(best.size())]
     # The point of no search comes first.
     return [OperatingPoint(float(p.perf), float(p.t), str(p.key)) for p in points if p.cno >= 0]
@@ -84,4 +85,5 @@ def explore(
 
 def parameter_space(build: FaissBuild, index: Any) -> Any:
     """Return faiss's parameter space for where the index lies."""
-    return build.module.ParameterSpace() if index_gpu(index) is None else build.module.GpuParameterSpace()
+    on_gpus = index_gpu(index) is not None or gpus_inside(index)
+    return build.module.GpuParameterSpace() if on_gpus else build.module.ParameterSpace()

@@ -4,6 +4,7 @@ Tensors stay on the CPU, so that pointers are real; what torch and faiss say abo
 """
 
 import contextlib
+import ctypes
 import types
 from pathlib import Path
 
@@ -11,10 +12,20 @@ import torch
 
 from elips_torch.engines.faiss.builds import FaissBuild
 
+_FAMILIES = ("IndexPreTransform", "IndexRefine", "IndexIVF", "IndexHNSW", "IndexNSG", "GpuIndexIVF")
+
 
 class Options(types.SimpleNamespace):
     allowCpuCoarseQuantizer = False  # noqa: N815
     use_cuvs = False
+
+
+class ListsConfig(types.SimpleNamespace):
+    allowCpuCoarseQuantizer = False  # noqa: N815
+    use_cuvs = False
+
+    def __init__(self):
+        super().__init__(flatConfig=types.SimpleNamespace())
 
 
 class Resources:
@@ -32,18 +43,48 @@ class Resources:
 
 
 class GpuIndex:
-    """An index on a GPU that notes where it was searched and writes what it was told to."""
+    """An index on a GPU that notes where it was called, and finds rows that it was told to."""
 
-    def __init__(self, faiss, dim, number):
+    is_trained = True
+
+    def __init__(self, faiss, dim, number, found=(), ntotal=0):
         self.faiss, self.d, self.number, self.calls = faiss, dim, number, []
+        self.found, self.ntotal = found, ntotal
 
     def getDevice(self):  # noqa: N802
         return self.number
+
+    def reserveMemory(self, n):  # noqa: N802
+        self.reserved = n
+
+    def train_c(self, n, x):
+        self.calls.append({"name": "train", "n": n, "x": x} | self.faiss.now)
+
+    def add_c(self, n, x):
+        self.calls.append({"name": "add", "n": n, "x": x} | self.faiss.now)
+
+    def reconstruct_batch_c(self, n, keys, x):
+        self.calls.append({"name": "reconstruct", "n": n, "x": x} | self.faiss.now)
 
     def search_c(self, n, x, k, scores, ids, params):
         self.calls.append(
             {"n": n, "x": x, "k": k, "scores": scores, "ids": ids, "params": params} | self.faiss.now
         )
+        if self.found:
+            # The score of a row is its number.
+            row = [*self.found, *[-1] * k][:k]
+            (ctypes.c_int64 * (n * k)).from_address(ids)[:] = row * n
+            (ctypes.c_float * (n * k)).from_address(scores)[:] = [float(each) for each in row] * n
+
+
+class CpuSide:
+    """An index over several GPUs, which takes rows from the CPU and notes what was locked meanwhile."""
+
+    def __init__(self, faiss, dim):
+        self.faiss, self.d, self.calls = faiss, dim, []
+
+    def search_c(self, n, x, k, scores, ids, params):
+        self.calls.append({"n": n, "x": x, "k": k})
 
 
 class RecordingFaiss(types.SimpleNamespace):
@@ -63,6 +104,10 @@ class RecordingFaiss(types.SimpleNamespace):
             GpuClonerOptions=type("GpuClonerOptions", (Options,), {}),
             GpuMultipleClonerOptions=type("GpuMultipleClonerOptions", (Options,), {}),
             GpuDistanceParams=types.SimpleNamespace,
+            GpuIndexFlatConfig=type("GpuIndexFlatConfig", (types.SimpleNamespace,), {}),
+            **{f"GpuIndex{kind}Config": ListsConfig for kind in ("IVFFlat", "IVFPQ", "IVFScalarQuantizer")},
+            **{name: type(name, (), {}) for name in _FAMILIES},
+            downcast_index=lambda index: index,
             StandardGpuResources=type("StandardGpuResources", (Resources,), {"made": 0}),
             cast_integer_to_float_ptr=int,
             cast_integer_to_void_ptr=int,
@@ -80,15 +125,29 @@ class RecordingFaiss(types.SimpleNamespace):
 
     def index_cpu_to_gpu_multiple_py(self, resources, index, options, gpus):
         self.copies.append((resources, gpus, index, options))
-        return index
+        return CpuSide(self, index.d)
+
+    def __getattr__(self, name):
+        # Constructors of the kinds of index there are on GPUs.
+        if not name.startswith("GpuIndex"):
+            raise AttributeError(name)
+
+        def make(resources, index, config):
+            self.copies.append((resources, name, index, config))
+            return GpuIndex(self, index.d, config.device)
+
+        return make
 
     def bfKnn(self, resources, call):  # noqa: N802
         self.products.append((resources, call, dict(self.now)))
 
+    def bfKnn_tiling(self, resources, call, vectors, queries):  # noqa: N802
+        self.products.append((resources, call, dict(self.now), vectors, queries))
+
 
 def recording_build(monkeypatch, gpus=2):
     """Return a build made of the stand-in, with torch's GPU functions recording into it."""
-    from elips_torch.engines.faiss import gpu_resources, search
+    from elips_torch.engines.faiss import gpu_resources, opaque, search
 
     faiss = RecordingFaiss(gpus)
 
@@ -110,5 +169,6 @@ def recording_build(monkeypatch, gpus=2):
     utils = types.SimpleNamespace(using_stream=using_stream)
     monkeypatch.setattr(gpu_resources, "_torch_utils", lambda build: utils)
     monkeypatch.setattr(gpu_resources, "_made", {})
-    monkeypatch.setattr(search, "cuda_device", lambda number: torch.device("cpu"))
+    for module in (search, opaque):
+        monkeypatch.setattr(module, "cuda_device", lambda number: torch.device("cpu"))
     return FaissBuild(faiss, {}, "0", "generic", "GPU", "unknown", Path("."))

@@ -2,9 +2,9 @@ import types
 
 import pytest
 import torch
+from recording_gpu_faiss import recording_build
 
 from elips_torch import ArgumentError, DeviceError, DtypeError, ImplementationError, MetricError, ShapeError
-from elips_torch.engines.faiss import brute_force
 from elips_torch.engines.faiss.brute_force import (
     SETTINGS,
     FaissSettings,
@@ -116,27 +116,40 @@ def test_a_build_that_works_passes_the_check_and_one_that_does_not_is_refused(bu
 
 def test_the_gpu_call_is_made_as_faiss_wants_it(monkeypatch):
     # No driver is called: the stand-in only records, and "meta" tensors only have shapes.
-    calls, resources = [], []
-
-    def knn_gpu(res, xq, xb, k, *, metric, device):
-        calls.append((res, tuple(xq.shape), tuple(xb.shape), k, metric, device))
-        return xq.new_empty(len(xq), k), xq.new_empty(len(xq), k, dtype=torch.int64)
-
-    def make():
-        resources.append(object())
-        return resources[-1]
-
-    build = stand_in(StandardGpuResources=make, knn_gpu=knn_gpu)
-    imported = []
-    monkeypatch.setattr(brute_force.importlib, "import_module", imported.append)
+    build = recording_build(monkeypatch)
     queries, database = (each.to("meta") for each in data())
     for metric in ("l2", "ip"):
         scores, ids = knn_faiss_gpu(build, queries, database, 3, metric)
         assert scores.shape == ids.shape == (30, 3)
-    assert calls == [(resources[0], (30, 12), (200, 12), 3, metric, 0) for metric in (1, 0)]
-    # Resources are dear and made once.
-    assert len(resources) == 1
-    assert set(imported) == {"faiss.contrib.torch_utils"}
+        assert (scores.device.type, scores.dtype, ids.dtype) == ("meta", torch.float32, torch.int64)
+    (resources, first, now), (again, second, _) = build.module.products
+    assert [first.metric, second.metric] == [1, 0]
+    assert (first.k, first.dims, first.numQueries, first.numVectors, first.device) == (3, 12, 30, 200, 0)
+    # The caller's stream, and resources that are dear and made once.
+    assert now == {"device": 0, "stream": "stream of GPU 0", "resources": resources}
+    assert again is resources
+    assert build.module.StandardGpuResources.made == 1
+
+
+def test_what_lies_on_the_cpu_goes_through_the_gpu_within_the_workspace(monkeypatch):
+    build = recording_build(monkeypatch)
+    queries, database = (each.half() for each in data())
+    scores, ids = knn_faiss_gpu(build, queries, database, 3, "ip", device=1, workspace_bytes=4001)
+    ((_, call, now, vectors, parts),) = build.module.products
+    assert (vectors, parts) == (2000, 2000)
+    assert (now["device"], now["stream"], call.device) == (1, "stream of GPU 1", 1)
+    assert (call.vectors, call.queries) == (database.data_ptr(), queries.data_ptr())
+    assert (call.outDistances, call.outIndices) == (scores.data_ptr(), ids.data_ptr())
+    assert (call.vectorType, call.queryType) == (2, 2)
+    knn_faiss_gpu(build, queries, database, 3, device=1)
+    assert len(build.module.products[1]) == 3
+    with pytest.raises(ArgumentError, match="workspace_bytes is 100, expected at least 120"):
+        knn_faiss_gpu(build, queries, database, 3, device=1, workspace_bytes=100)
+    with pytest.raises(DeviceError, match="device is GPU 2, there are 2"):
+        knn_faiss_gpu(build, queries, database, 3, device=2)
+    on_gpu = (each.to("meta") for each in data())
+    with pytest.raises(ArgumentError, match="workspace_bytes are for tensors on the CPU"):
+        knn_faiss_gpu(build, *on_gpu, 3, workspace_bytes=4000)
 
 
 def test_a_build_without_gpu_code_and_tensors_on_the_cpu_are_refused():
@@ -156,14 +169,29 @@ def test_tensors_elsewhere_are_refused_on_the_cpu(build):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
-def test_the_real_build_is_called_as_far_as_the_driver(build):
+def test_the_real_build_refuses_a_gpu_that_is_not_there(build):
     if not build.has_gpu:
         pytest.skip("needs a faiss with GPU code")
-    with pytest.raises((RuntimeError, AssertionError), match=r"(?i)nvidia|cuda"):
-        knn_faiss_gpu(build, *(each.to("meta") for each in data()), 3)
-    # Taking tensors on a GPU does not change how the build searches on a CPU.
+    with pytest.raises(DeviceError, match="device is GPU 0, there are 0"):
+        knn_faiss_gpu(build, *data(), 3, device=0)
+    # Asking for one does not change how the build searches on a CPU.
     queries, database = data()
     assert torch.equal(knn_faiss(build, queries, database, 3)[1], reference_knn(queries, database, 3).ids)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("workspace", [None, 4000])
+def test_rows_on_the_cpu_are_searched_by_a_gpu(build, metric, dtype, workspace):
+    if not build.has_gpu:
+        pytest.skip("needs a faiss with GPU code")
+    queries, database = (each.to(dtype) for each in data())
+    options = {"device": 0, "workspace_bytes": workspace}
+    ids = knn_faiss_gpu(build, queries, database, 5, metric, **options)[1]
+    wanted = reference_knn(queries, database, 5, metric)
+    assert (ids == wanted.ids).float().mean() > 0.99
 
 
 @pytest.mark.cuda

@@ -1,5 +1,8 @@
 import contextlib
 import dataclasses
+import subprocess
+import sys
+import textwrap
 import threading
 import types
 
@@ -9,12 +12,12 @@ import torch
 from recording_gpu_faiss import recording_build
 
 from elips_torch.core.errors import ArgumentError, DeviceError, ImplementationError
-from elips_torch.core.metric import resolve_metric
-from elips_torch.engines.faiss import candidates, cuvs
+from elips_torch.engines.faiss import cuvs
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.cuvs import cuvs_state
 from elips_torch.engines.faiss.gpu_options import GpuOptions, cloner_options
 from elips_torch.engines.faiss.gpu_resources import device_resources, on_current_stream
+from elips_torch.engines.faiss.products import multiply_on_gpu
 from elips_torch.engines.faiss.search import search_index
 from elips_torch.engines.faiss.transfer import to_cpu, to_gpu
 
@@ -41,11 +44,12 @@ def test_options_reach_the_copy_and_resources_are_made_once_for_a_device(monkeyp
 @pytest.mark.parametrize("shard", [True, False])
 def test_several_gpus_share_the_vectors_or_repeat_them(monkeypatch, shard):
     build = recording_build(monkeypatch)
-    to_gpu(build, INDEX, [1, 0], shard=shard)
-    ((resources, gpus, _, made),) = build.module.copies
+    made = to_gpu(build, INDEX, [1, 0], GpuOptions(shard=shard))
+    ((resources, gpus, _, options),) = build.module.copies
     assert gpus == [1, 0]
     assert resources == [device_resources(build, number).resources for number in gpus]
-    assert made.shard == made.common_ivf_quantizer == shard
+    assert options.shard == options.common_ivf_quantizer == shard
+    assert made.lies_on == (1, 0)
 
 
 def test_gpus_that_are_not_there_are_refused(monkeypatch):
@@ -72,12 +76,10 @@ def test_the_real_build_takes_the_options(several):
     build = load_installed()
     if not build.has_gpu:
         pytest.skip("needs a faiss with GPU code")
-    options = GpuOptions(use_float16_coarse=True, precomputed_tables=True, reserve_vectors=3)
-    made = cloner_options(build, options, several=several, shard=True)
+    options = GpuOptions(use_float16_coarse=True, precomputed_tables=True, reserve_vectors=3, shard=True)
+    made = cloner_options(build, options, several=several)
     assert (made.useFloat16CoarseQuantizer, made.usePrecomputed, made.reserveVecs) == (True, True, 3)
     assert not several or (made.shard and made.common_ivf_quantizer)
-    with pytest.raises(ImplementationError, match="cannot set memorySpace"):
-        cloner_options(build, GpuOptions(memory_space="unified"), several=several)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_products_on_a_gpu_are_asked_for_as_faiss_wants_them(monkeypatch):
     build = recording_build(monkeypatch)
     queries, database = torch.randn(4, 8).bfloat16(), torch.randn(30, 8).bfloat16()
     scores, ids = torch.empty(4, 3), torch.empty(4, 3, dtype=torch.int64)
-    candidates._on_gpu(build, queries, database, 3, resolve_metric("ip"), scores, ids)
+    multiply_on_gpu(build, 0, queries, database, 0, scores, ids)
     ((resources, call, now),) = build.module.products
     assert now == {"device": 0, "stream": "stream of GPU 0", "resources": resources}
     assert (call.metric, call.k, call.dims, call.device) == (0, 3, 8, 0)
@@ -111,7 +113,11 @@ def test_cuvs_falls_back_or_is_required(monkeypatch):
         cuvs_state("yes")
     build.module.should_use_cuvs = lambda config: config.use_cuvs
     build.module.GpuIndexConfig = types.SimpleNamespace
-    assert "compiled with GPU, without cuVS" in cuvs_state("auto", build).reason
+    for has_package in (True, False):
+        monkeypatch.setattr(cuvs, "_has_package", lambda found=has_package: found)
+        reason = cuvs_state("auto", build).reason
+        assert "compiled with GPU, without cuVS" in reason
+        assert ("the package cuvs is installed, which faiss does not use" in reason) is has_package
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with_cuvs = dataclasses.replace(build, compile_options="GPU NVIDIA_CUVS CUVS")
     assert cuvs_state("require", with_cuvs).enabled
@@ -166,3 +172,32 @@ def test_the_stream_is_set_on_the_device_of_the_index_which_is_not_the_current_o
     assert calls == [(1, 65), (1, "before")]
     assert asked == [65]
     assert not held.lock.locked()
+
+
+def test_faiss_is_as_it_was_after_its_code_for_streams_is_used():
+    if not load_installed().has_gpu:
+        pytest.skip("needs a faiss with GPU code")
+    code = """
+        import faiss, torch
+        from elips_torch.engines.faiss import gpu_resources
+        from elips_torch.engines.faiss.builds import load_installed
+
+        def state():
+            owners = [faiss, *(each for each in vars(faiss).values() if isinstance(each, type))]
+            return [dict(vars(owner)) for owner in owners]
+
+        before = state()
+        utils = gpu_resources._torch_utils(load_installed())
+        assert callable(utils.using_stream)
+        after = state()
+        assert all(a.keys() == b.keys() for a, b in zip(before, after, strict=True))
+        assert all(a[k] is b[k] for a, b in zip(before, after, strict=True) for k in a)
+        index = faiss.IndexFlatL2(4)
+        index.add(torch.eye(4).numpy())
+        odd = faiss.SearchParameters(sel=faiss.IDSelectorRange(1, 3))
+        assert index.search(torch.eye(4).numpy(), 1, params=odd)[1][0, 0] == 1
+        # Who imports it has tensors taken, as before.
+        import faiss.contrib.torch_utils
+        assert index.search(torch.eye(4), 1)[1][:, 0].tolist() == [0, 1, 2, 3]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)

@@ -1,0 +1,249 @@
+"""Inverted files of faiss in parts: shards on disk, and lists that somebody else has chosen."""
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.errors import ArgumentError, ConversionError, DtypeError, IndexFileError, ShapeError
+from elips_torch.core.validation import check_k, check_vectors
+from elips_torch.engines.faiss.builds import FaissBuild, load_installed, standing_as_faiss
+from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.index_files import read_index, write_index
+from elips_torch.engines.faiss.opaque import to_bytes
+
+
+def merge_faiss_shards(
+    shards: Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str],
+    *,
+    data_path: str | os.PathLike[str] | None = None,
+    shift_ids: bool = False,
+) -> int:
+    """Merge files of inverted files that share centroids into one whose lists stay on disk.
+
+    By ``faiss.contrib.ondisk``: memory holds no list. `read_faiss` and ``faiss.read_index`` read the result;
+    it refers to its data by their path.
+
+    Args:
+        shards: files of faiss, each an inverted file, also behind transforms, with the same training.
+        path: the index file to write; it must not exist.
+        data_path: where the lists go, default ``path`` with ".ivfdata" at its end; it must not exist.
+        shift_ids: number the vectors of each shard after those of the ones before; for shards that each
+            count from 0.
+
+    Returns:
+        Number of vectors.
+
+    Raises:
+        ArgumentError: no shards, or a file to write is there already.
+        FileNotFoundError: there is no such shard.
+        IndexFileError: a shard is damaged or foreign, or trained otherwise than the first.
+        ConversionError: a shard has no inverted lists.
+        ImportError: faiss is not installed.
+
+    >>> import tempfile
+    >>> import faiss
+    >>> index = faiss.index_factory(2, "IVF1,Flat")
+    >>> index.train(torch.zeros(39, 2).numpy())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for number in range(3):
+    ...         shard = faiss.clone_index(index)
+    ...         shard.add(torch.rand(10, 2).numpy())
+    ...         faiss.write_index(shard, f"{folder}/{number}.faiss")
+    ...     shards = [f"{folder}/{number}.faiss" for number in range(3)]
+    ...     merge_faiss_shards(shards, f"{folder}/all.faiss", shift_ids=True)
+    30
+    """
+    if not shards:
+        raise ArgumentError("shards is empty, expected files to merge")
+    data = Path(f"{os.fspath(path)}.ivfdata" if data_path is None else data_path)
+    for target in (Path(path), data):
+        if target.exists():
+            raise ArgumentError(f"{os.fspath(target)!r} is there already")
+    build = load_installed()
+    faiss = build.module
+    first = _read_shard(build, shards[0])
+    nprobe = faiss.extract_index_ivf(first).nprobe
+    for shard in shards[1:]:
+        _check_same_training(build, first, _read_shard(build, shard), shard)
+    _empty(build, first)
+    faiss.extract_index_ivf(first).nprobe = nprobe
+    use_one_thread_if_forked(build)
+    with standing_as_faiss(build):
+        ondisk = importlib.import_module("faiss.contrib.ondisk")
+    try:
+        ondisk.merge_ondisk(first, [os.fspath(shard) for shard in shards], os.fspath(data), shift_ids)
+        write_index(build, first, path)
+    except RuntimeError as error:
+        raise IndexFileError(f"faiss could not merge the shards: {error}") from error
+    finally:
+        if not Path(path).exists():
+            data.unlink(missing_ok=True)
+    return int(faiss.extract_index_ivf(first).ntotal)
+
+
+def _read_shard(build: FaissBuild, path: str | os.PathLike[str]) -> Any:
+    index = read_index(build, path, mmap=True)
+    if build.module.try_extract_index_ivf(index) is None:
+        raise ConversionError(
+            f"{os.fspath(path)!r} holds a {type(index).__name__}, expected an inverted file"
+        )
+    return index
+
+
+def _empty(build: FaissBuild, index: Any) -> None:
+    """Leave an index what it has learned; its lists are those of a file, which are not to change."""
+    ivf = build.module.extract_index_ivf(index)
+    lists = build.module.ArrayInvertedLists(ivf.nlist, ivf.code_size)
+    ivf.replace_invlists(lists, True)
+    lists.this.disown()
+    index.reset()
+    ivf.set_direct_map_type(build.module.DirectMap.NoMap)
+
+
+def _check_same_training(build: FaissBuild, first: Any, other: Any, path: str | os.PathLike[str]) -> None:
+    faiss = build.module
+    ours, theirs = faiss.extract_index_ivf(first), faiss.extract_index_ivf(other)
+    where = os.fspath(path)
+    for name in ("d", "nlist", "code_size", "metric_type"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise IndexFileError(
+                f"{where!r} has {name} {getattr(theirs, name)}, the first shard has {getattr(ours, name)}"
+            )
+    # All that was learned, centroids, codebooks and transforms, is what is left without lists.
+    learned = []
+    for index, ivf in ((first, ours), (other, theirs)):
+        _empty(build, index)
+        ivf.nprobe = 1
+        learned.append(to_bytes(build, index))
+    if not torch.equal(*learned):
+        raise IndexFileError(f"{where!r} was trained otherwise than the first shard")
+
+
+def search_preassigned(
+    index: Any,
+    queries: Tensor,  # (Q, D)
+    k: int,
+    lists: Tensor,  # (Q, P)
+    coarse_scores: Tensor | None = None,  # (Q, P)
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Search an inverted file of faiss in chosen lists, by ``faiss.contrib.ivf_tools``.
+
+    Args:
+        index: an inverted file of faiss on the CPU, also behind transforms.
+        queries: ``(Q, D)`` float dtype, on the CPU.
+        k: number of neighbours.
+        lists: ``(Q, P)`` int64, the numbers of the lists that each query reads; -1 for none.
+        coarse_scores: ``(Q, P)`` float32, the scores of the centroids of these lists, which product-quantized
+            residuals and inner products of residuals need.
+
+    Returns:
+        Scores and ids, as faiss gives them.
+
+    Raises:
+        ElipsError: an argument of wrong type, shape or dtype; no inverted file.
+    """
+    build = load_installed()
+    ivf = _inverted_file(build, index)
+    check_vectors("queries", queries, dim=int(index.d), device=torch.device("cpu"))
+    check_k(k)
+    _check_lists("lists", lists, len(queries), ivf.nlist, least=-1)
+    if lists.ndim != 2:
+        raise ShapeError(f"lists has shape {tuple(lists.shape)}, expected (Q, P)")
+    if coarse_scores is None and ivf.by_residual and not type(ivf).__name__.startswith("IndexIVFFlat"):
+        raise ArgumentError("coarse_scores is missing, which an inverted file of residuals needs")
+    if coarse_scores is not None and coarse_scores.shape != lists.shape:
+        raise ShapeError(f"coarse_scores has shape {tuple(coarse_scores.shape)}, lists {tuple(lists.shape)}")
+    use_one_thread_if_forked(build)
+    given = None if coarse_scores is None else coarse_scores.detach().float().contiguous().numpy()
+    rows = queries.detach().float().contiguous()
+    # Its own way past transforms takes one only.
+    for transform in _transforms(build, index):
+        rows = torch.as_tensor(transform.apply(rows.numpy()))
+    before, ivf.nprobe = ivf.nprobe, lists.shape[1]
+    try:
+        scores, ids = _ivf_tools(build).search_preassigned(
+            ivf, rows.numpy(), k, lists.contiguous().numpy(), given
+        )
+    finally:
+        ivf.nprobe = before
+    return torch.as_tensor(scores), torch.as_tensor(ids)
+
+
+def add_preassigned(
+    index: Any,
+    vectors: Tensor,  # (N, D)
+    lists: Tensor,  # (N,)
+    ids: Tensor | None = None,  # (N,)
+) -> None:
+    """Add vectors to chosen lists of an inverted file of faiss, by ``faiss.contrib.ivf_tools``.
+
+    Args:
+        index: an inverted file of faiss on the CPU, not behind a transform.
+        vectors: ``(N, D)``, on the CPU.
+        lists: ``(N,)`` int64, the number of the list of each vector.
+        ids: ``(N,)`` int64; default are the numbers from ``index.ntotal`` on.
+
+    Raises:
+        ElipsError: an argument of wrong type, shape or dtype; no inverted file.
+    """
+    build = load_installed()
+    ivf = _inverted_file(build, index)
+    if _transforms(build, index):
+        raise ConversionError("index transforms its vectors; transform them and add them to what is behind")
+    check_vectors("vectors", vectors, dim=int(index.d), device=torch.device("cpu"))
+    _check_lists("lists", lists, len(vectors), ivf.nlist, least=0)
+    if lists.ndim != 1:
+        raise ShapeError(f"lists has shape {tuple(lists.shape)}, expected (N,)")
+    if ids is not None and (ids.dtype != torch.int64 or ids.shape != lists.shape):
+        raise ShapeError(f"ids is {ids.dtype} {tuple(ids.shape)}, expected int64 {tuple(lists.shape)}")
+    use_one_thread_if_forked(build)
+    _ivf_tools(build).add_preassigned(
+        ivf,
+        vectors.detach().float().contiguous().numpy(),
+        lists.contiguous().numpy(),
+        None if ids is None else ids.contiguous().numpy(),
+    )
+
+
+def _inverted_file(build: FaissBuild, index: Any) -> Any:
+    faiss = build.module
+    if not isinstance(index, faiss.Index):
+        raise DtypeError(f"index is a {type(index).__name__}, expected an inverted file of faiss")
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexIVF):
+        return index
+    if isinstance(index, faiss.IndexPreTransform):
+        return _inverted_file(build, index.index)
+    raise ConversionError(f"index is a {type(index).__name__}, expected an inverted file of faiss")
+
+
+def _transforms(build: FaissBuild, index: Any) -> list[Any]:
+    """Return the transforms in front of an inverted file, the first one first."""
+    faiss = build.module
+    index = faiss.downcast_index(index)
+    if not isinstance(index, faiss.IndexPreTransform):
+        return []
+    chain = [faiss.downcast_VectorTransform(index.chain.at(i)) for i in range(index.chain.size())]
+    return chain + _transforms(build, index.index)
+
+
+def _check_lists(name: str, lists: Tensor, n: int, nlist: int, *, least: int) -> None:
+    if not isinstance(lists, Tensor) or lists.dtype != torch.int64:
+        got = lists.dtype if isinstance(lists, Tensor) else type(lists).__name__
+        raise DtypeError(f"{name} is {got}, expected an int64 tensor")
+    if not lists.ndim or len(lists) != n:
+        raise ShapeError(f"{name} has shape {tuple(lists.shape)}, expected {n} rows")
+    if lists.numel() and not least <= int(lists.min()) <= int(lists.max()) < nlist:
+        span = f"{int(lists.min())} to {int(lists.max())}"
+        raise ArgumentError(f"{name} has {span}, expected {least} <= list < {nlist}")
+
+
+def _ivf_tools(build: FaissBuild) -> Any:
+    with standing_as_faiss(build):
+        return importlib.import_module("faiss.contrib.ivf_tools")

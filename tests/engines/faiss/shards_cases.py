@@ -1,0 +1,146 @@
+import faiss
+import pytest
+import torch
+
+from elips_torch import (
+    ArgumentError,
+    ConversionError,
+    DtypeError,
+    IndexFileError,
+    ShapeError,
+    add_preassigned,
+    merge_faiss_shards,
+    read_faiss,
+    search_preassigned,
+)
+
+DIM, NLIST = 16, 8
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return torch.randn(600, DIM, generator=torch.Generator().manual_seed(0))
+
+
+def trained(vectors, description=f"IVF{NLIST},Flat"):
+    index = faiss.index_factory(DIM, description)
+    index.train(vectors.numpy())
+    return index
+
+
+def write_shards(folder, index, vectors, own_ids=True):
+    paths = []
+    for number, part in enumerate(vectors.split(200)):
+        shard = faiss.clone_index(index)
+        if own_ids:
+            shard.add_with_ids(part.numpy(), (torch.arange(len(part)) + 200 * number).numpy())
+        else:
+            shard.add(part.numpy())
+        paths.append(folder / f"{number}.faiss")
+        faiss.write_index(shard, str(paths[-1]))
+    return paths
+
+
+@pytest.mark.parametrize("description", [f"IVF{NLIST},Flat", f"IVF{NLIST},SQ8", f"PCA8,IVF{NLIST},Flat"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_merged_shards_find_what_one_index_finds(tmp_path, vectors, description, shift):
+    index = trained(vectors, description)
+    paths = write_shards(tmp_path, index, vectors, own_ids=not shift)
+    assert merge_faiss_shards(paths, tmp_path / "all.faiss", shift_ids=shift) == 600
+    index.add(vectors.numpy())
+    merged = faiss.read_index(str(tmp_path / "all.faiss"))
+    for each in (index, merged):
+        faiss.extract_index_ivf(each).nprobe = 3
+    scores, ids = index.search(vectors[:20].numpy(), 5)
+    found = merged.search(vectors[:20].numpy(), 5)
+    assert (found[1] == ids).all()
+    assert (found[0] == scores).all()
+    here = read_faiss(tmp_path / "all.faiss")
+    assert (here.search(vectors[:20], 5, nprobe=3).ids.numpy() == ids).mean() > 0.99
+
+
+def test_shards_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, vectors):
+    paths = write_shards(tmp_path, trained(vectors), vectors)
+    flat, other = tmp_path / "flat.faiss", tmp_path / "other.faiss"
+    faiss.write_index(faiss.IndexFlatL2(DIM), str(flat))
+    faiss.write_index(trained(vectors[:300]), str(other))
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"nothing of the kind")
+    cases = [
+        ([], ArgumentError, "shards is empty"),
+        ([paths[0], flat], ConversionError, "IndexFlat.*expected an inverted file"),
+        ([paths[0], other], IndexFileError, "trained otherwise"),
+        ([paths[0], foreign], IndexFileError, "no index of faiss"),
+        ([tmp_path / "absent"], FileNotFoundError, "absent"),
+    ]
+    before = set(tmp_path.iterdir())
+    for shards, error, message in cases:
+        with pytest.raises(error, match=message):
+            merge_faiss_shards(shards, tmp_path / "all.faiss")
+    with pytest.raises(ArgumentError, match="is there already"):
+        merge_faiss_shards(paths, flat)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_other_codebooks_are_noticed_and_other_parameters_are_not(tmp_path, vectors):
+    index = trained(vectors, f"IVF{NLIST},PQ4x4")
+    paths = write_shards(tmp_path, index, vectors)
+    index.nprobe = 5
+    index.set_direct_map_type(faiss.DirectMap.Hashtable)
+    faiss.write_index(index, str(paths[1]))
+    assert merge_faiss_shards(paths, tmp_path / "all.faiss") == 400
+    assert faiss.read_index(str(tmp_path / "all.faiss")).nprobe == 1
+    centroids = faiss.vector_to_array(index.pq.centroids)
+    faiss.copy_array_to_vector(centroids + 1, index.pq.centroids)
+    faiss.write_index(index, str(paths[2]))
+    with pytest.raises(IndexFileError, match=r"2\.faiss' was trained otherwise than the first shard"):
+        merge_faiss_shards(paths, tmp_path / "again.faiss")
+
+
+@pytest.mark.parametrize("description", [f"IVF{NLIST},Flat", f"IVF{NLIST},PQ4x4", f"PCA8,IVF{NLIST},SQ8"])
+def test_searching_chosen_lists(vectors, description):
+    index = trained(vectors, description)
+    index.add(vectors.numpy())
+    ivf = faiss.extract_index_ivf(index)
+    ivf.nprobe = 3
+    queries = vectors[:10].numpy()
+    inside = queries if ivf.d == DIM else faiss.downcast_VectorTransform(index.chain.at(0)).apply(queries)
+    coarse, lists = ivf.quantizer.search(inside, 3)
+    scores, ids = search_preassigned(
+        index, vectors[:10].double(), 5, torch.from_numpy(lists), torch.from_numpy(coarse)
+    )
+    wanted = index.search(queries, 5)
+    assert (ids.numpy() == wanted[1]).all()
+    assert (scores.numpy() == wanted[0]).all()
+    assert ivf.nprobe == 3
+    none = torch.full((10, 2), -1)
+    found = search_preassigned(index, vectors[:10], 5, none, torch.zeros(10, 2))
+    assert (found[1] == -1).all()
+
+
+def test_adding_to_chosen_lists(vectors):
+    index = trained(vectors)
+    lists = torch.arange(600) % NLIST
+    add_preassigned(index, vectors, lists, ids=torch.arange(600) * 2)
+    assert index.ntotal == 600
+    assert [index.invlists.list_size(number) for number in range(NLIST)] == [75] * NLIST
+    _, ids = search_preassigned(index, vectors[:40], 1, lists[:40, None])
+    assert ids[:, 0].tolist() == [2 * number for number in range(40)]
+
+
+def test_bad_arguments_are_refused(vectors):
+    index = trained(vectors, f"IVF{NLIST},PQ4x4")
+    lists = torch.zeros(600, dtype=torch.int64)
+    with pytest.raises(ArgumentError, match="lists has 8 to 8, expected 0 <= list < 8"):
+        add_preassigned(index, vectors, lists + NLIST)
+    with pytest.raises(ShapeError, match="lists has shape"):
+        add_preassigned(index, vectors, lists[:5])
+    with pytest.raises(DtypeError, match=r"lists is torch.int32"):
+        add_preassigned(index, vectors, lists.int())
+    with pytest.raises(ConversionError, match="IndexFlat"):
+        add_preassigned(faiss.IndexFlatL2(DIM), vectors, lists)
+    with pytest.raises(DtypeError, match="index is a int"):
+        search_preassigned(3, vectors, 1, lists[:, None])
+    with pytest.raises(ArgumentError, match="coarse_scores is missing"):
+        search_preassigned(index, vectors, 1, lists[:, None])
+    assert index.ntotal == 0
