@@ -36,6 +36,8 @@ OWNERS = {
     "lightning": "lightning",
     "matplotlib": "evaluation",
     "tqdm": "core",
+    "pyarrow": "cli",
+    "jsonargparse": "cli",
 }
 LAZY = ("faiss", "cuvs", "lightning", "torchmetrics", "triton", "matplotlib", "torch._dynamo")
 

@@ -1,10 +1,16 @@
 """What the README shows runs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+
+from elips_torch.cli.main import main
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -98,3 +104,20 @@ def test_the_notebooks_that_are_linked_to_are_there():
     text = README.read_text(encoding="utf-8")
     linked = set(re.findall(r"\(notebooks/(\w+\.ipynb)\)", text))
     assert linked == {path.name for path in (README.parent / "notebooks").glob("*.ipynb")}
+
+
+def test_the_commands_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    vectors = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    np.save("docs.npy", vectors)
+    np.save("queries.npy", vectors[:20])
+    np.save("relevant.npy", np.arange(20))
+    columns = {"embedding": pa.array(list(vectors), pa.list_(pa.float32())), "id": np.arange(300)}
+    pq.write_table(pa.table(columns), "docs.parquet")
+    text = re.search(
+        r"```bash\n(elips-torch build.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    # Few vectors fill few lists.
+    lines = text[1].replace("IVF1024", "IVF8").splitlines()
+    assert len(lines) == 5
+    assert [main(shlex.split(line, comments=True)[1:]) for line in lines] == [0] * 5

@@ -12,6 +12,7 @@ from elips_torch.core.errors import ArgumentError, ShapeError
 from elips_torch.core.validation import check_vectors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_STORED = {**DTYPES, "float64": torch.float64}
 _NOISE = 0.7
 _ROWS_PER_CENTRE = 100
 
@@ -79,6 +80,20 @@ def read_dataset(path: str | os.PathLike[str], queries_key: str, database_key: s
     stored = str(database.dtype).removeprefix("torch.")
     shape = f"{len(database):,} x {database.shape[1]}, {len(queries):,} queries"
     return Dataset(Path(path).stem, f"{shape}, stored as {stored}", queries, database)
+
+
+def as_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name.
+
+    Raises:
+        ArgumentError: indexes store vectors in no such dtype.
+
+    >>> as_dtype("float16")
+    torch.float16
+    """
+    if name not in _STORED:
+        raise ArgumentError(f"{name!r} is no dtype to store vectors in, expected {', '.join(_STORED)}")
+    return _STORED[name]
 
 
 def clustered(n: int, dim: int, n_queries: int, seed: int = 0) -> Dataset:
