@@ -1,4 +1,5 @@
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
@@ -259,7 +260,9 @@ def test_what_no_index_may_hold_is_refused():
             from_faiss(twice)
     with pytest.raises(DtypeError, match="index is a list, expected an index of faiss"):
         from_faiss([1])
-    with pytest.raises(DtypeError, match=r"IndexBinaryFlat, whose vectors are bits.*FaissIndex"):
+    with pytest.raises(
+        DtypeError, match=r"IndexBinaryFlat, whose vectors are bits, expected an index of floats"
+    ):
         from_faiss(faiss.IndexBinaryFlat(64))
 
 
@@ -284,3 +287,19 @@ def test_indexes_on_gpus_come_and_go():
     back = from_faiss(there, "cuda")
     assert back.vectors.is_cuda
     assert_same(back.search(uniform(9).cuda()), index.search(uniform(9).cuda()))
+
+
+def test_threads_search_one_index_through_faiss():
+    index = IVFFlatIndex(DIM, 8, nprobe=8).fit(TRAINING)
+    index.add(TRAINING)
+    queries = uniform(64, seed=2)
+    wanted = index.search(queries, 5)
+    fresh = copy.deepcopy(index)
+
+    def search(_):
+        return fresh.search(queries, 5, implementation="faiss")
+
+    # The first searches meet where the mirror is made.
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(search, range(12)):
+            assert torch.equal(found.ids, wanted.ids)

@@ -54,7 +54,7 @@ def check_is_index(build: FaissBuild, index: Any) -> None:
     if isinstance(index, faiss.IndexBinary):
         raise DtypeError(
             f"index is a {type(faiss.downcast_IndexBinary(index)).__name__}, whose vectors are bits, "
-            f"expected an index of floats; {_OFFER}"
+            "expected an index of floats; faiss itself searches it"
         )
     if not isinstance(index, faiss.Index):
         raise DtypeError(f"index is a {type(index).__name__}, expected an index of faiss")
@@ -201,6 +201,8 @@ def _lists(build: FaissBuild, index: Any) -> tuple[Tensor, Tensor, Tensor]:
     if index.invlists is None:
         raise _refuse(index, "no inverted lists")
     lists = faiss.downcast_InvertedLists(index.invlists)
+    if lists.nlist != index.nlist:
+        raise ConversionError(f"index is damaged: it holds {lists.nlist} lists where {index.nlist} belong")
     sizes = torch.tensor([lists.list_size(number) for number in range(index.nlist)], device="cpu")
     n = int(sizes.sum())
     ids = torch.empty(n, dtype=torch.int64, device="cpu")

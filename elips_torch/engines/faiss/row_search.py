@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from elips_torch.core.errors import ImplementationError
 from elips_torch.core.metric import Metric
@@ -15,7 +16,12 @@ from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
 from elips_torch.engines.faiss.opaque import describe_refusal
 from elips_torch.engines.faiss.search import index_gpu, range_search_index, search_index
-from elips_torch.engines.faiss.search_parameters import bitmap_selector, search_parameters, widened
+from elips_torch.engines.faiss.search_parameters import (
+    bitmap_selector,
+    search_parameters,
+    widened,
+    within_graph,
+)
 from elips_torch.kernels.selection import Selection
 
 # Bytes per candidate: score, place, row, whether it is out, and the order of those that are not.
@@ -50,8 +56,7 @@ class RowSearch:
     ) -> tuple[Tensor, Tensor]:
         """Return scores and rows ``(Q, K)`` in the order of faiss; -1 where no more were found."""
         if self.row_of is None and selection.mask is None and selection.exclude is None:
-            params = search_parameters(self.build, self.index, values)
-            scores, rows = self._run(queries, k, params)
+            scores, rows = self._run(queries, k, values)
             if bool((rows[:, -1:] < 0).any()):
                 scores.masked_fill_(rows < 0, self.metric.worst)
             return scores, rows
@@ -129,16 +134,15 @@ class RowSearch:
         keep = self._shared_places(selection) if self.selectors and index_gpu(self.index) is None else None
         if keep is not None:
             selector, memory = bitmap_selector(self.build, keep)
-            params = search_parameters(self.build, self.index, values, selector)
             try:
-                found = search_index(self.build, self.index, queries, fetch, params)
+                found = self._ask(queries, fetch, values, selector)
             except RuntimeError:
                 # Which families take one, no faiss says; without one more is asked for and sorted out.
                 self.selectors = False
             else:
                 del memory
                 return found
-        return self._run(queries, fetch, search_parameters(self.build, self.index, values))
+        return self._run(queries, fetch, values)
 
     def _shared_places(self, selection: Selection) -> Tensor | None:
         """Return bool ``(places,)``, False for places that all queries leave out; None if there are none."""
@@ -159,15 +163,27 @@ class RowSearch:
             counts = counts - _shown(selection.exclude, selection.mask, n_queries)
         return counts.clamp_min(0)
 
-    def _run(self, queries: Tensor, k: int, params: Any) -> tuple[Tensor, Tensor]:
+    def _run(self, queries: Tensor, k: int, values: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if index_gpu(self.index) is not None and k > MOST_NEIGHBOURS:
             raise ImplementationError(
                 f"{k} candidates are asked for, faiss serves at most {MOST_NEIGHBOURS} on a GPU"
             )
         try:
-            return search_index(self.build, self.index, queries, k, params)
+            return self._ask(queries, k, values)
         except RuntimeError as error:
             raise describe_refusal("search so", self.index, error) from error
+
+    def _ask(
+        self, queries: Tensor, k: int, values: dict[str, Any], selector: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return scores and places ``(Q, K)`` that faiss gives."""
+        limit, values = within_graph(self.build, self.index, k, values)
+        params = search_parameters(self.build, self.index, values, selector)
+        scores, places = search_index(self.build, self.index, queries, limit, params)
+        if limit == k:
+            return scores, places
+        missing = (0, k - limit)
+        return pad(scores, missing, value=self.metric.worst), pad(places, missing, value=-1)
 
     def _range(self, queries: Tensor, radius: float, params: Any) -> tuple[Tensor, Tensor, Tensor]:
         try:
