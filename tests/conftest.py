@@ -1,4 +1,10 @@
-"""The order of the tests."""
+"""The order of the tests, and how hypothesis draws in all of them."""
+
+from hypothesis import settings
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items):

@@ -9,17 +9,19 @@ from elips_torch.core.dispatch import Explanation, Request
 from elips_torch.core.errors import DtypeError
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import FLOAT_DTYPES, check_k, check_vectors, check_workspace
+from elips_torch.indexes.prepared_searches import PreparesSearches
 from elips_torch.indexes.screened_vectors import ScreenedVectors
 from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.storage import durable
+from elips_torch.kernels.prepared_native import PreparedSearch
 from elips_torch.kernels.screen_choice import check_screen
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.explain import explain_request
-from elips_torch.ops.knn import run_knn
+from elips_torch.ops.knn import prepare_knn, run_knn
 from elips_torch.ops.range_search import run_range_search
 
 
-class FlatIndex(ScreenedVectors):
+class FlatIndex(ScreenedVectors, PreparesSearches):
     """Exact search over vectors stored as they are.
 
     Args:
@@ -158,17 +160,47 @@ class FlatIndex(ScreenedVectors):
         implementation: str,
         parameters: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        return run_knn(
+        workspace_bytes = check_workspace(self._parameter(parameters, "workspace_bytes"))
+
+        def search(some: Tensor) -> tuple[Tensor, Tensor]:
+            return run_knn(
+                some,
+                self.vectors,
+                k,
+                self._metric,
+                ranks=self._current_id_map().ranks(self.ids),
+                selection=selection,
+                implementation=implementation,
+                workspace_bytes=workspace_bytes,
+                check_finite=self.check_finite,
+                plane=self.plane.current(self.vectors),
+            )
+
+        return self._searches.run(
             queries,
-            self.vectors,
+            k,
+            selection,
+            implementation,
+            workspace_bytes,
+            (self.vectors, self.ids),
+            lambda: self._prepare(queries, k, implementation, workspace_bytes),
+            search,
+            self._metric if self.check_finite else None,
+        )
+
+    def _prepare(
+        self, queries: Tensor, k: int, implementation: str, workspace_bytes: int
+    ) -> PreparedSearch | None:
+        """Prepare a search of all rows for queries ``(Q, D)`` like these; None where that cannot be."""
+        return prepare_knn(
+            queries,
+            self.vectors.detach(),
             k,
             self._metric,
+            self.plane.current(self.vectors),
             ranks=self._current_id_map().ranks(self.ids),
-            selection=selection,
             implementation=implementation,
-            workspace_bytes=check_workspace(self._parameter(parameters, "workspace_bytes")),
-            check_finite=self.check_finite,
-            plane=self.plane.current(self.vectors),
+            workspace_bytes=workspace_bytes,
         )
 
     def _range_search(

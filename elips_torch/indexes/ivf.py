@@ -15,13 +15,15 @@ from elips_torch.core.validation import bad_queries, check_count, check_k, check
 from elips_torch.indexes import faiss_mirror
 from elips_torch.indexes.base import Index, known_indexes
 from elips_torch.indexes.flat import FlatIndex
+from elips_torch.indexes.list_balance import FEW_PER_LIST, BalanceWatch, imbalance_factor
 from elips_torch.indexes.listed_rows import ListedRows
 from elips_torch.indexes.untraced import untraced
 from elips_torch.kernels.list_layout import DecodedRows, RowDecoder
+from elips_torch.kernels.prepared_native import PreparedSearch
 from elips_torch.kernels.ranking import merge_ranked
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.assign import assign
-from elips_torch.ops.ivf_search import IMPLEMENTATIONS, describe, run_ivf, run_ivf_range
+from elips_torch.ops.ivf_search import IMPLEMENTATIONS, describe, prepare_ivf, run_ivf, run_ivf_range
 from elips_torch.quantizers.kmeans import KMeans
 
 logger = logging.getLogger("elips_torch")
@@ -30,10 +32,6 @@ logger = logging.getLogger("elips_torch")
 _PROBES_SHARE = 8
 # The number and the score of a list, while they are found.
 _PROBE_BYTES = 40
-# Vectors per list under which clustering is poor, and the balance of lists says little.
-_FEW_PER_LIST = 39
-# Imbalance factor from which on a search reads several times what it should.
-_BADLY_UNBALANCED = 5.0
 
 
 class IVFIndex(ListedRows):
@@ -94,8 +92,8 @@ class IVFIndex(ListedRows):
         self.nprobe = check_count("nprobe", nprobe)
         self.niter = check_count("niter", niter)
         self.seed = seed
-        self._said_clamped = self._said_unbalanced = False
-        self._rows_at_look = 0
+        self._said_clamped = False
+        self._balance = BalanceWatch()
 
     # What a subclass writes.
 
@@ -131,19 +129,16 @@ class IVFIndex(ListedRows):
 
         The mean length of the list of a vector, in units of the mean length of a list, as faiss has it.
         """
-        return _imbalance(self.list_sizes())
+        return imbalance_factor(self.list_sizes())
 
     def extra_repr(self) -> str:
         """Return what `repr` shows."""
         lists = f", nlist={self.nlist}, nprobe={self.nprobe}"
-        if not self.is_trained:
-            return super().extra_repr() + lists + ", not fitted"
-        if self.ids.is_meta:
-            return super().extra_repr() + lists
+        if not self.is_trained or self.ids.is_meta:
+            return super().extra_repr() + lists + ("" if self.ids.is_meta else ", not fitted")
         sizes = self.list_sizes()
-        spread = (
-            f", list_sizes={int(sizes.min())}..{int(sizes.max())}, imbalance={self.imbalance_factor():.2f}"
-        )
+        spread = f", list_sizes={int(sizes.min())}..{int(sizes.max())}"
+        spread += f", imbalance={imbalance_factor(sizes):.2f}"
         return super().extra_repr() + lists + (spread if self.ntotal else "")
 
     def config(self) -> dict[str, Any]:
@@ -208,12 +203,12 @@ class IVFIndex(ListedRows):
         if vectors.shape[0] < self.nlist:
             raise ArgumentError(
                 f"vectors has {vectors.shape[0]} rows, expected at least nlist = {self.nlist} to fit, "
-                f"better {_FEW_PER_LIST * self.nlist} or more"
+                f"better {FEW_PER_LIST * self.nlist} or more"
             )
-        if vectors.shape[0] < _FEW_PER_LIST * self.nlist:
+        if vectors.shape[0] < FEW_PER_LIST * self.nlist:
             warnings.warn(
                 f"vectors has {vectors.shape[0]} rows to fit {self.nlist} lists on, expected "
-                f"{_FEW_PER_LIST * self.nlist} or more: {_FEW_PER_LIST} for each",
+                f"{FEW_PER_LIST * self.nlist} or more: {FEW_PER_LIST} for each",
                 UserWarning,
                 stacklevel=2,
             )
@@ -233,8 +228,7 @@ class IVFIndex(ListedRows):
             self._set_centroids(centroids)
         else:
             self._fit_around(vectors, centroids)
-        self._said_unbalanced = False
-        self._rows_at_look = 0
+        self._balance = BalanceWatch()
         return self
 
     def _fit_around(self, vectors: Tensor, centroids: Tensor) -> None:
@@ -287,6 +281,28 @@ class IVFIndex(ListedRows):
         workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
         if implementation == faiss_mirror.NAME:
             return faiss_mirror.search_mirror(self, queries, k, selection, n_probes)
+        return self._searches.run(
+            queries,
+            k,
+            selection,
+            implementation,
+            (n_probes, workspace),
+            self._searched_tensors(),
+            lambda: self._prepare(queries, k, n_probes, implementation, workspace),
+            lambda some: self._search_lists(some, k, n_probes, selection, implementation, workspace),
+            self._metric if self.check_finite else None,
+        )
+
+    def _search_lists(
+        self,
+        queries: Tensor,
+        k: int,
+        n_probes: int,
+        selection: Selection,
+        implementation: str,
+        workspace: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Find the nearest lists, search them, and read on for queries that have found too little."""
         bad = bad_queries(queries, self._metric) if self.check_finite else None
         ranks = self._current_id_map().ranks(self.ids)
         layout, decode = self.lists.layout, self._decoder()
@@ -327,6 +343,35 @@ class IVFIndex(ListedRows):
                     more = merge_ranked(self._metric, *both, k, ranks)
                 scores[part], rows[part] = more
         return scores, rows
+
+    def _searched_tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that a search reads, beside what is derived from them."""
+        own = tuple(getattr(self, name) for name in self.row_tensors)
+        return (*own, self.coarse.vectors) if isinstance(self.coarse, FlatIndex) else own
+
+    def _prepare(
+        self, queries: Tensor, k: int, n_probes: int, implementation: str, workspace: int
+    ) -> PreparedSearch | None:
+        """Prepare a search of all rows for queries ``(Q, D)`` like these; None where that cannot be."""
+        # All lists need no search among the centroids.
+        if not isinstance(self.coarse, FlatIndex) or n_probes == self.nlist:
+            return None
+        if len(self._blocks(queries, n_probes, workspace)) > 1:
+            return None
+        coarse = self.coarse._prepare(queries, n_probes, "auto", workspace)
+        if coarse is None:
+            return None
+        return prepare_ivf(
+            queries,
+            coarse,
+            self.lists.layout,
+            self._decoder(),
+            k,
+            self._metric,
+            ranks=self._current_id_map().ranks(self.ids),
+            implementation=implementation,
+            workspace_bytes=workspace - workspace // _PROBES_SHARE,
+        )
 
     def _blocks(self, queries: Tensor, n_probes: int, workspace_bytes: int) -> list[slice]:
         """Return parts of the queries whose probes fit a share of the workspace; at least one."""
@@ -396,32 +441,9 @@ class IVFIndex(ListedRows):
 
     def _append(self, encoded: dict[str, Tensor], ids: Tensor, *, automatic: bool) -> Tensor:
         # Before anything changes: a warning may be an error here.
-        self._look_at_balance(encoded["assignments"])
+        self._balance.look(self.assignments, encoded["assignments"], self.nlist)
         return super()._append(encoded, ids, automatic=automatic)
 
     def _keep_rows(self, keep: Tensor) -> None:
         super()._keep_rows(keep)
-        self._rows_at_look = min(self._rows_at_look, self.ntotal)
-
-    def _look_at_balance(self, more: Tensor) -> None:
-        # Each time that the number of vectors has doubled.
-        n = self.ntotal + more.shape[0]
-        if n < max(2 * self._rows_at_look, _FEW_PER_LIST * self.nlist):
-            return
-        self._rows_at_look = n
-        factor = _imbalance(self.list_sizes() + torch.bincount(more, minlength=self.nlist))
-        if factor > _BADLY_UNBALANCED and not self._said_unbalanced:
-            self._said_unbalanced = True
-            warnings.warn(
-                f"the lists are badly unbalanced (imbalance factor {factor:.1f}): searches read that many "
-                "times what they would of even lists; fit on vectors like those that are added",
-                UserWarning,
-                stacklevel=2,
-            )
-
-
-def _imbalance(sizes: Tensor) -> float:
-    """Return the imbalance factor of lists of some sizes ``(nlist,)``."""
-    wide = sizes.double()
-    total = float(wide.sum())
-    return float(wide.square().sum()) * sizes.numel() / total**2 if total else 1.0
+        self._balance.shrink(self.ntotal)

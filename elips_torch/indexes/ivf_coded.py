@@ -104,6 +104,10 @@ class IVFCodedIndex(IVFIndex):
     def _decoder(self) -> RowDecoder:
         return DecodedRows(self._decode, self._candidate_dtype(), self.dim, self._packed())
 
+    def _searched_tensors(self) -> tuple[Tensor, ...]:
+        learned = tuple(getattr(self.quantizer, name) for name in self.quantizer.learned_buffers)
+        return super()._searched_tensors() + learned
+
     def _packed(self) -> PackedRows | None:
         """Return the rows as they are stored, None where more than tables is needed to decode them."""
         table, centroids = self.quantizer.packed_table(), None

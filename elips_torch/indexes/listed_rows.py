@@ -12,11 +12,12 @@ from elips_torch.core.validation import check_count
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.inverted_lists import InvertedLists, SlotChange
+from elips_torch.indexes.prepared_searches import PreparesSearches
 from elips_torch.indexes.state import assigns
 from elips_torch.indexes.storage import durable
 
 
-class ListedRows(Index):
+class ListedRows(PreparesSearches):
     """An index whose rows are each assigned to the list of a centroid.
 
     A checkpoint holds the assignments and the centroids; the lists are made from the former.

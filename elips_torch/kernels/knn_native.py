@@ -27,6 +27,7 @@ from elips_torch.kernels.search_native import (
     DONE,
     METRICS,
     NO_MEMORY,
+    SHORT,
     SOURCE_TYPES,
     SPARE,
     UNSURE,
@@ -43,7 +44,7 @@ _QUERIES = 1024
 # shared unevenly; then the threads share the rows.
 _BLOCK, _BLOCKS_PER_THREAD = 64, 4
 # Reading a code takes as long as so many products; below so much work, one thread is faster.
-_READING, _WORTH_THREADS = 10, 10**7
+_READING, _WORTH_THREADS = 10, 2 * 10**6
 # The share of rows beyond which another search is cheaper than looking at survivors.
 _MOST_SURVIVORS = 1 / 32
 # Bytes of a kept row, in a thread's reservoir and where it is ranked.
@@ -277,22 +278,14 @@ class NativeSearch:
             **(self._queries(queries) if coded is None else _codes(queries, coded)),
             **({} if lists is None else _lists(lists)),
             **_selected(selection, n_queries),
-            n_rows=self.n_rows,
+            **self._sizes(n_queries, k, plan),
             ranks=ranks,
             memory=memory,
             scores=scores,
             found=rows,
             status=status,
-            dim=self.dim,
-            n_queries=n_queries,
-            k=k,
-            capacity=plan.capacity,
-            n_threads=plan.threads,
-            n_parts=plan.parts,
-            metric=METRICS[self.metric.name],
-            code_type=CODE_TYPES[self.plane.codes.dtype],
         )
-        if outcome == DONE:
+        if outcome in (DONE, SHORT):
             return _bools(n_queries, True)
         if outcome == NO_MEMORY:
             # Another search answers.
@@ -305,6 +298,43 @@ class NativeSearch:
             )
             answers[unsure] = CERTIFIED
         return answers.eq(CERTIFIED)
+
+    def described(
+        self,
+        queries: Tensor,
+        k: int,
+        ranks: Tensor | None,
+        workspace_bytes: int,
+        lists: ProbedLists | None = None,
+    ) -> dict[str, Any] | None:
+        """Return what the code is to know for a search of all that is stored, by queries like these.
+
+        Memory and results are missing. None where the queries are coded or split here.
+        """
+        n_queries = queries.shape[0]
+        plan = self.plan(n_queries, workspace_bytes, lists)
+        if plan is None or plan.queries < n_queries or self.plane.is_integer:
+            return None
+        return {
+            **self._rows(),
+            **self._queries(queries),
+            **({} if lists is None else _lists(lists)),
+            **self._sizes(n_queries, k, plan),
+            "ranks": ranks,
+        }
+
+    def _sizes(self, n_queries: int, k: int, plan: _Plan) -> dict[str, int]:
+        return {
+            "n_rows": self.n_rows,
+            "dim": self.dim,
+            "n_queries": n_queries,
+            "k": k,
+            "capacity": plan.capacity,
+            "n_threads": plan.threads,
+            "n_parts": plan.parts,
+            "metric": METRICS[self.metric.name],
+            "code_type": CODE_TYPES[self.plane.codes.dtype],
+        }
 
     def _coded(self, queries: Tensor) -> CodedQueries | None:
         """Return queries as codes; None where the search itself is to make them."""

@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -96,7 +96,7 @@ def _products_are_right(dim: int, n_queries: int) -> bool:
 
 
 # `enum Outcome` of outcome.h.
-DONE, NO_MEMORY, _UNKNOWN_TYPE, _UNBOUNDED, OPEN = range(5)
+DONE, NO_MEMORY, _UNKNOWN_TYPE, _UNBOUNDED, OPEN, SHORT = range(6)
 
 
 class Packed(ctypes.Structure):
@@ -116,7 +116,7 @@ class Packed(ctypes.Structure):
 
 
 class Arguments(ctypes.Structure):
-    """`struct Arguments` of search.cpp, field by field; tensors go in as their addresses."""
+    """`struct Arguments` of arguments.h, field by field; tensors go in as their addresses."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
@@ -127,6 +127,7 @@ class Arguments(ctypes.Structure):
         ("list_sizes", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("probes", ctypes.c_void_p),
+        ("coarse", ctypes.c_void_p),
         ("n_lists", ctypes.c_int64),
         ("n_slots", ctypes.c_int64),
         ("n_probes", ctypes.c_int64),
@@ -219,10 +220,20 @@ def native_search(**arguments: Tensor | float | ctypes.Structure | None) -> int:
         **arguments: the fields of `Arguments`; tensors are contiguous.
 
     Returns:
-        `DONE` where every query is certified; `OPEN` where the status says which; `NO_MEMORY` where nothing
-        was written that means anything.
+        `DONE` where every query is certified, `SHORT` where some have also found fewer than k rows; `OPEN`
+        where the status says which; `NO_MEMORY` where nothing was written that means anything.
     """
-    return _call("elips_search", Arguments, arguments)
+    return call_search(search_arguments(**arguments))
+
+
+def search_arguments(**arguments: Tensor | float | ctypes.Structure | None) -> Arguments:
+    """Return what `call_search` takes; whoever keeps it keeps the tensors, too."""
+    return Arguments(**_addresses(arguments))
+
+
+def call_search(arguments: Arguments) -> int:
+    """Run `elips_search` and return its outcome, as `native_search` does."""
+    return _call("elips_search", arguments)
 
 
 def native_code(**arguments: Tensor | float | None) -> bool:
@@ -234,7 +245,7 @@ def native_code(**arguments: Tensor | float | None) -> bool:
     Returns:
         Whether there was memory enough; else nothing was written that means anything.
     """
-    return _call("elips_code", Coding, arguments) == DONE
+    return _call("elips_code", Coding(**_addresses(arguments))) == DONE
 
 
 def native_assign(**arguments: Tensor | float | None) -> bool:
@@ -246,25 +257,31 @@ def native_assign(**arguments: Tensor | float | None) -> bool:
     Returns:
         Whether it could bound the centroids and had memory enough; else the labels mean nothing.
     """
-    return _call("elips_assign", Assigning, arguments) == DONE
+    return _call("elips_assign", Assigning(**_addresses(arguments))) == DONE
 
 
-def _call(
-    function: str,
-    structure: type[ctypes.Structure],
+def _addresses(
     arguments: Mapping[str, Tensor | float | ctypes.Structure | None],
-) -> int:
+) -> dict[str, float | ctypes.Structure | None]:
+    return {
+        name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
+    }
+
+
+def _call(function: str, arguments: ctypes.Structure) -> int:
+    outcome = int(_function(function)(ctypes.byref(arguments)))
+    if outcome == _UNKNOWN_TYPE:
+        raise ImplementationError("exact search in C++ does not know a type that it was given")
+    return outcome
+
+
+def _function(name: str) -> Callable[..., int]:
     library = LIBRARY.load(instruction_options(device_facts("cpu")))
     if library is None:
         raise ImplementationError("the C++ code of exact search does not compile here; see the log")
     _check_sizes(library)
-    values = {
-        name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
-    }
-    outcome = int(getattr(library, function)(ctypes.byref(structure(**values))))
-    if outcome == _UNKNOWN_TYPE:
-        raise ImplementationError("exact search in C++ does not know a type that it was given")
-    return outcome
+    function: Callable[..., int] = getattr(library, name)
+    return function
 
 
 @functools.cache

@@ -11,11 +11,12 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import bad_queries
 from elips_torch.kernels.coded_rows import PartRows
-from elips_torch.kernels.ivf_native import native_lists
+from elips_torch.kernels.ivf_native import ScreenedLists, native_lists
 from elips_torch.kernels.ivf_range_search_eager import ivf_range_search_eager
 from elips_torch.kernels.ivf_search_eager import ivf_search_eager
 from elips_torch.kernels.ivf_tables import table_step
 from elips_torch.kernels.list_layout import ListLayout, RowDecoder
+from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.search_native import library_reasons
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.coded_search import CodedRequest
@@ -116,6 +117,45 @@ def run_ivf(
             scores.masked_fill_(bad[:, None], torch.nan)
             rows.masked_fill_(bad[:, None], -1)
     return scores, rows
+
+
+def prepare_ivf(
+    queries: Tensor,  # (Q, D)
+    coarse: PreparedSearch,
+    layout: ListLayout,
+    decode: RowDecoder,
+    k: int,
+    metric: Metric,
+    *,
+    ranks: Tensor | None = None,
+    implementation: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> PreparedSearch | None:
+    """Prepare the search for lists and what `run_ivf` does in them, for queries like these.
+
+    Args:
+        queries: ``(Q, D)``, what those that come will be like.
+        coarse: the search of such queries among the centroids.
+        layout: where the rows of the lists lie.
+        decode: gives the vectors of rows.
+        k: number of neighbours.
+        metric: the distance kind.
+        ranks: as for `run_ivf`.
+        implementation: "auto" or a name.
+        workspace_bytes: limit on temporary memory, in bytes.
+
+    Returns:
+        The search, None where it cannot be prepared.
+    """
+    if k > layout.n_rows:
+        return None
+    request = describe(queries, layout, decode, metric, k)
+    if choose("ivf_search", IMPLEMENTATIONS, request, implementation).name != "native":
+        return None
+    step = native_lists(layout, decode, metric, k, coarse.shape[1], 0, workspace_bytes)
+    if not isinstance(step, ScreenedLists):
+        return None
+    return prepare(step.search, queries, k, ranks, workspace_bytes, layout, coarse)
 
 
 def run_ivf_range(

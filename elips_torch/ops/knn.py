@@ -26,8 +26,9 @@ from elips_torch.engines.faiss.candidates import brute_force_reasons
 from elips_torch.kernels.candidate_gradient import database_gradient
 from elips_torch.kernels.knn_blocks import knn_blocks
 from elips_torch.kernels.knn_exact import compiled_first, knn_exact
-from elips_torch.kernels.knn_native import native_or_eager
+from elips_torch.kernels.knn_native import native_first, native_or_eager
 from elips_torch.kernels.plane import Plane
+from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
 from elips_torch.kernels.search_native import library_is_ready, library_reasons
 from elips_torch.kernels.selection import Selection
@@ -253,6 +254,27 @@ def run_knn(
             scores.masked_fill_(bad[:, None], torch.nan)
             rows.masked_fill_(bad[:, None], -1)
     return scores, rows
+
+
+def prepare_knn(
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    k: int,
+    metric: Metric,
+    plane: Plane | None,
+    *,
+    ranks: Tensor | None = None,
+    implementation: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> PreparedSearch | None:
+    """Prepare what `run_knn` does for queries like these, without masks; None where that cannot be."""
+    if plane is None or k > database.shape[0]:
+        return None
+    request = Request.of(queries, database, metric, k, plane.kind)
+    if choose("knn", IMPLEMENTATIONS, request, implementation).name != "native":
+        return None
+    search = native_first(database, metric, plane, k, 0, workspace_bytes)
+    return None if search is None else prepare(search, queries, k, ranks, workspace_bytes)
 
 
 def _knn(

@@ -19,6 +19,7 @@ BUILT_IN = {
     "NotFittedError": RuntimeError,
     "NotEmptyError": RuntimeError,
     "ImplementationError": RuntimeError,
+    "ConversionError": ValueError,
     "IndexFileError": ValueError,
 }
 CLASSES = [

@@ -14,6 +14,7 @@ from elips_torch.core.hardware import DeviceFacts
 from elips_torch.kernels.knn_native import NativeSearch
 from elips_torch.kernels.knn_screened import ScreenedSearch
 from elips_torch.kernels.plane import NORM, RESIDUAL
+from elips_torch.kernels.prepared_native import PreparedSearch
 
 DIM = 16
 METRICS = ["l2", "ip", "cosine"]
@@ -404,7 +405,7 @@ def test_without_fast_int8_products(metric, missing, monkeypatch):
         assert ran
 
     ran = []
-    for search in (ScreenedSearch, NativeSearch):
+    for search in (ScreenedSearch, NativeSearch, PreparedSearch):
         run = search.run
         monkeypatch.setattr(search, "run", lambda self, *args, run=run: ran.append(1) or run(self, *args))
     if missing == "library":

@@ -1,0 +1,101 @@
+"""Searches in C++ that are described once and run often.
+
+Describing a search takes as long as answering one query. Here all but the queries is described before.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elips_torch.kernels.knn_native import NativeSearch, ProbedLists
+from elips_torch.kernels.list_layout import ListLayout
+from elips_torch.kernels.search_native import (
+    CERTIFIED,
+    DONE,
+    NO_MEMORY,
+    call_search,
+    search_arguments,
+)
+
+
+class PreparedSearch:
+    """A search of which only the queries are missing, good while its tensors stay as they are.
+
+    Args:
+        search: of all rows; it and the facts hold the tensors whose addresses are kept here.
+        facts: what ``search.described`` returns.
+        shape: Q and k.
+        coarse: the search whose rows are the lists to read; None where all rows are.
+    """
+
+    def __init__(
+        self,
+        search: NativeSearch,
+        facts: dict[str, Any],
+        shape: tuple[int, int],
+        coarse: "PreparedSearch | None" = None,
+    ) -> None:
+        self.shape = shape
+        self.coarse = coarse
+        self._kept = search, facts
+        self._arguments = search_arguments(**facts)
+        if coarse is not None:
+            self._arguments.probes = None
+            self._arguments.coarse = ctypes.addressof(coarse._arguments)
+
+    def run(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Return scores and rows ``(Q, K)``, and which queries have no certain answer.
+
+        Args:
+            queries: ``(Q, D)``, of the dtype that was described.
+
+        Returns:
+            Scores, rows, and numbers ``(M,)`` int64 of queries that are to be searched otherwise, None where
+            all are answered with k rows each; None alone where memory was missing.
+        """
+        queries = queries.contiguous()
+        scores = torch.empty(self.shape, dtype=torch.float32, device="cpu")
+        rows = torch.empty(self.shape, dtype=torch.int64, device="cpu")
+        status = torch.empty(2, self.shape[0], dtype=torch.int32, device="cpu")
+        # Threads do not share what they write into.
+        arguments = type(self._arguments).from_buffer_copy(self._arguments)
+        arguments.source = queries.data_ptr()
+        arguments.scores = scores.data_ptr()
+        arguments.found = rows.data_ptr()
+        arguments.status = status.data_ptr()
+        outcome = call_search(arguments)
+        if outcome == DONE:
+            return scores, rows, None
+        if outcome == NO_MEMORY:
+            return None
+        left = (status[0] != CERTIFIED) | (rows[:, -1] < 0)
+        return scores, rows, left.nonzero()[:, 0]
+
+
+def prepare(
+    search: NativeSearch,
+    queries: Tensor,  # (Q, D)
+    k: int,
+    ranks: Tensor | None,  # (N,) int64
+    workspace_bytes: int,
+    layout: ListLayout | None = None,
+    coarse: PreparedSearch | None = None,
+) -> PreparedSearch | None:
+    """Describe a search for queries like some; None where describing it is not all that Python does.
+
+    Args:
+        search: of all rows.
+        queries: ``(Q, D)``, what those that come will be like.
+        k: number of neighbours, at most N.
+        ranks: ``(N,)`` int64, place of each row's id among the sorted ids; None where that is the row.
+        workspace_bytes: limit on temporary memory, in bytes.
+        layout: the rows of each list, where only those that ``coarse`` finds are searched.
+        coarse: the search among centroids, whose rows are the numbers of lists.
+    """
+    lists = None
+    if layout is not None and coarse is not None:
+        lists = ProbedLists(layout, torch.empty(coarse.shape, dtype=torch.int64, device="cpu"))
+    facts = search.described(queries, k, ranks, workspace_bytes, lists)
+    return None if facts is None else PreparedSearch(search, facts, (queries.shape[0], k), coarse)
