@@ -6,6 +6,7 @@ from typing import ClassVar
 import faiss
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from elips_torch import (
     ArgumentError,
@@ -84,7 +85,7 @@ FAMILIES = {
     "HNSW16,SQ8": {"efSearch": 400},
     "LSH": {},
     "RQ4x4": {},
-    "NSG16,Flat": {"search_L": 299},
+    "NSG16,Flat": {"search_L": 250},
     "PQ8x4fs": {},
     "IVF4,PQ8x4fs": {"nprobe": 4},
     "RaBitQ": {},
@@ -183,21 +184,6 @@ def test_gradients_are_those_of_reconstructed_vectors_or_refused():
         index.search(queries, 2)
 
 
-def test_a_graph_searches_with_a_pool_larger_than_itself():
-    index = FaissIndex.from_factory(DIM, "NSG16,Flat")
-    index.add(data(300))
-    queries = data(20, seed=2)
-    index.search_L = 400
-    found = index.search(queries, 5)
-    assert index.search_L == 400
-    index.search_L = 299
-    assert torch.equal(found.ids, index.search(queries, 5).ids)
-    scores, ids = index.search(queries, 310)
-    assert (ids >= 0).sum(1).max() <= 300
-    assert (ids[:, 300:] == -1).all()
-    assert scores[:, 300:].isinf().all()
-
-
 def test_a_family_without_range_search_says_so():
     index = FaissIndex.from_factory(DIM, "PQ8x4fs").fit(data(300))
     index.add(data(50))
@@ -213,6 +199,19 @@ def test_a_graph_that_takes_one_batch_says_so_and_changes_nothing():
             change()
     with pytest.raises(ParameterError, match=r"set index\.search_L = 9"):
         index.search(data(2), search_L=9)
+
+
+def test_a_graph_is_not_asked_for_more_than_it_holds():
+    # faiss would look for further rows for ever.
+    index = FaissIndex.from_factory(DIM, "NSG16,Flat", search_L=1000)
+    index.add(data(100))
+    scores, ids = index.search(data(4, seed=2), 120)
+    assert (ids[:, :100].sort(1).values == torch.arange(100)).all()
+    assert (ids[:, 100:] == -1).all()
+    assert scores[:, 100:].isinf().all()
+    assert index.search_L == 100
+    index.remove(torch.arange(90))
+    assert (index.search(data(4, seed=2), 20).ids >= 0).sum(1).tolist() == [10] * 4
 
 
 def test_labels_of_faiss_become_ids():
@@ -307,6 +306,37 @@ def test_a_state_that_does_not_fit_is_refused():
             other.load_state_dict(bad)
     with unchanged(other), pytest.raises(RuntimeError, match="Missing key"):
         other.load_state_dict({name: value for name, value in state.items() if name != "faiss"})
+
+
+class Neighbours(Dataset):
+    def __init__(self, index, queries):
+        self.index, self.queries = index, queries
+
+    def __len__(self):
+        return len(self.queries)
+
+    def __getitem__(self, item):
+        return self.index.search(self.queries[item], 5, exclude=self.index.ids[:1]).ids
+
+
+# A newer Python warns of forking where there are threads, which is what is tested.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("description", ["HNSW8", "IVF4,PQ8x4fs"])
+def test_a_forked_worker_searches_after_its_parent(description):
+    index = FaissIndex.from_factory(DIM, description).fit(data(700, seed=1))
+    index.add(data(300))
+    queries = data(64, seed=2)
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(2)
+    try:
+        # The parent has used its threads before it forks.
+        wanted = index.search(queries, 5, exclude=index.ids[:1]).ids
+        loader = DataLoader(
+            Neighbours(index, queries), 32, num_workers=1, multiprocessing_context="fork", timeout=60
+        )
+        assert torch.equal(torch.cat(list(loader)), wanted)
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def test_threads_may_search_one_index(family):

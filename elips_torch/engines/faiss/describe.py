@@ -1,5 +1,6 @@
 """From an index of faiss to a description of it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ def check_is_index(build: FaissBuild, index: Any) -> None:
     if isinstance(index, faiss.IndexBinary):
         raise DtypeError(
             f"index is a {type(faiss.downcast_IndexBinary(index)).__name__}, whose vectors are bits, "
-            f"expected an index of floats; {_OFFER}"
+            "expected an index of floats; faiss itself searches it"
         )
     if not isinstance(index, faiss.Index):
         raise DtypeError(f"index is a {type(index).__name__}, expected an index of faiss")
@@ -107,23 +108,23 @@ def _metric(build: FaissBuild, index: Any, *kinds: str) -> tuple[str, float | No
     return metric, float(f"{index.metric_arg:.7g}") if metric == "lp" else None
 
 
-def _array(build: FaissBuild, vector: Any) -> Tensor:
-    """Return a copy of a vector of C++."""
-    return torch.from_numpy(build.module.vector_to_array(vector))
+def _array(build: FaissBuild, vector: Any, *shape: int) -> Tensor:
+    """Return a copy of a vector of C++, which what its owner says of itself gives a shape."""
+    values = torch.from_numpy(build.module.vector_to_array(vector))
+    if min(shape) < 0 or values.numel() != math.prod(shape):
+        size = " x ".join(map(str, shape))
+        raise ConversionError(f"index is damaged: it holds {values.numel()} values where {size} belong")
+    return values.view(shape)
 
 
 def _flat(build: FaissBuild, index: Any) -> FlatDescription:
     metric, p = _metric(build, index)
-    shape = (index.ntotal, index.d)
-    if not index.ntotal:
-        return FlatDescription(metric, p, torch.empty(shape, dtype=torch.float32, device="cpu"))
-    vectors = build.module.rev_swig_ptr(index.get_xb(), index.ntotal * index.d)
-    return FlatDescription(metric, p, torch.from_numpy(vectors.copy()).view(shape))
+    codes = _array(build, index.codes, index.ntotal, 4 * index.d)
+    return FlatDescription(metric, p, codes.view(torch.float32))
 
 
 def _codes(build: FaissBuild, index: Any) -> Tensor:
-    codes = _array(build, index.codes) if index.ntotal else torch.empty(0, dtype=torch.uint8, device="cpu")
-    return codes.view(index.ntotal, index.code_size)
+    return _array(build, index.codes, index.ntotal, index.code_size)
 
 
 def _scalar(build: FaissBuild, index: Any) -> ScalarDescription:
@@ -132,17 +133,17 @@ def _scalar(build: FaissBuild, index: Any) -> ScalarDescription:
     if sq.qtype not in names:
         raise _refuse(index, f"sq.qtype={sq.qtype}")
     qtype = QTYPES[names[sq.qtype]]
-    learned = _array(build, sq.trained) if qtype not in ("fp16", "bf16") else torch.empty(0, device="cpu")
-    if not learned.numel():
+    if qtype in ("fp16", "bf16") or not sq.trained.size():
         return ScalarDescription(sq.d, qtype, None, None)
-    return ScalarDescription(sq.d, qtype, learned[: sq.d].clone(), learned[sq.d :].clone())
+    minimum, extent = _array(build, sq.trained, 2, sq.d)
+    return ScalarDescription(sq.d, qtype, minimum.clone(), extent.clone())
 
 
 def _product(build: FaissBuild, index: Any) -> ProductDescription:
     pq = index.pq
     if pq.nbits not in _NBITS:
         raise _refuse(index, f"pq.nbits={pq.nbits}")
-    codebooks = _array(build, pq.centroids).view(pq.M, pq.ksub, pq.dsub) if index.is_trained else None
+    codebooks = _array(build, pq.centroids, pq.M, pq.ksub, pq.dsub) if index.is_trained else None
     return ProductDescription(pq.d, pq.M, pq.nbits, codebooks)
 
 
@@ -200,6 +201,8 @@ def _lists(build: FaissBuild, index: Any) -> tuple[Tensor, Tensor, Tensor]:
     if index.invlists is None:
         raise _refuse(index, "no inverted lists")
     lists = faiss.downcast_InvertedLists(index.invlists)
+    if lists.nlist != index.nlist:
+        raise ConversionError(f"index is damaged: it holds {lists.nlist} lists where {index.nlist} belong")
     sizes = torch.tensor([lists.list_size(number) for number in range(index.nlist)], device="cpu")
     n = int(sizes.sum())
     ids = torch.empty(n, dtype=torch.int64, device="cpu")
@@ -245,9 +248,8 @@ def _transform(build: FaissBuild, index: Any, transform: Any) -> list[TransformD
 
 
 def _centring(build: FaissBuild, transform: Any) -> CentringDescription:
-    return CentringDescription(
-        transform.d_in, _array(build, transform.mean) if transform.is_trained else None
-    )
+    d = transform.d_in
+    return CentringDescription(d, _array(build, transform.mean, d) if transform.is_trained else None)
 
 
 def _linear(build: FaissBuild, transform: Any, kind: str) -> LinearDescription:
@@ -263,14 +265,16 @@ def _linear(build: FaissBuild, transform: Any, kind: str) -> LinearDescription:
     if not transform.is_trained:
         return LinearDescription(kind, d_in, d_out, None, **facts)
     if kind == "pca":
-        facts["mean"] = _array(build, transform.mean)
-        facts["variances"] = _array(build, transform.eigenvalues)[:d_out].clone()
-    bias = _array(build, transform.b) if transform.have_bias else None
-    return LinearDescription(kind, d_in, d_out, _array(build, transform.A).view(d_out, d_in), bias, **facts)
+        facts["mean"] = _array(build, transform.mean, d_in)
+        n_values = transform.eigenvalues.size()
+        facts["variances"] = _array(build, transform.eigenvalues, n_values)[:d_out].clone()
+    matrix = _array(build, transform.A, d_out, d_in)
+    bias = _array(build, transform.b, d_out) if transform.have_bias else None
+    return LinearDescription(kind, d_in, d_out, matrix, bias, **facts)
 
 
 def _id_map(build: FaissBuild, index: Any) -> IDMapDescription:
-    return IDMapDescription(describe(build, index.index), _array(build, index.id_map))
+    return IDMapDescription(describe(build, index.index), _array(build, index.id_map, index.id_map.size()))
 
 
 def _refine(build: FaissBuild, index: Any) -> RefineDescription:

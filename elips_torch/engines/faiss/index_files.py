@@ -33,7 +33,7 @@ def read_index(build: FaissBuild, path: str | os.PathLike[str], *, mmap: bool = 
     if start[:2] == _BITS:
         raise DtypeError(
             f"{where!r} holds an index whose vectors are bits, expected an index of floats; "
-            "FaissIndex(faiss.read_index_binary(path)) serves it as it is"
+            "faiss.read_index_binary reads it"
         )
     # Tables of product codes are computed anew.
     use_one_thread_if_forked(build)

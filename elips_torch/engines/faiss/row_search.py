@@ -2,11 +2,11 @@
 
 import dataclasses
 import itertools
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from elips_torch.core.errors import ImplementationError
 from elips_torch.core.metric import Metric
@@ -23,16 +23,14 @@ from elips_torch.engines.faiss.search import (
 )
 from elips_torch.engines.faiss.search_parameters import (
     bitmap_selector,
-    parameter_holders,
     search_parameters,
     widened,
+    within_graph,
 )
 from elips_torch.kernels.selection import Selection
 
 # Bytes per candidate: score, place, row, whether it is out, and the order of those that are not.
 _CANDIDATE_BYTES = 48
-# The pool of a graph is a property of the index: threads take turns where it is too large.
-_narrowing = threading.Lock()
 
 
 @dataclasses.dataclass
@@ -58,16 +56,12 @@ class RowSearch:
     ranks: Tensor | None = None
     selectors: bool = True
 
-    def __post_init__(self) -> None:
-        self._pool = parameter_holders(self.build, self.index).get("search_L")
-
     def search(
         self, queries: Tensor, k: int, selection: Selection, values: dict[str, Any], workspace_bytes: int
     ) -> tuple[Tensor, Tensor]:
         """Return scores and rows ``(Q, K)`` in the order of faiss; -1 where no more were found."""
         if self.row_of is None and selection.mask is None and selection.exclude is None:
-            params = search_parameters(self.build, self.index, values)
-            scores, rows = self._run(queries, k, params)
+            scores, rows = self._run(queries, k, values)
             if bool((rows[:, -1:] < 0).any()):
                 scores.masked_fill_(rows < 0, self.metric.worst)
             return scores, rows
@@ -146,16 +140,15 @@ class RowSearch:
         keep = self._shared_places(selection) if self.selectors and not on_gpus else None
         if keep is not None:
             selector, memory = bitmap_selector(self.build, keep)
-            params = search_parameters(self.build, self.index, values, selector)
             try:
-                found = search_index(self.build, self.index, queries, fetch, params)
+                found = self._ask(queries, fetch, values, selector)
             except RuntimeError:
                 # Which families take one, no faiss says; without one more is asked for and sorted out.
                 self.selectors = False
             else:
                 del memory
                 return found
-        return self._run(queries, fetch, search_parameters(self.build, self.index, values))
+        return self._run(queries, fetch, values)
 
     def _shared_places(self, selection: Selection) -> Tensor | None:
         """Return bool ``(places,)``, False for places that all queries leave out; None if there are none."""
@@ -176,38 +169,27 @@ class RowSearch:
             counts = counts - _shown(selection.exclude, selection.mask, n_queries)
         return counts.clamp_min(0)
 
-    def _run(self, queries: Tensor, k: int, params: Any) -> tuple[Tensor, Tensor]:
+    def _run(self, queries: Tensor, k: int, values: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if index_gpu(self.index) is not None and k > MOST_NEIGHBOURS:
             raise ImplementationError(
                 f"{k} candidates are asked for, faiss serves at most {MOST_NEIGHBOURS} on a GPU"
             )
         try:
-            if self._pool is not None:
-                return self._search_in_pool(queries, k, params)
-            return search_index(self.build, self.index, queries, k, params)
+            return self._ask(queries, k, values)
         except RuntimeError as error:
             raise describe_refusal("search so", self.index, error) from error
 
-    def _search_in_pool(self, queries: Tensor, k: int, params: Any) -> tuple[Tensor, Tensor]:
-        """Search a graph NSG, where faiss looks for ever for more rows than there are."""
-        (graph, name), total = self._pool, int(self.index.ntotal)  # type: ignore[misc]
-        fetch = min(k, total)
-        if fetch == 0:
-            empty = (*queries.shape[:-1], 0)
-            found = queries.new_empty(empty).float(), queries.new_empty(empty).long()
-        elif getattr(graph, name) <= total:
-            found = search_index(self.build, self.index, queries, fetch, params)
-        else:
-            with _narrowing:
-                before = getattr(graph, name)
-                setattr(graph, name, total)
-                try:
-                    found = search_index(self.build, self.index, queries, fetch, params)
-                finally:
-                    setattr(graph, name, before)
-        missing = (0, k - found[1].shape[-1])
-        pad = torch.nn.functional.pad
-        return pad(found[0], missing, value=self.metric.worst), pad(found[1], missing, value=-1)
+    def _ask(
+        self, queries: Tensor, k: int, values: dict[str, Any], selector: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return scores and places ``(Q, K)`` that faiss gives."""
+        limit, values = within_graph(self.build, self.index, k, values)
+        params = search_parameters(self.build, self.index, values, selector)
+        scores, places = search_index(self.build, self.index, queries, limit, params)
+        if limit == k:
+            return scores, places
+        missing = (0, k - limit)
+        return pad(scores, missing, value=self.metric.worst), pad(places, missing, value=-1)
 
     def _range(self, queries: Tensor, radius: float, params: Any) -> tuple[Tensor, Tensor, Tensor]:
         try:

@@ -91,6 +91,31 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
     return faiss.SearchParameters(**chosen)
 
 
+def within_graph(
+    build: FaissBuild, index: Any, k: int, values: dict[str, float]
+) -> tuple[int, dict[str, float]]:
+    """Return k and parameters with which an index does not ask a graph for more rows than it holds.
+
+    NSG draws different rows until it has as many as it was asked for, and never returns where there are no
+    more. A ``search_L`` above the number of rows is lowered to that for good.
+    """
+    holders = parameter_holders(build, index)
+    for name, (graph, attribute) in holders.items():
+        if not name.endswith("search_L"):
+            continue
+        n_rows = int(graph.ntotal)
+        if n_rows and graph.search_L > n_rows:
+            setattr(graph, attribute, n_rows)
+        # A coarse quantizer is asked for no more lists than there are.
+        if name == "search_L" and n_rows:
+            k = min(k, n_rows)
+            if "k_factor" in holders:
+                holder, attribute = holders["k_factor"]
+                factor = float(values.get("k_factor", getattr(holder, attribute)))
+                values = {**values, "k_factor": min(factor, n_rows / k)}
+    return k, values
+
+
 def widened(
     build: FaissBuild, index: Any, values: dict[str, float], fetch: int, factor: int
 ) -> dict[str, float]:
