@@ -76,11 +76,10 @@ class PreparedSearches:
                 library_is_ready(queries.device),
             )
             prepared = self._find(key, rests_on, prepare)
-        found = None if prepared is None else prepared.run(queries)
-        if found is None:
+        if prepared is None:
             return search(queries)
-        scores, rows, left = found
-        if left is not None:
+        scores, rows, left = prepared.run(queries)
+        if left is not None and left.numel():
             # Some of the queries alone would be named by other numbers.
             if checked_by is not None:
                 check_values("queries", queries, checked_by)

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import spans
-from elips_torch.kernels.knn_native import NativeSearch, ProbedLists, native_serves
+from elips_torch.kernels.knn_native import NativeSearch, native_serves
 from elips_torch.kernels.list_layout import ListLayout, RowDecoder, StoredRows, concatenated_ranges
 from elips_torch.kernels.packed_native import PackedSearch
 from elips_torch.kernels.plane import plain_plane
 from elips_torch.kernels.ranking import merge_ranked
+from elips_torch.kernels.search_facts import ProbedLists
 from elips_torch.kernels.search_native import library_compiles
 from elips_torch.kernels.selection import Selection
 

@@ -16,11 +16,16 @@ from elips_torch.core.native import native_threads
 from elips_torch.core.tiling import even_cuts
 from elips_torch.kernels.definition import score_pairs
 from elips_torch.kernels.knn_screened import ScreenedSearch, screened_search
-from elips_torch.kernels.list_layout import ListLayout
 from elips_torch.kernels.plane import LARGEST_NORM, Plane
 from elips_torch.kernels.ranking import rank_pairs
 from elips_torch.kernels.screen import CodedQueries, code_queries, norm_square_slack, rounded_units
 from elips_torch.kernels.screen_passes import EAGER
+from elips_torch.kernels.search_facts import (
+    ProbedLists,
+    coded_facts,
+    list_facts,
+    selection_facts,
+)
 from elips_torch.kernels.search_native import (
     CERTIFIED,
     CODE_TYPES,
@@ -49,8 +54,6 @@ _READING, _WORTH_THREADS = 10, 2 * 10**6
 _MOST_SURVIVORS = 1 / 32
 # Bytes of a kept row, in a thread's reservoir and where it is ranked.
 _KEPT_BYTES, _RANKED_BYTES = 12, 32
-# Queries that a list must have, on average, for threads to take queries rather than lists.
-_QUERIES_PER_LIST = 16
 # Bytes per query and feature: as float64, as code and packed by each part, with temporaries of coding.
 _FEATURE_BYTES = 28
 # Bytes that a thread takes for the terms of rows.
@@ -78,32 +81,6 @@ class _Plan:
     threads: int
     parts: int
     capacity: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbedLists:
-    """The lists that each query searches, instead of all rows.
-
-    Attributes:
-        layout: the rows of each list.
-        probes: ``(Q, P)`` int64, the lists of each query, each once; -1 for none.
-    """
-
-    layout: ListLayout
-    probes: Tensor
-
-    def narrowed(self, start: int, stop: int) -> "ProbedLists":
-        """Return the lists of the queries from ``start`` to ``stop``."""
-        return ProbedLists(self.layout, self.probes[start:stop])
-
-    @property
-    def rows_per_query(self) -> float:
-        """Number of rows that a query meets, about."""
-        return self.probes.shape[1] * self.layout.n_rows / self.layout.nlist
-
-    def shares_queries(self, threads: int) -> bool:
-        """Whether each of so many threads finds enough queries of its own in every list."""
-        return self.probes.numel() >= _QUERIES_PER_LIST * self.layout.nlist * threads
 
 
 def native_first(
@@ -275,9 +252,9 @@ class NativeSearch:
         coded = self._coded(queries)
         outcome = native_search(
             **self._rows(),
-            **(self._queries(queries) if coded is None else _codes(queries, coded)),
-            **({} if lists is None else _lists(lists)),
-            **_selected(selection, n_queries),
+            **(self._queries(queries) if coded is None else coded_facts(queries, coded)),
+            **({} if lists is None else list_facts(lists)),
+            **selection_facts(selection, n_queries),
             **self._sizes(n_queries, k, plan),
             ranks=ranks,
             memory=memory,
@@ -285,6 +262,33 @@ class NativeSearch:
             found=rows,
             status=status,
         )
+        return self.certified(
+            outcome,
+            queries,
+            k,
+            ranks,
+            workspace_bytes,
+            memory=memory,
+            status=status,
+            scores=scores,
+            rows=rows,
+        )
+
+    def certified(
+        self,
+        outcome: int,
+        queries: Tensor,
+        k: int,
+        ranks: Tensor | None,
+        workspace_bytes: int,
+        *,
+        memory: Tensor,
+        status: Tensor,
+        scores: Tensor,
+        rows: Tensor,
+    ) -> Tensor:
+        """Return which queries are certified, bool ``(Q,)``, and rank those whose last bits are open."""
+        n_queries = queries.shape[0]
         if outcome in (DONE, SHORT):
             return _bools(n_queries, True)
         if outcome == NO_MEMORY:
@@ -318,7 +322,7 @@ class NativeSearch:
         return {
             **self._rows(),
             **self._queries(queries),
-            **({} if lists is None else _lists(lists)),
+            **({} if lists is None else list_facts(lists)),
             **self._sizes(n_queries, k, plan),
             "ranks": ranks,
         }
@@ -386,46 +390,3 @@ class NativeSearch:
 
 def _bools(n_queries: int, value: bool) -> Tensor:
     return torch.full((n_queries,), value, dtype=torch.bool, device="cpu")
-
-
-def _codes(queries: Tensor, coded: CodedQueries) -> dict[str, Any]:
-    """Return what the code is to know of queries that are coded."""
-    return {
-        "queries": queries.double().contiguous(),
-        "query_codes": coded.codes.contiguous(),
-        "query_terms": coded.terms.contiguous(),
-        "rounding": coded.rounding.contiguous(),
-        "offsets": coded.offsets.contiguous(),
-        "usable": coded.usable,
-        "slack": float(coded.slack),
-        "is_exact": int(coded.is_exact),
-    }
-
-
-def _lists(lists: ProbedLists) -> dict[str, Any]:
-    """Return what the code is to know of lists."""
-    layout, probes = lists.layout, lists.probes.contiguous()
-    return {
-        "list_starts": layout.starts,
-        "list_sizes": layout.sizes,
-        "slots": layout.slots,
-        "probes": probes,
-        "n_lists": layout.nlist,
-        "n_slots": layout.slots.shape[0],
-        "n_probes": probes.shape[1],
-    }
-
-
-def _selected(selection: Selection, n_queries: int) -> dict[str, Any]:
-    """Return what the code is to know of what queries may see."""
-    facts: dict[str, Any] = {}
-    if selection.exclude is not None:
-        facts["exclude"] = selection.exclude.sort(1).values.contiguous()
-        facts["n_excluded"] = selection.n_excluded
-    if selection.mask is not None:
-        facts["mask"] = selection.mask
-        facts["mask_stride"] = selection.mask.stride(0)
-        facts["mask_step"] = selection.mask.stride(-1)
-        if selection.own_mask is not None:
-            facts["mask_rows"] = selection.numbers(n_queries)
-    return facts

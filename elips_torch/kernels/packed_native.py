@@ -9,8 +9,9 @@ from torch import Tensor
 from elips_torch.core.metric import Metric
 from elips_torch.kernels.coded_rows import PackedRows
 from elips_torch.kernels.definition import score_pairs
-from elips_torch.kernels.knn_native import NativeSearch, ProbedLists
+from elips_torch.kernels.knn_native import NativeSearch
 from elips_torch.kernels.plane import Plane
+from elips_torch.kernels.search_facts import ProbedLists
 from elips_torch.kernels.search_native import BYTES, NIBBLES, SCALAR, Packed
 
 # What the code unpacks at a time: so many bytes, or rows where these take more.

@@ -9,15 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.kernels.knn_native import NativeSearch, ProbedLists
+from elips_torch.kernels.knn_native import NativeSearch
 from elips_torch.kernels.list_layout import ListLayout
-from elips_torch.kernels.search_native import (
-    CERTIFIED,
-    DONE,
-    NO_MEMORY,
-    call_search,
-    search_arguments,
-)
+from elips_torch.kernels.search_facts import ProbedLists
+from elips_torch.kernels.search_native import DONE, NO_MEMORY, SPARE, call_search, search_arguments
 
 
 class PreparedSearch:
@@ -27,6 +22,7 @@ class PreparedSearch:
         search: of all rows; it and the facts hold the tensors whose addresses are kept here.
         facts: what ``search.described`` returns.
         shape: Q and k.
+        workspace_bytes: limit on temporary memory, in bytes.
         coarse: the search whose rows are the lists to read; None where all rows are.
     """
 
@@ -35,42 +31,57 @@ class PreparedSearch:
         search: NativeSearch,
         facts: dict[str, Any],
         shape: tuple[int, int],
+        workspace_bytes: int,
         coarse: "PreparedSearch | None" = None,
     ) -> None:
         self.shape = shape
         self.coarse = coarse
-        self._kept = search, facts
+        self._search = search
+        self._facts = facts
+        self._workspace_bytes = workspace_bytes
+        self._memory_shape = 3, facts["n_parts"], shape[0], facts["capacity"] + SPARE
         self._arguments = search_arguments(**facts)
         if coarse is not None:
             self._arguments.probes = None
             self._arguments.coarse = ctypes.addressof(coarse._arguments)
 
-    def run(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def run(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return scores and rows ``(Q, K)``, and which queries have no certain answer.
 
         Args:
             queries: ``(Q, D)``, of the dtype that was described.
 
         Returns:
-            Scores, rows, and numbers ``(M,)`` int64 of queries that are to be searched otherwise, None where
-            all are answered with k rows each; None alone where memory was missing.
+            Scores, rows, and numbers ``(M,)`` int64 of queries that are to be searched otherwise; None where
+            all are answered, with k rows each.
         """
         queries = queries.contiguous()
         scores = torch.empty(self.shape, dtype=torch.float32, device="cpu")
         rows = torch.empty(self.shape, dtype=torch.int64, device="cpu")
         status = torch.empty(2, self.shape[0], dtype=torch.int32, device="cpu")
+        memory = torch.empty(self._memory_shape, dtype=torch.int32, device="cpu")
         # Threads do not share what they write into.
         arguments = type(self._arguments).from_buffer_copy(self._arguments)
         arguments.source = queries.data_ptr()
         arguments.scores = scores.data_ptr()
         arguments.found = rows.data_ptr()
         arguments.status = status.data_ptr()
+        arguments.memory = memory.data_ptr()
         outcome = call_search(arguments)
         if outcome == DONE:
             return scores, rows, None
-        if outcome == NO_MEMORY:
-            return None
-        left = (status[0] != CERTIFIED) | (rows[:, -1] < 0)
+        certified = self._search.certified(
+            outcome,
+            queries,
+            self.shape[1],
+            self._facts["ranks"],
+            self._workspace_bytes,
+            memory=memory,
+            status=status,
+            scores=scores,
+            rows=rows,
+        )
+        left = ~certified if outcome == NO_MEMORY else ~certified | (rows[:, -1] < 0)
         return scores, rows, left.nonzero()[:, 0]
 
 
@@ -98,4 +109,6 @@ def prepare(
     if layout is not None and coarse is not None:
         lists = ProbedLists(layout, torch.empty(coarse.shape, dtype=torch.int64, device="cpu"))
     facts = search.described(queries, k, ranks, workspace_bytes, lists)
-    return None if facts is None else PreparedSearch(search, facts, (queries.shape[0], k), coarse)
+    if facts is None:
+        return None
+    return PreparedSearch(search, facts, (queries.shape[0], k), workspace_bytes, coarse)
