@@ -225,6 +225,12 @@ class FaissIndex(FaissState):
         copied = self._build.module.clone_index(to_cpu(self._build, self._faiss))
         return tuning.explore(self._build, copied, self._as_faiss(queries.detach()), truth, experiments)
 
+    @property
+    def nlist(self) -> int | None:
+        """Number of inverted lists, None where there are none."""
+        lists = opaque.inverted_file(self._build, self._faiss)
+        return None if lists is None else int(lists.nlist)
+
     # Rows.
 
     @property

@@ -47,10 +47,9 @@ def parameter_ranges(build: FaissBuild, index: Any) -> dict[str, list[float]]:
     space = parameter_space(build, index)
     space.initialize(index)
     ranges = space.parameter_ranges
-    return {
-        ranges.at(number).name: build.module.vector_to_array(ranges.at(number).values).tolist()
-        for number in range(ranges.size())
-    }
+    # Each is a copy, whose values go with it.
+    copies = [ranges.at(number) for number in range(ranges.size())]
+    return {each.name: build.module.vector_to_array(each.values).tolist() for each in copies}
 
 
 def explore(
@@ -76,7 +75,9 @@ def explore(
     criterion = build.module.IntersectionCriterion(len(queries), truth.shape[1])
     criterion.set_groundtruth(None, truth.cpu().numpy())
     rows = queries.detach().to("cpu", torch.float32).contiguous().numpy()
-    best = space.explore(index, rows, criterion).optimal_pts
+    # The points go with what holds them.
+    found = space.explore(index, rows, criterion)
+    best = found.optimal_pts
     points = [best.at(number) for number in range(best.size())]
     # The point of no search comes first.
     return [OperatingPoint(float(p.perf), float(p.t), str(p.key)) for p in points if p.cno >= 0]
