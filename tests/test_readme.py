@@ -60,6 +60,17 @@ def test_the_example_of_an_index_of_faiss_runs(tmp_path, monkeypatch, capsys):
     assert "searches=" in capsys.readouterr().out
 
 
+def test_the_example_of_faiss_files_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    (block,) = (block for block in blocks() if "write_faiss(" in block)
+    exec(block, names)
+    assert (names["found"].ids % 2 == 0).all()
+    queries = names["vectors"][:9]
+    assert torch.equal(names["same"].search(queries, 5).ids, names["index"].search(queries, 5).ids)
+    assert (tmp_path / "index.faiss").is_file()
+
+
 def test_the_training_example_runs():
     names = {}
     (block,) = (block for block in blocks() if "class Retriever" in block)

@@ -52,8 +52,8 @@ def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
     >>> index = FlatIndex(2)
     >>> index.add(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
     tensor([0, 1])
-    >>> from_faiss(index.to_faiss())
-    FlatIndex(dim=2, metric='l2', ntotal=2, k=10, dtype=float32)
+    >>> from_faiss(index.to_faiss()).reconstruct(1)
+    tensor([3., 4.])
     """
     check_torch_device(device)
     return restore_index(describe(load_installed(), index), device)

@@ -233,6 +233,12 @@ class FaissIndex(FaissState):
             for name, value in before.items():
                 setattr(self, name, value)
 
+    @property
+    def nlist(self) -> int | None:
+        """Number of inverted lists, None where there are none."""
+        lists = opaque.inverted_file(self._build, self._faiss)
+        return None if lists is None else int(lists.nlist)
+
     # Rows.
 
     @property

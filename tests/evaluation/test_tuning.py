@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from elips_torch import FlatIndex, IVFFlatIndex, IVFPQIndex, RefineIndex, index_factory
+from elips_torch import FaissIndex, FlatIndex, IVFFlatIndex, IVFPQIndex, RefineIndex, index_factory
 from elips_torch.core.errors import ArgumentError, DtypeError, ElipsError, ParameterError
 from elips_torch.evaluation import TuningCurve, TuningPoint, index_recall, tune, tuning
 
@@ -47,6 +47,17 @@ def test_the_least_nprobe_that_reaches_the_target_is_set(lists, target):
         assert point.queries_per_second > 0
     assert [point.recall for point in curve.points] == sorted(point.recall for point in curve.points)
     assert (curve.k, curve.n_queries, curve.target_recall) == (10, 50, target)
+
+
+@pytest.mark.parametrize(
+    ("description", "name", "most"), [("HNSW8", "efSearch", 4096), ("IVF20,SQ8", "nprobe", 20)]
+)
+def test_indexes_of_faiss_are_tuned(description, name, most):
+    index = filled(FaissIndex.from_factory(D, description))
+    curve = tune(index, QUERIES, 0.8)
+    assert getattr(index, name) == curve.best.parameters[name]
+    assert index_recall(index, QUERIES, 10) == curve.best.recall >= 0.8
+    assert max(point.parameters[name] for point in curve.points) <= most
 
 
 def test_what_is_tried_follows_from_recall_alone(lists):

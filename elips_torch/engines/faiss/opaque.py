@@ -89,8 +89,8 @@ def without_labels(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
     if isinstance(index, faiss.IndexIDMap):
         labels = torch.from_numpy(faiss.vector_to_array(index.id_map).copy())
         inner = faiss.downcast_index(index.index)
-        # Whoever frees the map frees the index within. Some classes refuse attributes that they do not know.
-        inner.__dict__["labelled_by"] = index
+        # Whoever frees the map frees the index within. It takes no attribute but this.
+        inner.referenced_objects = [index]
         return inner, labels
     lists = None if index.ntotal == 0 else inverted_file(build, index)
     if lists is None:

@@ -183,6 +183,10 @@ class RowSearch:
         self, queries: Tensor, k: int, values: dict[str, Any], selector: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Return scores and places ``(Q, K)`` that faiss gives."""
+        if not self.index.ntotal:
+            # faiss ends the process where a graph holds nothing.
+            scores = torch.full((len(queries), k), self.metric.worst, device=queries.device)
+            return scores, torch.full((len(queries), k), -1, device=queries.device)
         limit, values = within_graph(self.build, self.index, k, values)
         params = search_parameters(self.build, self.index, values, selector)
         scores, places = search_index(self.build, self.index, queries, limit, params)

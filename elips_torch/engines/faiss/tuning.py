@@ -46,10 +46,9 @@ def parameter_ranges(build: FaissBuild, index: Any) -> dict[str, list[float]]:
     space = parameter_space(build, index)
     space.initialize(index)
     ranges = space.parameter_ranges
-    return {
-        ranges.at(number).name: build.module.vector_to_array(ranges.at(number).values).tolist()
-        for number in range(ranges.size())
-    }
+    # Each is a copy, whose values go with it.
+    copies = [ranges.at(number) for number in range(ranges.size())]
+    return {each.name: build.module.vector_to_array(each.values).tolist() for each in copies}
 
 
 def explore(
