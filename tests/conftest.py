@@ -7,8 +7,8 @@ settings.register_profile("project", deadline=None)
 settings.load_profile("project")
 
 
-# They load a second build of faiss into the process, which dresses what functions of the first return as classes
-# of its own: after them nothing else may use faiss.
+# They load a second build of faiss, which dresses what functions of the first return as classes of its own:
+# after them nothing else may use faiss.
 LAST = ("test_bench_ann.py", "test_bench_exact.py", "test_builds.py")
 
 
