@@ -35,19 +35,27 @@ static inline Doubles wide8(const double* p) {
     std::memcpy(&values, p, sizeof(values));
     return values;
 }
+static inline Doubles widened(EightFloats values) {
+#if defined(__AVX512F__)
+    // Compilers take the vector apart otherwise.
+    return reinterpret_cast<Doubles>(_mm512_cvtps_pd(reinterpret_cast<__m256>(values)));
+#else
+    return __builtin_convertvector(values, Doubles);
+#endif
+}
 static inline Doubles wide8(const float* p) {
     EightFloats values;
     std::memcpy(&values, p, sizeof(values));
-    return __builtin_convertvector(values, Doubles);
+    return widened(values);
 }
 static inline Doubles wide8(const Half* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return __builtin_convertvector(reinterpret_cast<EightFloats>(_mm256_cvtph_ps(bits)), Doubles);
+    return widened(reinterpret_cast<EightFloats>(_mm256_cvtph_ps(bits)));
 }
 static inline Doubles wide8(const BFloat* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m256i high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-    return __builtin_convertvector(reinterpret_cast<EightFloats>(high), Doubles);
+    return widened(reinterpret_cast<EightFloats>(high));
 }
 static inline double sum(Doubles a) {
     return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
