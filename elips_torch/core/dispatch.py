@@ -101,6 +101,8 @@ class Explanation:
         for name, reasons in self.reasons.items():
             verdict = "; ".join(reasons) or ("chosen" if name == self.chosen else "possible")
             lines.append(f"  {name:<12} {verdict}")
+        if self.chosen is None:
+            lines.append("  so the call would raise")
         return "\n".join(lines)
 
     # A prompt and a notebook show what a call returns.
@@ -152,7 +154,8 @@ def choose(
                 _log_once(f"{operation} runs as {candidate.name!r}; " + "; ".join(skipped))
             return candidate
         skipped.append(f"{candidate.name!r} cannot: " + ", ".join(reasons))
-    raise ImplementationError(f"{operation}: nothing can serve this call; " + "; ".join(skipped))
+    failed = "nothing can serve this call" if requested == "auto" else "this call cannot be served as asked"
+    raise ImplementationError(f"{operation}: {failed}; " + "; ".join(skipped))
 
 
 def explain_choice(

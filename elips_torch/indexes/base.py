@@ -1,6 +1,7 @@
 """The contract that every index keeps."""
 
 import importlib
+import inspect
 import os
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
@@ -428,7 +429,7 @@ def known_indexes() -> dict[str, type[Index]]:
     """Return every class of index that the library has and the program has defined, by name."""
     # The catalogue imports all of the library's own, and those import this file.
     importlib.import_module("elips_torch.indexes.catalog")
-    return _subclasses(Index)
+    return {name: index for name, index in _subclasses(Index).items() if not inspect.isabstract(index)}
 
 
 def _subclasses(parent: type[Any]) -> dict[str, type[Index]]:

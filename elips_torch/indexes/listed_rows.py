@@ -205,6 +205,8 @@ class ListedRows(PreparesSearches):
         n = len(tensors["ids"]) if not faults else 0
         if n not in (0, self.nlist):
             faults.append(f"ids: got {n} centroids, expected {self.nlist}")
+        elif n and not torch.equal(tensors["ids"].cpu(), torch.arange(n, device="cpu")):
+            faults.append(f"ids: got other ids of centroids, expected 0 to {n - 1} in this order")
         return faults
 
     def _faults(self, rows: dict[str, Tensor], next_id: Tensor, assign: bool) -> list[str]:

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
+from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import Metric
 from elips_torch.core.native import native_threads
 from elips_torch.core.validation import check_values
@@ -73,6 +75,8 @@ class PreparedSearches:
                 implementation,
                 settings,
                 native_threads(),
+                device_facts(queries.device),
+                torch.backends.mkldnn.enabled,
                 library_is_ready(queries.device),
             )
             prepared = self._find(key, rests_on, prepare)

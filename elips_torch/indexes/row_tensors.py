@@ -66,6 +66,10 @@ class RowTensors(nn.Module):
         with durable():
             for name, new in rows.items():
                 old = getattr(self, name)
+                if old.is_inference():
+                    # Nothing can be written into it here.
+                    self._assign_rows({name: old.clone()})
+                    old = getattr(self, name)
                 old.index_copy_(0, where, new.to(old.dtype))
 
     def _keep_rows(self, keep: Tensor) -> None:

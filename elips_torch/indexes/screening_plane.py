@@ -91,6 +91,9 @@ class ScreeningPlane(RowTensors):
     def _is_plane_of(self, vectors: Tensor, wanted: str) -> bool:
         if self._seen is None or isinstance(vectors, nn.Parameter):
             return False
+        if self.kind != "none" and self.terms.shape[0] != vectors.shape[0]:
+            # Another thread has looked between two steps of a change.
+            return False
         return self._wanted == wanted and self._seen.matches(vectors)
 
     def accept(self, vectors: Tensor) -> None:

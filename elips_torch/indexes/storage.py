@@ -70,8 +70,10 @@ def _holds(reserve: Tensor, tensor: Tensor) -> bool:
 
 
 def owned(tensor: Tensor) -> Tensor:
-    """Return a tensor that owns exactly its own memory; a copy only where it does not."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    """Return an ordinary tensor that owns exactly its own memory; a copy only where it is none."""
+    if tensor.is_inference() or tensor.untyped_storage().nbytes() != tensor.nbytes:
+        return tensor.clone()
+    return tensor
 
 
 class Snapshot:
@@ -87,7 +89,8 @@ class Snapshot:
 
     def matches(self, tensor: Tensor) -> bool:
         """Whether the tensor is still what it was."""
-        return self._tensor() is tensor and self._state == _state(tensor)
+        # Torch does not count what is written into a tensor of inference mode.
+        return self._tensor() is tensor and not tensor.is_inference() and self._state == _state(tensor)
 
 
 def _state(tensor: Tensor) -> tuple[object, ...]:

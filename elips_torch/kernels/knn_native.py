@@ -110,7 +110,9 @@ def native_serves(database: Tensor, plane: Plane) -> bool:
     if len({len(database), len(plane.codes), len(plane.terms)}) > 1:
         # Another thread is changing the index.
         return False
-    if not (database.shape[0] < 2**31 and database.is_contiguous() and library_compiles()):
+    if not database.is_contiguous() or database.is_neg():
+        return False
+    if not (database.shape[0] < 2**31 and library_compiles()):
         return False
     if plane.codes.dtype != torch.int8:
         return True
@@ -348,7 +350,7 @@ class NativeSearch:
     def _queries(self, queries: Tensor) -> dict[str, Any]:
         """Return what the code is to know of queries whose codes it makes."""
         return {
-            "source": queries.contiguous(),
+            "source": queries.resolve_neg().contiguous(),
             "source_type": SOURCE_TYPES[queries.dtype],
             "mean": self.plane.mean,
             "rounded": rounded_units(self.plane.kind, self.dim),

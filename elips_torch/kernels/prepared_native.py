@@ -37,12 +37,12 @@ class PreparedSearch:
         self.shape = shape
         self.coarse = coarse
         self._search = search
-        self._facts = facts
+        # The first queries and probes would be kept for nothing: those that come take their places.
+        self._facts = {name: value for name, value in facts.items() if name not in ("source", "probes")}
         self._workspace_bytes = workspace_bytes
         self._memory_shape = 3, facts["n_parts"], shape[0], facts["capacity"] + SPARE
-        self._arguments = search_arguments(**facts)
+        self._arguments = search_arguments(**self._facts)
         if coarse is not None:
-            self._arguments.probes = None
             self._arguments.coarse = ctypes.addressof(coarse._arguments)
 
     def run(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -55,7 +55,7 @@ class PreparedSearch:
             Scores, rows, and numbers ``(M,)`` int64 of queries that are to be searched otherwise; None where
             all are answered, with k rows each.
         """
-        queries = queries.contiguous()
+        queries = queries.resolve_neg().contiguous()
         scores = torch.empty(self.shape, dtype=torch.float32, device="cpu")
         rows = torch.empty(self.shape, dtype=torch.int64, device="cpu")
         status = torch.empty(2, self.shape[0], dtype=torch.int32, device="cpu")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elips_torch import FlatIndex, IVFFlatIndex, IVFPQIndex, IVFSQIndex, NonFiniteError
-from elips_torch.core.hardware import device_facts
+from elips_torch.core.hardware import DeviceFacts, device_facts
 from elips_torch.core.native import native_reasons
 from elips_torch.kernels.prepared_native import PreparedSearch
 
@@ -206,6 +206,80 @@ def test_nothing_keeps_removed_vectors_alive():
     index.reset()
     gc.collect()
     assert before() is None
+
+
+def test_nothing_keeps_queries_alive():
+    index = made()
+    base = vectors(300, 1)
+    found = weakref.ref(base.untyped_storage())
+    index.search(base[:2], 5)
+    index.search(base[:40], 5)
+    del base
+    gc.collect()
+    assert found() is None
+
+
+# Torch's own switch warns where it has no support of Intel's GPUs.
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
+@pytest.mark.skipif(not device_facts("cpu").vnni, reason="the library has no second instruction set here")
+def test_other_hardware_facts_are_seen(monkeypatch):
+    index, queries = made("flat"), vectors(6, 1)
+    index.search(queries, 5)
+    with torch.backends.mkldnn.flags(enabled=False):
+        agrees(index, queries)
+    facts = DeviceFacts("cpu", "2 cores", "AVX2")
+    for module in (
+        "core.hardware",
+        "kernels.search_native",
+        "indexes.prepared_searches",
+        "kernels.knn_native",
+    ):
+        monkeypatch.setattr(f"elips_torch.{module}.device_facts", lambda device: facts)
+    agrees(index, queries)
+
+
+def test_negated_views_are_resolved():
+    index, queries = made("flat", "ip"), vectors(6, 1)
+    wanted = index.search(-queries, 5)
+    assert torch.equal(index.search(torch._neg_view(queries), 5).ids, wanted.ids)
+    mask = torch.ones(index.ntotal, dtype=torch.bool)
+    assert torch.equal(index.search(torch._neg_view(queries), 5, mask=mask).ids, wanted.ids)
+
+
+def test_ties_of_half_precision_leave_nothing_to_a_second_search(prepared):
+    index = FlatIndex(64, "ip", dtype=torch.bfloat16, screen="int8")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(3000, 64, generator=generator))
+    index.add(rows)
+    index.search(rows[:2], 3, implementation="native")
+    prepared.clear()
+    agrees(index, rows[:256].bfloat16(), 10)
+    assert prepared == [0]
+
+
+def test_an_index_that_was_loaded_in_inference_mode_sees_what_is_written():
+    with torch.inference_mode():
+        index = FlatIndex(DIM, "ip")
+        index.load_state_dict(made("flat", "ip").state_dict(), assign=True)
+        before = index.search(vectors(4, 1), 5)
+        index.vectors.mul_(-1.0)
+        assert not torch.equal(agrees(index, vectors(4, 1)), before.ids)
+    index.upsert(vectors(3, 2), torch.arange(3))
+    agrees(index, vectors(4, 1))
+
+
+def test_tensors_of_inference_mode_are_looked_at_anew():
+    index, queries = FlatIndex(DIM), vectors(4, 1)
+    with torch.inference_mode():
+        index.add(vectors())
+        index.vectors = index.vectors * 2.0
+        before = agrees(index, queries)
+        index.vectors.neg_()
+        assert not torch.equal(agrees(index, queries), before)
+        index.upsert(vectors(3, 2), torch.arange(3))
+        agrees(index, queries)
+    index.add(vectors(5, 3))
+    agrees(index, queries)
 
 
 def test_threads_search_at_once():

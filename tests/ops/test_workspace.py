@@ -261,6 +261,12 @@ CASES = {
     "pairwise": {"operation": "pairwise_distance", "n": 50_000, "n_queries": 300},
     "pairwise gradient": {"operation": "pairwise_backward", "n": 40_000, "n_queries": 500},
 }
+# What users get, in C++, which allocates out of torch's sight.
+CASES |= {
+    f"{name}, native": {**case, "implementation": "native"}
+    for name, case in CASES.items()
+    if case["operation"] == "index" and "implementation" not in case
+}
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="reads /proc of Linux")

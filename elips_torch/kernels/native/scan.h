@@ -56,15 +56,17 @@ struct ListQueries {
         if (!starts || !queries) return false;
         std::fill(starts.get(), starts.get() + a.n_lists + 1, 0);
         for (int64_t i = 0; i < pairs; ++i)
-            if (a.probes[i] >= 0) ++starts[a.probes[i] + 1];
+            if (is_list(a, a.probes[i])) ++starts[a.probes[i] + 1];
         for (int64_t list = 0; list < a.n_lists; ++list) starts[list + 1] += starts[list];
         for (int64_t i = pairs - 1; i >= 0; --i)
-            if (a.probes[i] >= 0) queries[--starts[a.probes[i] + 1]] = static_cast<int32_t>(i / a.n_probes);
+            if (is_list(a, a.probes[i])) queries[--starts[a.probes[i] + 1]] = static_cast<int32_t>(i / a.n_probes);
         // Filled from behind, each start has come to be that of the list before.
         for (int64_t list = 0; list < a.n_lists; ++list) starts[list] = starts[list + 1];
-        starts[a.n_lists] = std::count_if(a.probes, a.probes + pairs, [](int64_t list) { return list >= 0; });
+        starts[a.n_lists] = std::count_if(a.probes, a.probes + pairs, [&](int64_t list) { return is_list(a, list); });
         return true;
     }
+
+    static bool is_list(const Arguments& a, int64_t list) { return 0 <= list && list < a.n_lists; }
 };
 
 template <class Code>
@@ -138,7 +140,7 @@ class Scan {
 
     void list(int64_t number) {
         const int64_t start = a_.list_starts[number], size = a_.list_sizes[number];
-        // Another thread may be changing the lists: what is read may be wrong then, but not outside.
+        // Nobody may change lists while they are searched; where somebody has, most wrong slots are seen here.
         if (start < 0 || size < 0 || start + size > a_.n_slots) return;
         for (int64_t slot = start; slot < start + size; ++slot)
             if (a_.slots[slot] < 0 || a_.slots[slot] >= a_.n_rows) return;
