@@ -72,8 +72,8 @@ class TuningCurve:
             )
         return (
             f"recall@{self.k} {self.target_recall:g} is out of reach: the highest is "
-            f"{self.highest.recall:.4f}, by {_format(self.highest.parameters)}; finer codes, or a "
-            "RefineIndex around the index, find more"
+            f"{self.highest.recall:.4f}, by {_format(self.highest.parameters)}; larger values find more "
+            "where there are any, and so does a RefineIndex around an index of codes"
         )
 
     def __repr__(self) -> str:
