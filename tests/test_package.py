@@ -1,4 +1,5 @@
 import ast
+import importlib
 import inspect
 import pathlib
 import subprocess
@@ -169,3 +170,12 @@ def test_an_unknown_name_is_no_attribute():
     with pytest.raises(AttributeError, match="'elips_torch' has no attribute 'Faiss'"):
         elips_torch.Faiss  # noqa: B018
     assert set(elips_torch.__all__) <= set(dir(elips_torch))
+
+
+@pytest.mark.parametrize("package", ["elips_torch", "elips_torch.evaluation"])
+def test_no_module_hides_a_lazy_name(package):
+    # The import of `package.name` would set `package.name` to the module.
+    package = importlib.import_module(package)
+    folder = pathlib.Path(package.__file__).parent
+    assert package._LAZY
+    assert not {path.stem for path in folder.iterdir()} & set(package._LAZY)

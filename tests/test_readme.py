@@ -63,7 +63,7 @@ def test_the_example_of_an_index_of_faiss_runs(tmp_path, monkeypatch, capsys):
 def test_the_example_of_faiss_files_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
-    (block,) = (block for block in blocks() if "write_faiss(" in block)
+    (block,) = (block for block in blocks() if "read_faiss(" in block)
     exec(block, names)
     assert (names["found"].ids % 2 == 0).all()
     queries = names["vectors"][:9]

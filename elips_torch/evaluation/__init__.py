@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elips_torch.evaluation.index_recall import index_recall
     from elips_torch.evaluation.knn_accuracy import KNNAccuracy
+    from elips_torch.evaluation.own_recall import index_recall
     from elips_torch.evaluation.plots import plot_list_sizes, plot_neighbours, plot_recall_curve
     from elips_torch.evaluation.ranking import MAP, MRR, NDCG, RPrecision
     from elips_torch.evaluation.recall import HitRateAtK, LabelRecallAtK, PrecisionAtK, RecallAtK
@@ -26,7 +26,7 @@ _LAZY = {
     "RetrievalMetrics": "elips_torch.evaluation.retrieval_metrics",
     "TuningCurve": "elips_torch.evaluation.tuning",
     "TuningPoint": "elips_torch.evaluation.tuning",
-    "index_recall": "elips_torch.evaluation.index_recall",
+    "index_recall": "elips_torch.evaluation.own_recall",
     "plot_list_sizes": "elips_torch.evaluation.plots",
     "plot_neighbours": "elips_torch.evaluation.plots",
     "plot_recall_curve": "elips_torch.evaluation.plots",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DtypeError, ParameterError
 from elips_torch.core.validation import check_count
-from elips_torch.evaluation.index_recall import ExactScores
+from elips_torch.evaluation.own_recall import ExactScores
 from elips_torch.indexes.base import Index
 
 # Short searches are repeated until they took so many seconds together, at most this many times.

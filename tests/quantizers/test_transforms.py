@@ -27,6 +27,7 @@ from elips_torch import (
     RandomRotation,
     ShapeError,
 )
+from elips_torch.quantizers.affine import AffineMap, Centring
 from elips_torch.quantizers.transforms import TRANSFORMS
 
 DIM = 12
@@ -43,6 +44,7 @@ def correlated(n=1500, dim=DIM, seed=0, offset=1.0):
 def made():
     """Return one of each kind, fitted."""
     vectors = correlated()
+    matrix = torch.randn(7, DIM, generator=torch.Generator().manual_seed(1))
     transforms = [
         PCA(DIM, 5),
         PCA(DIM, DIM, whiten=True),
@@ -52,6 +54,8 @@ def made():
         RandomRotation(DIM, 20),
         ITQ(DIM, 6, niter=5),
         L2Normalize(DIM),
+        Centring(DIM),
+        AffineMap(DIM, 7).give(matrix, matrix[:, 0]),
     ]
     return [transform.fit(vectors) for transform in transforms]
 
@@ -249,6 +253,7 @@ def test_gradients_flow_to_the_vectors(transform):
 @each
 def test_compiles_without_a_break(transform):
     vectors = correlated(6, seed=3)
+    torch._dynamo.reset()
     compiled = torch.compile(lambda x: transform(x) * 2.0, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(vectors), transform(vectors) * 2.0)
 
