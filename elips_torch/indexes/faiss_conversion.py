@@ -176,9 +176,12 @@ def read_faiss(path: str | os.PathLike[str], device: torch.device | str = "cpu")
     try:
         return restore_index(describe(build, index), device)
     except DamagedIndexError as error:
-        raise IndexFileError(f"{os.fspath(path)!r} is damaged: {error}") from error
+        raise IndexFileError(f"{os.fspath(path)!r}: {error}") from error
     except (ConversionError, NonFiniteError) as error:
         raise type(error)(f"{os.fspath(path)!r}: {error}") from error
+    except ArgumentError as error:
+        # No class of this library has such settings.
+        raise IndexFileError(f"{os.fspath(path)!r} is damaged: {error}") from error
 
 
 def write_faiss(index: Index, path: str | os.PathLike[str], *, binary: bool = False) -> None:

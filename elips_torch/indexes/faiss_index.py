@@ -8,7 +8,10 @@ from torch import Tensor
 
 from elips_torch.core.errors import (
     ArgumentError,
+    ConversionError,
+    DuplicateIdError,
     ImplementationError,
+    IndexFileError,
     MetricError,
     NotEmptyError,
     NotFittedError,
@@ -19,6 +22,7 @@ from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import check_unique, check_values, check_vectors, check_workspace
 from elips_torch.engines.faiss import opaque, tuning
 from elips_torch.engines.faiss.builds import load_installed
+from elips_torch.engines.faiss.consistency import check_consistent
 from elips_torch.engines.faiss.index_files import read_index
 from elips_torch.engines.faiss.row_search import RowSearch
 from elips_torch.engines.faiss.search import gpus_inside
@@ -106,7 +110,7 @@ class FaissIndex(FaissState):
         elif len(labels):
             check_unique("the labels of faiss_index", labels)
             if int(labels.min()) < 0:
-                raise ArgumentError(f"faiss_index has the negative label {int(labels.min())}")
+                raise ConversionError(f"faiss_index has the negative label {int(labels.min())}")
         self._hold(index)
         with durable():
             self.register_buffer("places", torch.empty(0, dtype=torch.int64))
@@ -146,7 +150,14 @@ class FaissIndex(FaissState):
         ...     FaissIndex.read(f"{folder}/graph.faiss", efSearch=64).ids
         tensor([40, 30, 20, 10])
         """
-        return cls._configured(read_index(load_installed(), path), metric, options).to(device)
+        build = load_installed()
+        index = read_index(build, path)
+        try:
+            check_consistent(build, index)
+            made = cls._configured(index, metric, options)
+        except (ConversionError, DuplicateIdError) as error:
+            raise IndexFileError(f"{os.fspath(path)!r}: {error}") from error
+        return made.to(device)
 
     @classmethod
     def from_factory(

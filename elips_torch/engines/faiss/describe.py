@@ -41,6 +41,8 @@ METRICS = {
 }
 QTYPES = {"QT_8bit": "int8", "QT_6bit": "int6", "QT_4bit": "int4", "QT_fp16": "fp16", "QT_bf16": "bf16"}
 _NBITS = (4, 8)
+# What no index has lists for.
+_MOST_PROBES = 2**31
 _OFFER = "FaissIndex(index), or FaissIndex.read(path), serves it as it is"
 _GROUPS_OF_GPU_INDEXES = ("IndexShards", "IndexReplicas", "IndexShardsIVF")
 
@@ -183,6 +185,8 @@ def _ivf_product(build: FaissBuild, index: Any) -> IVFDescription:
 def _inverted_file(
     build: FaissBuild, index: Any, quantizer: ScalarDescription | ProductDescription | None
 ) -> IVFDescription:
+    if not 1 <= index.nprobe < _MOST_PROBES:
+        raise DamagedIndexError(f"index is damaged: its nprobe is {index.nprobe}, expected at least 1")
     if index.max_codes:
         raise _refuse(index, f"max_codes={index.max_codes}")
     metric, p = _metric(build, index) if quantizer is None else _metric(build, index, "l2", "ip")
