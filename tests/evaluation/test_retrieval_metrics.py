@@ -244,6 +244,32 @@ def test_order_and_batches_change_no_digit(order, parts):
     assert values(whole) == values(split)
 
 
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.half(),
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.type(torch.float16),
+        lambda module: [metric.set_dtype(torch.float16) for metric in module.children()],
+    ],
+)
+def test_casts_of_the_module_that_holds_the_metric_change_no_digit(cast):
+    module = torch.nn.Module()
+    module.recall, module.ndcg, expected = RecallAtK(1), NDCG(3), NDCG(3)
+    cast(module)
+    retrieved = torch.tensor([[1, 2, 3]])
+    for i in range(1000):
+        module.recall.update(retrieved, torch.tensor([1]))
+        for metric in (module.ndcg, expected):
+            metric.update(retrieved, torch.tensor([[3 - i % 3, 9]]))
+    assert module.recall.compute()["recall@1"] == 1.0
+    assert module.ndcg.compute() == expected.compute()
+    cast(module)
+    module.recall.reset()
+    module.recall.update(retrieved, torch.tensor([1]))
+    assert module.recall.compute()["recall@1"].dtype == torch.float32
+
+
 def test_state_does_not_grow():
     metrics = RetrievalMetrics(KS)
     sizes = set()
@@ -327,6 +353,8 @@ def test_bad_input_is_refused_and_changes_nothing(relevant, options, error, word
         (IDS[:, 0], {"n_relevant": IDS[:1, 0]}, ShapeError, "relevant has shape"),
         (IDS[:, 0], {"n_relevant": IDS[:, 0].to("meta")}, DeviceError, "relevant is on meta"),
         (IDS[:, 0], {"n_relevant": IDS[:, 0], "relevance": IDS}, ArgumentError, "labels are given"),
+        (IDS[:, 0], {"n_relevant": IDS[:, 0] - 5}, ArgumentError, "relevant is below 0 in row"),
+        (IDS[:, 0] * 0, {"n_relevant": IDS[:, 0] * 0}, ArgumentError, "relevant is less than the number"),
     ],
 )
 def test_bad_labels_are_refused(labels, options, error, words):
