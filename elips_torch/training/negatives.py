@@ -136,6 +136,7 @@ class HardNegativeMiner:
         labels: Tensor | None = None,  # (ntotal,)
         mask: Tensor | None = None,  # (ntotal,) or (Q, ntotal)
         exclude: Tensor | None = None,  # (Q, M)
+        exclude_self: bool = False,
         **search: Any,
     ) -> SearchResult:
         """Return the hard negatives of queries.
@@ -152,6 +153,8 @@ class HardNegativeMiner:
                 negative.
             exclude: int64 ``(Q, M)`` ids to leave out that are no positives, padded by -1: for example
                 the query itself.
+            exclude_self: the queries are the stored vectors in the order of ``index.ids``, and none
+                is to find itself.
             **search: passed on to ``index.search``.
 
         Returns:
@@ -168,6 +171,8 @@ class HardNegativeMiner:
             positives = _as_columns("positives", positives, n, index.device)
         check_mask(mask, n, index.ntotal, index.device)
         check_exclude(exclude, n, index.device)
+        if exclude_self:
+            exclude = _with_own(index, exclude, n)
         labels = self._check_labels(index, query_labels, labels, n)
         self._check_margins(positives)
         row_bytes = 32 * self.range_max + (index.ntotal if labels is not None else 0)
@@ -307,6 +312,17 @@ class HardNegativeMiner:
             if tuple(each.shape) != (size,):
                 raise ShapeError(f"{name} has shape {tuple(each.shape)}, expected ({size},)")
         return labels
+
+
+def _with_own(index: Index, exclude: Tensor | None, n: int) -> Tensor:
+    """Return ids to leave out ``(Q, M + 1)``, each query's own among them; parts know no rows."""
+    if n != index.ntotal:
+        raise ShapeError(
+            f"exclude_self takes the stored vectors as queries: got {n} queries, expected {index.ntotal}; "
+            "for a part of them pass exclude=ids[:, None]"
+        )
+    own = index.ids[:, None]
+    return own if exclude is None else torch.cat([exclude, own], 1)
 
 
 def _as_columns(name: str, ids: Tensor, n: int, device: torch.device) -> Tensor:
