@@ -1,3 +1,4 @@
+import dataclasses
 import statistics
 import time
 
@@ -6,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranked_lists import by_trec_eval, in_plain_python, random_lists
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import MetricCollection, retrieval
 
 from elips_torch import FlatIndex
@@ -28,6 +31,7 @@ from elips_torch.evaluation import (
     RetrievalMetrics,
     RPrecision,
     matching,
+    measures,
 )
 
 KS = (1, 5, 10)
@@ -403,3 +407,27 @@ def test_a_hundred_times_faster_than_torchmetrics():
     )
     print(f"RetrievalMetrics is {ratio:.0f} times faster than torchmetrics")
     assert ratio >= 100
+
+
+class _RunningSums(TorchDispatchMode):
+    """Notes the dtype and device of every running sum of floats."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.cumsum.default and args[0].is_floating_point():
+            self.seen.append(args[0].device.type)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_running_sum_of_floats_on_a_gpu():
+    # There torch has no deterministic one, and raises under `use_deterministic_algorithms`.
+    with FakeTensorMode(), _RunningSums() as sums:
+        places = torch.zeros(4, 3, dtype=torch.int64, device="cuda")
+        match = matching.Match(places, places, places[:, 0])
+        gains = dataclasses.replace(match, gains=places.double(), ideal=places.double())
+        for score in (measures.ndcg(match, 5), measures.ndcg(gains, 5), measures.average_precision(match, 5)):
+            assert (score.device.type, score.shape) == ("cuda", (4,))
+    assert sums.seen == ["cpu"]
