@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DtypeError, IndexFileError
 from elips_torch.core.ordering import order_keys
-from elips_torch.core.validation import FLOAT_DTYPES, check_workspace
+from elips_torch.core.validation import FLOAT_DTYPES, check_usable, check_workspace
 from elips_torch.indexes.base import _DTYPE_NAMES, Index, known_indexes
 from elips_torch.indexes.storage import durable, owned
 from elips_torch.indexes.untraced import untraced
@@ -71,6 +71,7 @@ class RefineIndex(WrapperIndex):
                 f"dtype is {dtype!r}, expected torch.float32, torch.float16, torch.bfloat16 or torch.float64"
             )
         self.k_factor = _check_factor(k_factor)
+        check_usable("refine_device", refine_device)
         self.refine_device = None if refine_device is None else torch.device(refine_device)
         with durable():
             device = index.device if self.refine_device is None else self.refine_device
