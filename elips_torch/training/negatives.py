@@ -45,6 +45,10 @@ class HardNegativeMiner:
     3. skips the first ``range_min`` of what is left, the likeliest to be right without being known to be;
     4. takes ``num_negatives``: the nearest, or any, all equally likely.
 
+    Nothing else is left out: a query that the index holds is the nearest of its own negatives, unless it
+    is among its positives, has a label, or is named by ``exclude`` or ``exclude_self``. So are copies of it
+    under other ids, which only labels, ``max_score`` (of a distance ``min_score``) or a margin keep out.
+
     Queries are taken in parts: no matrix of all queries by all vectors of floats ever exists, and
     memory does not grow with the number of queries. The percentage margin is that of
     `NV-Retriever <https://arxiv.org/abs/2407.15831>`_.

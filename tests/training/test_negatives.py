@@ -205,6 +205,19 @@ def test_parts_of_the_stored_vectors_do_not_find_themselves(monkeypatch, positiv
         HardNegativeMiner(3).mine(index, data()[1], exclude_self=True)
 
 
+def test_a_stored_query_is_a_negative_of_its_own_unless_it_is_named():
+    index = filled()
+    miner, queries, labels = HardNegativeMiner(3), index.vectors, torch.arange(60) % 20
+    assert torch.equal(miner.mine(index, queries).ids[:, 0], index.ids)
+    for named in (
+        {"positives": index.ids},
+        {"query_labels": labels, "labels": labels},
+        {"exclude": index.ids[:, None]},
+        {"exclude_self": True},
+    ):
+        assert not (miner.mine(index, queries, **named).ids == index.ids[:, None]).any()
+
+
 def test_draws_are_even_seeded_and_among_the_candidates():
     index, queries = filled(), data(q=1)[1].expand(4000, -1)
     miner = HardNegativeMiner(2, range_min=1, range_max=6, sampling_strategy="random", seed=3)
