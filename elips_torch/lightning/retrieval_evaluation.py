@@ -44,10 +44,11 @@ class RetrievalEvaluation(Callback):
 
     Batches of all dataloaders form one evaluation. The sanity check is skipped. With several
     processes each must see its part of the data: samples that Lightning's sampler repeats to give
-    each process equally many count once, so the numbers are those of one process. An exact index is then
-    sharded: each process indexes the documents that it embedded, and only queries and results travel. An
-    approximate index is built on the first process, which alone holds all documents; so it is the index that
-    one process would build. Ids and labels (8 bytes per document) are known to all.
+    each process equally many count once, so the numbers are those of one process, also where the step makes
+    several rows of each sample (views, by ``torch.cat`` or ``torch.stack``). An exact
+    index is then sharded: each process indexes the documents that it embedded, and only queries and results
+    travel. An approximate index is built on the first process, which alone holds all documents; so it is the
+    index that one process would build. Ids and labels (8 bytes per document) are known to all.
 
     Args:
         k: one or several numbers of neighbours to look at.
@@ -175,7 +176,6 @@ class RetrievalEvaluation(Callback):
 
     def _evaluate(self, rows: RowCollection, trainer: Trainer, device: torch.device) -> dict[str, Tensor]:
         loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
-        samplers = [getattr(loader, "sampler", None) for loader in loaders]
         processes = Processes(device)
         kinds = rows.kinds(processes)
         task = Task(
@@ -184,7 +184,7 @@ class RetrievalEvaluation(Callback):
         self.neighbours = None
         place = torch.device(device if self.device is None else self.device)
         try:
-            values, self.neighbours = task.run(rows, samplers, place, processes)
+            values, self.neighbours = task.run(rows, loaders, place, processes)
         except NothingToEvaluateError as error:
             rank_zero_warn(f"retrieval is not evaluated, NaN is logged: {error}")
             values = {name: torch.tensor(torch.nan) for name in task.names(kinds)}

@@ -68,7 +68,7 @@ class Task:
         return value_names(self.metrics, self.k, by_label="embeddings" in kinds)
 
     def run(
-        self, rows: RowCollection, samplers: list[Any], device: torch.device, processes: Processes
+        self, rows: RowCollection, loaders: list[Any], device: torch.device, processes: Processes
     ) -> tuple[dict[str, Tensor], Neighbours]:
         """Evaluate rows, which are given away; must be called by all processes.
 
@@ -85,8 +85,8 @@ class Task:
             for missing in sorted({"queries", "documents"} - kinds):
                 raise NothingToEvaluateError(f"no retrieval step returned {missing!r} during this validation")
         itself = kinds == {"embeddings"}
-        queries = rows.take("embeddings" if itself else "queries", samplers, device, processes)
-        documents = queries if itself else rows.take("documents", samplers, device, processes)
+        queries = rows.take("embeddings" if itself else "queries", loaders, device, processes)
+        documents = queries if itself else rows.take("documents", loaders, device, processes)
         if queries.vectors.shape[1] != documents.vectors.shape[1]:
             dims = queries.vectors.shape[1], documents.vectors.shape[1]
             raise ShapeError(f"queries have dim {dims[0]}, documents have dim {dims[1]}")
