@@ -13,7 +13,7 @@ from elips_torch.core.results import SearchResult
 from elips_torch.core.validation import check_count
 from elips_torch.indexes.base import Index
 from elips_torch.lightning.embedding import embedder_for, embeddings_of, evaluating, integers_of, title_of
-from elips_torch.lightning.index_choice import IndexPlace, check_place, index_at
+from elips_torch.lightning.index_choice import IndexPlace, check_place, index_at, name_of
 from elips_torch.lightning.steps import Step
 
 # Called with the index, queries (B, D), and positives or labels.
@@ -56,6 +56,8 @@ class HardNegativeRefresh(Callback):
             with int64 ``(N, M)`` on the CPU. Default: the trainer's datamodule, or else the module.
         every_n_epochs: mine at the start of every so manieth epoch.
         progress: whether a bar is shown, where the trainer shows its own.
+        name: tells its part of a checkpoint from that of others; default is the index's name, or "" where it
+            has none. Several in a trainer need different ones.
 
     Attributes:
         refreshes: how often negatives were mined. Part of checkpoints.
@@ -78,6 +80,7 @@ class HardNegativeRefresh(Callback):
         receiver: TakesNegatives | Callable[[Tensor], None] | None = None,
         every_n_epochs: int = 1,
         progress: bool = True,
+        name: str | None = None,
     ) -> None:
         check_place(index)
         if not callable(miner):
@@ -95,8 +98,14 @@ class HardNegativeRefresh(Callback):
         self.receiver = receiver
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
         self.progress = progress
+        self.name = name_of(index) if name is None else name
         self.refreshes = 0
         self._just_mined = False
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's part of a checkpoint."""
+        return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of refreshes; the negatives follow from the weights and the data."""

@@ -75,6 +75,11 @@ def check_place(place: IndexPlace) -> None:
         raise DtypeError(f"index is a {type(place).__name__}, expected a name, an index or a function")
 
 
+def name_of(place: IndexPlace) -> str:
+    """Return what a place is called, "" if it has no name that lasts from run to run."""
+    return place if isinstance(place, str) else ""
+
+
 def index_at(place: IndexPlace, pl_module: LightningModule) -> Index:
     """Return the index that a place stands for.
 

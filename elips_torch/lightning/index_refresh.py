@@ -16,7 +16,7 @@ from elips_torch.indexes.base import Index
 from elips_torch.indexes.state import RowState
 from elips_torch.lightning.embedding import Embedder, embedder_for, evaluating, title_of
 from elips_torch.lightning.gather import Processes
-from elips_torch.lightning.index_choice import IndexPlace, check_place, index_at
+from elips_torch.lightning.index_choice import IndexPlace, check_place, index_at, name_of
 from elips_torch.lightning.steps import Step
 
 Corpus: TypeAlias = Iterable[Any] | Callable[[Trainer], Iterable[Any]]
@@ -49,6 +49,8 @@ class IndexRefresh(Callback):
         refit: whether an index that learns (centroids, codes) learns anew each time.
         shard: whether each process keeps only the rows that it embedded.
         progress: whether a bar is shown, where the trainer shows its own.
+        name: tells its part of a checkpoint from that of others; default is the index's name, or "" where it
+            has none. Several in a trainer need different ones.
 
     Attributes:
         refreshes: how often the index was replaced. Part of checkpoints.
@@ -72,6 +74,7 @@ class IndexRefresh(Callback):
         refit: bool = True,
         shard: bool = False,
         progress: bool = True,
+        name: str | None = None,
     ) -> None:
         if every_n_epochs is not None and every_n_steps is not None:
             raise ArgumentError("every_n_epochs and every_n_steps are both given, expected one of them")
@@ -89,6 +92,7 @@ class IndexRefresh(Callback):
         self.refit = refit
         self.shard = shard
         self.progress = progress
+        self.name = name_of(index) if name is None else name
         self.refreshes = 0
         self._last_step = -1
         self._owed = False
@@ -101,9 +105,8 @@ class IndexRefresh(Callback):
 
     @property
     def state_key(self) -> str:
-        """Name of the callback's part of a checkpoint: several may run, each for its own index."""
-        name = self.index if isinstance(self.index, str) else ""
-        return self._generate_state_key(index=name)
+        """Key of the callback's part of a checkpoint."""
+        return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of refreshes and the step of the last."""

@@ -156,6 +156,40 @@ def test_a_resumed_run_has_negatives_again(tmp_path):
     assert not torch.equal(again.tables[0], data.tables[0])
 
 
+def two_of_each(model, data, tables):
+    def negatives(n, name):
+        return HardNegativeRefresh(
+            "index", data.in_order(), every_n_epochs=n, receiver=tables.append, name=name
+        )
+
+    return [
+        IndexRefresh("index", data.corpus()),
+        IndexRefresh(model.memory, data.corpus(), every_n_epochs=3),
+        negatives(1, "often"),
+        negatives(2, "rarely"),
+    ]
+
+
+def test_two_of_each_keep_their_own_state(tmp_path):
+    counts = []
+    for epochs, checkpoint in ((3, None), (4, tmp_path / "last.ckpt")):
+        data, model = Data(), Model()
+        data.train.set_negatives(torch.zeros(Q, 1))
+        model.memory = FlatIndex(4, "cosine")
+        callbacks = two_of_each(model, data, [])
+        run = trainer(tmp_path, *callbacks, ModelCheckpoint(tmp_path, save_last=True), max_epochs=epochs)
+        run.fit(model, data, ckpt_path=checkpoint, weights_only=None if checkpoint is None else True)
+        counts.append([callback.refreshes for callback in callbacks])
+    # The second run is of epoch 3 alone; at its start the first index is empty, and there are no negatives.
+    assert counts == [[3, 1, 3, 2], [4, 2, 4, 3]]
+
+
+def test_two_that_would_share_their_state_are_refused(tmp_path):
+    data = Data()
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        trainer(tmp_path, *refreshes(data), *refreshes(data))
+
+
 def test_samples_of_the_same_label_are_no_negatives(tmp_path):
     generator = torch.Generator().manual_seed(4)
     rows, labels = torch.randn(30, 6, generator=generator), torch.arange(30) % 4
