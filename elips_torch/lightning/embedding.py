@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -42,7 +43,7 @@ class Embedder:
         context: makes the precision context of a step.
         processes: who takes part.
         progress: whether this process shows a progress bar, and its title.
-        stopped: asked before each batch; True ends the iteration early.
+        stopped: asked before each batch; True raises `CancelledError`.
     """
 
     module: LightningModule
@@ -66,7 +67,7 @@ class Embedder:
             batches, desc=self.progress, total=total, disable=not shown, leave=False, unit="batch"
         ):
             if self.stopped():
-                return
+                raise CancelledError("it is no longer wanted")
             with torch.no_grad(), self.context():
                 output = call_step(self.step, self.module, self.to_device(batch))
             yield output

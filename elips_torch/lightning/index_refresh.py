@@ -13,10 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from elips_torch.core.errors import ArgumentError
 from elips_torch.core.validation import check_count
 from elips_torch.indexes.base import Index
-from elips_torch.indexes.state import RowState
 from elips_torch.lightning.embedding import Embedder, embedder_for, evaluating, title_of
 from elips_torch.lightning.gather import Processes
 from elips_torch.lightning.index_choice import IndexPlace, check_place, index_at, name_of
+from elips_torch.lightning.snapshot import snapshot_of
 from elips_torch.lightning.steps import Step
 
 Corpus: TypeAlias = Iterable[Any] | Callable[[Trainer], Iterable[Any]]
@@ -45,7 +45,8 @@ class IndexRefresh(Callback):
         every_n_steps: refresh after every so many steps of the optimiser, instead.
         background: embed in a thread while training goes on, by a copy of the module as it was when the
             refresh began; on a GPU on a stream of its own. Batches then are moved by Lightning's default,
-            without the module's transfer hooks. Takes room for a copy of the weights.
+            without the module's transfer hooks. Takes room for a copy of the weights. What fails there ends
+            training before the next step, on all processes.
         refit: whether an index that learns (centroids, codes) learns anew each time.
         shard: whether each process keeps only the rows that it embedded.
         progress: whether a bar is shown, where the trainer shows its own.
@@ -124,6 +125,9 @@ class IndexRefresh(Callback):
         index = self._index_of(pl_module)
         self._stopping = False
         self._owed = False
+        if self.background:
+            # What cannot be copied is said now, not when a refresh is due.
+            snapshot_of(pl_module)
         if self.background and trainer.world_size > 1 and torch.distributed.is_initialized():
             # What the thread exchanges must not get between what training exchanges.
             self._group = torch.distributed.new_group(backend="gloo")
@@ -178,7 +182,7 @@ class IndexRefresh(Callback):
         if not self.background:
             self._swap(index, self._built(index, self._embedder(trainer, pl_module), loader))
             return
-        embedder = self._embedder(trainer, _snapshot(pl_module), in_background=True)
+        embedder = self._embedder(trainer, snapshot_of(pl_module), in_background=True)
         device = pl_module.device
         if device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(device)
@@ -209,6 +213,8 @@ class IndexRefresh(Callback):
         self._stopping = True
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
+        if self._group is not None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(self._group)
         self._executor = self._running = self._stream = self._group = None
 
     def _built_on_stream(self, empty: Index, embedder: Embedder, loader: Iterable[Any]) -> Index:
@@ -226,19 +232,20 @@ class IndexRefresh(Callback):
     def _filled(self, fresh: Index, embedder: Embedder, loader: Iterable[Any]) -> Index:
         """Return the index with the corpus in it."""
         waiting = []
-        with evaluating(embedder.module):
+        processes = embedder.processes
+        with processes.agreeing("while embedding the corpus"), evaluating(embedder.module):
             for vectors, ids in embedder.rounds(loader, shared=not self.shard):
                 vectors, ids = vectors.to(fresh.device), ids.to(fresh.device)
                 if fresh.is_trained:
                     fresh.add(vectors, ids=ids)
                 else:
                     waiting.append((vectors, ids))
-        if waiting:
-            vectors, ids = (torch.cat(parts) for parts in zip(*waiting, strict=True))
-            del waiting
-            fresh.fit(vectors)
-            fresh.add(vectors, ids=ids)
-        if not self._stopping and not sum(embedder.processes.objects(len(fresh))):
+            if waiting:
+                vectors, ids = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+                del waiting
+                fresh.fit(vectors)
+                fresh.add(vectors, ids=ids)
+        if not sum(processes.objects(len(fresh))):
             raise ArgumentError("corpus yields nothing, expected at least one batch")
         return fresh
 
@@ -282,9 +289,3 @@ class IndexRefresh(Callback):
             in_background=in_background,
             stopped=lambda: self._stopping,
         )
-
-
-def _snapshot(module: LightningModule) -> LightningModule:
-    """Return a copy of a module with weights of its own, and the same indexes."""
-    indexes = {id(part): part for part in module.modules() if isinstance(part, RowState)}
-    return copy.deepcopy(module, memo=indexes)
