@@ -1,6 +1,6 @@
 """Negatives for a training set, mined anew as the model learns."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -164,7 +164,7 @@ class HardNegativeRefresh(Callback):
         """Return ids ``(B, M)`` on the CPU for what the step made of a batch."""
         queries, _ = embeddings_of(output, ("queries", "embeddings"))
         queries = queries.to(index.device)
-        columns = output if isinstance(output, dict) else {}
+        columns = output if isinstance(output, Mapping) else {}
         if "relevant" in columns:
             positives = integers_of("relevant", columns["relevant"], queries, 2)
             if callable(self.miner):

@@ -24,7 +24,8 @@ class RetrievalEvaluation(Callback):
     """Builds an index from the validation embeddings and logs recall@k.
 
     For each batch it calls ``pl_module.retrieval_step(batch)``, or ``retrieval_step(batch, dataloader_idx)``;
-    a module without that method returns the same from its ``validation_step``. It returns a dict with
+    a module without that method returns the same from its ``validation_step``. It returns a dict (or any other
+    mapping) with
 
     - ``embeddings (B, D)`` and ``labels (B,)``: each sample queries all others. ``val/recall@k`` is the
       fraction of samples with the same label among the first k (the Recall@k of metric learning),
@@ -177,15 +178,15 @@ class RetrievalEvaluation(Callback):
     def _evaluate(self, rows: RowCollection, trainer: Trainer, device: torch.device) -> dict[str, Tensor]:
         loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
         processes = Processes(device)
-        kinds = rows.kinds(processes)
         task = Task(
             self.k, self.metrics, self.index, self.metric, self.shard, self.recall_queries, self._kept
         )
         self.neighbours = None
         place = torch.device(device if self.device is None else self.device)
+        names = task.names(rows, place, processes)
         try:
             values, self.neighbours = task.run(rows, loaders, place, processes)
         except NothingToEvaluateError as error:
             rank_zero_warn(f"retrieval is not evaluated, NaN is logged: {error}")
-            values = {name: torch.tensor(torch.nan) for name in task.names(kinds)}
+            values = {name: torch.tensor(torch.nan) for name in names}
         return {name: value.to(device) for name, value in values.items()}

@@ -75,6 +75,17 @@ class RowCollection:
         """Return the kinds of rows that any process has; must be called by all processes."""
         return set().union(*processes.objects({kind for kind in self._parts if self._count(kind)}))
 
+    def by_label(self, processes: Processes) -> bool:
+        """Return whether labels tell what is relevant, as far as is known; called by all processes."""
+        meanings = set().union(*processes.objects(set(self._meanings.values())))
+        return not meanings or "labels" in meanings
+
+    def dim(self, processes: Processes) -> int | None:
+        """Return the size of a vector, None if there is none; must be called by all processes."""
+        shapes = [_shape(self._parts[kind]) for kind in self._parts]
+        known = processes.objects([shape[0] for shape in shapes if shape is not None])
+        return next((dim for each in known for dim in each), None)
+
     def take(self, kind: str, loaders: list[Any], device: torch.device | str, processes: Processes) -> Rows:
         """Give away the rows of a kind that are this process's own; must be called by all processes.
 

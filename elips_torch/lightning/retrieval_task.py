@@ -13,7 +13,7 @@ from elips_torch.core.validation import check_unique
 from elips_torch.indexes.base import Index
 from elips_torch.lightning.gather import Processes
 from elips_torch.lightning.index_choice import IndexChoice, make_index
-from elips_torch.lightning.measures import index_hits, measured, value_names
+from elips_torch.lightning.measures import index_hits, index_recall_names, measured, value_names
 from elips_torch.lightning.retrieval_rows import RowCollection, Rows
 from elips_torch.lightning.sharded_search import fill_on_first, search_shards
 
@@ -63,9 +63,16 @@ class Task:
     recall_queries: int
     kept: int
 
-    def names(self, kinds: set[str]) -> list[str]:
-        """Return what an evaluation of such rows would measure."""
-        return value_names(self.metrics, self.k, by_label="embeddings" in kinds)
+    def names(self, rows: RowCollection, device: torch.device, processes: Processes) -> list[str]:
+        """Return what an evaluation of such rows would measure; must be called by all processes."""
+        names = value_names(self.metrics, self.k, by_label=rows.by_label(processes))
+        dim = rows.dim(processes)
+        if dim is None:
+            exact = self.index is None
+        else:
+            exact = make_index(self.index, dim, self.metric, device).is_exact
+        recall = [] if exact or not self.recall_queries else index_recall_names(self.k)
+        return [*names, "retrieval_seconds", *recall]
 
     def run(
         self, rows: RowCollection, loaders: list[Any], device: torch.device, processes: Processes
@@ -181,8 +188,8 @@ class Task:
         exclude = places[:, None] if exclude_self else None
         hits, possible = _summed(processes.objects(index_hits(index, vectors, ids, sample, self.k, exclude)))
         return {
-            f"index_recall@{k}": torch.tensor(hit / there if there else torch.nan)
-            for k, hit, there in zip(self.k, hits, possible, strict=True)
+            name: torch.tensor(hit / there if there else torch.nan)
+            for name, hit, there in zip(index_recall_names(self.k), hits, possible, strict=True)
         }
 
 

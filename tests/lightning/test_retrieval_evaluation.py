@@ -1,4 +1,5 @@
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,58 @@ def test_training_goes_on_where_there_is_nothing_to_find(tmp_path, tables, words
     assert [entry["epoch"] for entry in evaluation.history] == [0, 1]
     assert run.callback_metrics["val/recall@10"].isnan()
     assert checkpoint.best_model_path
+
+
+@pytest.mark.parametrize("index", [None, "SQ8"])
+@pytest.mark.parametrize(
+    ("fine", "poor"),
+    [
+        ((labelled(),), (Table(embeddings=torch.randn(9, 6), labels=torch.arange(9)),)),
+        (queries_and_documents(), nothing_relevant()),
+        (
+            (
+                Table(queries=torch.randn(3, 6), labels=torch.arange(3)),
+                Table(documents=torch.randn(5, 6), labels=torch.arange(5)),
+            ),
+            (Table(queries=torch.randn(3, 6), labels=torch.arange(3)),),
+        ),
+    ],
+    ids=["labels", "relevant", "gallery"],
+)
+def test_nothing_to_find_logs_the_names_of_any_evaluation(tmp_path, index, fine, poor):
+    evaluation = RetrievalEvaluation(index=index)
+    run = trainer(tmp_path, evaluation)
+    run.validate(Model(), loaders(*fine), verbose=False)
+    with pytest.warns(UserWarning, match="retrieval is not evaluated, NaN is logged"):
+        run.validate(Model(), loaders(*poor), verbose=False)
+    found, missed = evaluation.history
+    assert sorted(found) == sorted(missed)
+    assert ("index_recall@10" in found) == (index is not None)
+
+
+class Columns(Mapping):
+    """What a tensordict is: a mapping, and no dict."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def __len__(self):
+        return len(self.columns)
+
+
+def test_a_step_may_return_any_mapping(tmp_path):
+    plain = RetrievalEvaluation()
+    mapped = RetrievalEvaluation(
+        step=lambda module, batch: Columns(module.retrieval_step(batch, 0)), prefix="mapped/"
+    )
+    trainer(tmp_path, plain, mapped).validate(Model(), loaders(labelled()), verbose=False)
+    assert without_time(plain.history[0]) == without_time(mapped.history[0])
 
 
 def test_labelled_queries_search_labelled_documents(tmp_path):
