@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from elips_torch.core.errors import ArgumentError
 from elips_torch.core.validation import check_count
@@ -31,7 +32,8 @@ class IndexRefresh(Callback):
     first step.
 
     With several processes each embeds every so manieth batch of the corpus, and all get all rows, in the
-    order of the corpus.
+    order of the corpus. A corpus that yields nothing is an error where the index is empty; later the index
+    keeps what it holds, which is warned of.
 
     Args:
         index: the name of the module's attribute, such as ``"index"`` or ``"memory.index"``, the index
@@ -132,7 +134,8 @@ class IndexRefresh(Callback):
             # What the thread exchanges must not get between what training exchanges.
             self._group = torch.distributed.new_group(backend="gloo")
         if not sum(Processes(pl_module.device).objects(len(index))):
-            self._swap(index, self._built(index, self._embedder(trainer, pl_module), self._loader(trainer)))
+            embedder = self._embedder(trainer, pl_module)
+            self._swap(index, self._built(index, embedder, self._loader(trainer)), embedder.processes)
             self._just_filled = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,7 +183,8 @@ class IndexRefresh(Callback):
         self._owed = False
         index, loader = self._index_of(pl_module), self._loader(trainer)
         if not self.background:
-            self._swap(index, self._built(index, self._embedder(trainer, pl_module), loader))
+            embedder = self._embedder(trainer, pl_module)
+            self._swap(index, self._built(index, embedder, loader), embedder.processes)
             return
         embedder = self._embedder(trainer, snapshot_of(pl_module), in_background=True)
         device = pl_module.device
@@ -207,7 +211,7 @@ class IndexRefresh(Callback):
             current.wait_stream(self._stream)
             for tensor in (*fresh.buffers(), *fresh.parameters()):
                 tensor.record_stream(current)
-        self._swap(self._index_of(pl_module), fresh)
+        self._swap(self._index_of(pl_module), fresh, Processes(pl_module.device))
 
     def _give_up(self) -> None:
         self._stopping = True
@@ -232,8 +236,7 @@ class IndexRefresh(Callback):
     def _filled(self, fresh: Index, embedder: Embedder, loader: Iterable[Any]) -> Index:
         """Return the index with the corpus in it."""
         waiting = []
-        processes = embedder.processes
-        with processes.agreeing("while embedding the corpus"), evaluating(embedder.module):
+        with embedder.processes.agreeing("while embedding the corpus"), evaluating(embedder.module):
             for vectors, ids in embedder.rounds(loader, shared=not self.shard):
                 vectors, ids = vectors.to(fresh.device), ids.to(fresh.device)
                 if fresh.is_trained:
@@ -245,8 +248,6 @@ class IndexRefresh(Callback):
                 del waiting
                 fresh.fit(vectors)
                 fresh.add(vectors, ids=ids)
-        if not sum(processes.objects(len(fresh))):
-            raise ArgumentError("corpus yields nothing, expected at least one batch")
         return fresh
 
     def _empty(self, index: Index) -> Index:
@@ -256,7 +257,16 @@ class IndexRefresh(Callback):
         empty.reset()
         return empty
 
-    def _swap(self, index: Index, fresh: Index) -> None:
+    def _swap(self, index: Index, fresh: Index, processes: Processes) -> None:
+        """Let an index take over what another holds; an index that holds something is not emptied."""
+        held, found = (sum(processes.objects(len(each))) for each in (index, fresh))
+        if not found:
+            if not held:
+                raise ArgumentError("corpus yields nothing, expected at least one batch")
+            rank_zero_warn(
+                f"corpus yields nothing: the index is not refreshed and keeps what it holds, {held} vectors"
+            )
+            return
         fresh.index_in_state_dict = True
         kept, index.index_in_state_dict = index.index_in_state_dict, True
         try:

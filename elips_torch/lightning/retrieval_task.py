@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, ShapeError
@@ -53,6 +54,7 @@ class Task:
         shard: whether each process indexes its own documents; None: if that changes no number.
         recall_queries: queries by which the recall of the index itself is measured, about.
         kept: of how many queries to return the neighbours; they are spread evenly over the data.
+        said: what need not be said again; more is added to it.
     """
 
     k: tuple[int, ...]
@@ -62,11 +64,11 @@ class Task:
     shard: bool | None
     recall_queries: int
     kept: int
+    said: set[str]
 
-    def names(self, rows: RowCollection, device: torch.device, processes: Processes) -> list[str]:
-        """Return what an evaluation of such rows would measure; must be called by all processes."""
-        names = value_names(self.metrics, self.k, by_label=rows.by_label(processes))
-        dim = rows.dim(processes)
+    def names(self, by_label: bool, dim: int | None, device: torch.device) -> list[str]:
+        """Return what an evaluation of rows by label or by id, of a size if that is known, would measure."""
+        names = value_names(self.metrics, self.k, by_label=by_label)
         if dim is None:
             exact = self.index is None
         else:
@@ -113,10 +115,23 @@ class Task:
         answered = sum(processes.objects(int((wanted >= 0).any(1).sum()) if wanted.numel() else 0))
         if not answered:
             raise NothingToEvaluateError("relevant: no query has a relevant document, all entries are -1")
+        self._warn_of_unknown(wanted, ids, processes)
         scores, found, timing = self._search(queries, documents, documents.integers, False, processes)
         values = measured(self.metrics, self.k, found, wanted, processes)
         correct = (found[..., None] == wanted[:, None, :]).any(-1) & (found >= 0) if self.kept else found >= 0
         return {**values, **timing}, self._neighbours(queries, scores, found, correct, False)
+
+    def _warn_of_unknown(self, relevant: Tensor, ids: Tensor, processes: Processes) -> None:
+        """Say which relevant ids no document has; must be called by all processes."""
+        own = relevant[relevant >= 0].unique()
+        wanted = processes.rows(own).unique()
+        unknown = wanted[~torch.isin(wanted, ids)]
+        if len(unknown) and "unknown" not in self.said:
+            self.said.add("unknown")
+            rank_zero_warn(
+                f"relevant: {len(unknown)} of {len(wanted)} ids are those of no document, such as "
+                f"{int(unknown[0])}, and count as not found; are all documents in the validation data?"
+            )
 
     def _by_label(
         self, queries: Rows, documents: Rows, itself: bool, processes: Processes

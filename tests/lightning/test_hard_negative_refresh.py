@@ -1,4 +1,5 @@
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,36 @@ def test_an_empty_loader_is_refused(tmp_path):
     refresh = HardNegativeRefresh("index", [])
     with pytest.raises(ArgumentError, match="queries yields nothing"):
         trainer(tmp_path, IndexRefresh("index", data.corpus()), refresh).fit(Model(), data)
+
+
+def test_queries_that_run_dry_leave_the_negatives(tmp_path):
+    data = Data()
+    queries = iter([data.in_order(), []])
+    refresh = HardNegativeRefresh("index", lambda trainer: next(queries), miner=3)
+    with pytest.warns(UserWarning, match="the negatives that were mined before stay"):
+        trainer(tmp_path, IndexRefresh("index", data.corpus()), refresh).fit(Model(), data)
+    assert refresh.refreshes == len(data.tables) == 1
+
+
+# The index is empty when it is searched first.
+@pytest.mark.filterwarnings("ignore:.* training samples have no negative")
+def test_the_wrong_order_is_warned_of(tmp_path):
+    data = Data()
+    with pytest.warns(UserWarning, match="comes before the IndexRefresh of its index"):
+        trainer(tmp_path, *reversed(refreshes(data)), max_epochs=1).fit(Model(), data)
+
+
+def test_any_mapping_is_mined_for(tmp_path):
+    def step(module, batch):
+        output = module.retrieval_step(batch)
+        return types.MappingProxyType(output) if "queries" in output else output
+
+    tables = []
+    for options in ({}, {"step": step}):
+        data = Data()
+        trainer(tmp_path, *refreshes(data, **options), max_epochs=1).fit(Model(), data)
+        tables.append(data.tables[0])
+    assert torch.equal(*tables)
 
 
 def test_nobody_to_take_the_negatives_is_said(tmp_path):

@@ -13,6 +13,7 @@ from elips_torch import (
     ArgumentError,
     DtypeError,
     DuplicateIdError,
+    FactoryError,
     FlatIndex,
     ImplementationError,
     IVFFlatIndex,
@@ -328,6 +329,45 @@ def test_nothing_to_find_logs_the_names_of_any_evaluation(tmp_path, index, fine,
     found, missed = evaluation.history
     assert sorted(found) == sorted(missed)
     assert ("index_recall@10" in found) == (index is not None)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")
+@pytest.mark.filterwarnings("ignore:`ModelCheckpoint.monitor='val/recall@10'.` could not find")
+def test_training_goes_on_where_validation_has_no_batch(tmp_path):
+    empty = Table(embeddings=torch.zeros(0, 6), labels=torch.zeros(0, dtype=torch.int64))
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val/recall@10", mode="max")
+    evaluation = RetrievalEvaluation()
+    run = trainer(tmp_path, evaluation, checkpoint)
+    with pytest.warns(UserWarning, match="the validation data yields no batch: .* under 'val/'"):
+        run.fit(Model(), loaders(labelled())[0], loaders(empty))
+    assert run.current_epoch == 2
+    with pytest.warns(UserWarning, match="the validation data yields no batch"):
+        run.validate(Model(), loaders(empty), verbose=False)
+    assert evaluation.history == []
+
+
+def test_validation_that_is_switched_off_needs_no_warning(tmp_path):
+    run = trainer(tmp_path, RetrievalEvaluation(), limit_val_batches=0)
+    run.fit(Model(), loaders(labelled())[0], loaders(labelled()))
+
+
+def test_relevant_ids_of_no_document_are_said_once(tmp_path):
+    queries, documents = queries_and_documents()
+    queries.columns["relevant"][1:4, 0] = torch.tensor([5000, 5001, 5001])
+    wanted = len(queries.columns["relevant"].unique()) - 1
+    evaluation = RetrievalEvaluation()
+    run = trainer(tmp_path, evaluation)
+    with pytest.warns(
+        UserWarning, match=f"2 of {wanted} ids are those of no document, such as 5000,"
+    ) as caught:
+        run.fit(Model(), loaders(labelled())[0], loaders(queries, documents))
+    assert len([each for each in caught if "of no document" in str(each.message)]) == 1
+    assert len(evaluation.history) == 2
+
+
+def test_a_mistake_in_the_description_is_said_at_once():
+    with pytest.raises(FactoryError, match="IVX4"):
+        RetrievalEvaluation(index="IVX4,Flat")
 
 
 class Columns(Mapping):
