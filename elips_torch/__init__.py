@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from elips_torch.indexes.suggestion import suggest_index
     from elips_torch.indexes.wrappers import PreTransformIndex
     from elips_torch.quantizers.affine import AffineMap, Centring
+    from elips_torch.quantizers.bits import pack_bits, unpack_bits
     from elips_torch.quantizers.itq import ITQ
     from elips_torch.quantizers.kmeans import KMeans
     from elips_torch.quantizers.opq import OPQ
@@ -98,6 +99,8 @@ _LAZY = {
     "PreTransformIndex": "elips_torch.indexes.wrappers",
     "AffineMap": "elips_torch.quantizers.affine",
     "Centring": "elips_torch.quantizers.affine",
+    "pack_bits": "elips_torch.quantizers.bits",
+    "unpack_bits": "elips_torch.quantizers.bits",
     "ITQ": "elips_torch.quantizers.itq",
     "KMeans": "elips_torch.quantizers.kmeans",
     "OPQ": "elips_torch.quantizers.opq",
@@ -164,6 +167,7 @@ __all__ = [
     "knn",
     "load_index",
     "merge_faiss_shards",
+    "pack_bits",
     "pairwise_distance",
     "prepare_for_ddp",
     "range_search",
@@ -173,6 +177,7 @@ __all__ = [
     "read_ivecs",
     "search_preassigned",
     "suggest_index",
+    "unpack_bits",
     "write_bvecs",
     "write_faiss",
     "write_fvecs",

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import ConversionError
+from elips_torch.core.errors import ArgumentError, ConversionError
 from elips_torch.engines.faiss.descriptions import (
+    BitsDescription,
     CodedDescription,
     CodeDescription,
     Description,
@@ -30,6 +31,7 @@ from elips_torch.indexes.ivf_flat import IVFFlatIndex
 from elips_torch.indexes.refine import RefineIndex
 from elips_torch.indexes.unit_length import normalized
 from elips_torch.indexes.wrappers import PreTransformIndex
+from elips_torch.quantizers.bits import pack_bits
 from elips_torch.quantizers.product import ProductQuantizer
 from elips_torch.quantizers.quantizer import Quantizer
 from elips_torch.quantizers.scalar import ScalarQuantizer
@@ -63,6 +65,25 @@ def describe_index(index: Index, labels: Tensor | None, options: DescriptionOpti
         if isinstance(index, kind):
             return describe(index, labels, options)
     raise ConversionError(f"a {type(index).__name__} has no counterpart in faiss")
+
+
+def describe_bits(index: Index) -> Description:
+    """Describe an index of zeros and ones as one of bits, under its ids.
+
+    Raises:
+        ConversionError: it is none.
+    """
+    if not isinstance(index, FlatIndex):
+        raise ConversionError(f"a {type(index).__name__} holds no bits, binary=True is for a FlatIndex")
+    if index.metric != "l2":
+        raise ConversionError(
+            f"faiss compares bits by their Hamming distance, which is 'l2', not {index.metric!r}"
+        )
+    try:
+        codes = pack_bits(index.vectors.detach())
+    except ArgumentError as error:
+        raise ConversionError(f"binary=True is for vectors of bits: {error}") from error
+    return _labelled(BitsDescription(codes.cpu()), index.ids)
 
 
 def _labelled(description: Description, labels: Tensor | None) -> Description:

@@ -15,7 +15,7 @@ from elips_torch.engines.faiss.gpu_resources import check_gpu
 from elips_torch.engines.faiss.index_files import read_index, write_index
 from elips_torch.engines.faiss.transfer import to_gpu
 from elips_torch.indexes.base import Index
-from elips_torch.indexes.described_indexes import DescriptionOptions, describe_index
+from elips_torch.indexes.described_indexes import DescriptionOptions, describe_bits, describe_index
 from elips_torch.indexes.restored_indexes import restore_index
 
 Device: TypeAlias = torch.device | str
@@ -31,6 +31,10 @@ def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
     normalises ("L2norm,Flat", "L2norm,IVF...,Flat") become the metric "cosine". An inverted file keeps no
     order of its rows: they come by ascending id, which is the order of insertion unless own ids were given.
 
+    ``IndexBinaryFlat``, also under an id map, becomes a `FlatIndex` of zeros and ones, whose squared
+    distances are faiss's Hamming distances; `unpack_bits` makes its queries. Its vectors are float16, which
+    takes 16 times the memory of the bits, and what screening takes beside them.
+
     Args:
         index: of faiss, on the CPU or on GPUs; it may be dropped or changed after.
         device: where to put the database.
@@ -40,9 +44,9 @@ def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
         or `RefineIndex`.
 
     Raises:
-        DtypeError: no index of faiss, or one of bits.
+        DtypeError: no index of faiss.
         ConversionError: a kind of index, a metric or a setting that has no counterpart; the message names it.
-            `FaissIndex` serves such an index as it is.
+            `FaissIndex` serves such an index as it is, unless it holds bits.
         NonFiniteError: vectors hold NaN or infinity.
         DeviceError: a GPU is asked for, and there is none.
         ImportError: faiss is not installed.
@@ -63,6 +67,7 @@ def to_faiss(
     index: Index,
     device: Device | Sequence[Device] | None = None,
     *,
+    binary: bool = False,
     precomputed_tables: bool | None = None,
     **gpu_options: Any,
 ) -> Any:
@@ -71,10 +76,14 @@ def to_faiss(
     numbers = gpu_numbers(device)
     if gpu_options and not numbers:
         raise ArgumentError(f"{', '.join(gpu_options)}: options of indexes on GPUs, device is {device}")
+    if binary and numbers:
+        raise DeviceError(f"device is {device}, binary=True makes indexes on the CPU")
     options = read_options(precomputed_tables=bool(precomputed_tables), **gpu_options)
     for number in numbers:
         # Before memory is filled.
         check_gpu(build, number)
+    if binary:
+        return construct(build, describe_bits(index))
     description = describe_index(index, index.ids, DescriptionOptions(precomputed_tables))
     made = construct(build, description)
     return to_gpu(build, made, numbers, options) if numbers else made
@@ -98,7 +107,7 @@ def gpu_numbers(device: Device | Sequence[Device] | None) -> list[int]:
 
 
 def read_faiss(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Index:
-    """Read a file that ``faiss.write_index`` or `write_faiss` wrote; see `from_faiss`.
+    """Read a file that faiss or `write_faiss` wrote, of floats or of bits; see `from_faiss`.
 
     Args:
         path: the file.
@@ -111,18 +120,20 @@ def read_faiss(path: str | os.PathLike[str], device: torch.device | str = "cpu")
     """
     check_torch_device(device)
     build = load_installed()
-    return restore_index(describe(build, read_index(build, path)), device)
+    return restore_index(describe(build, read_index(build, path, bits=True)), device)
 
 
-def write_faiss(index: Index, path: str | os.PathLike[str]) -> None:
+def write_faiss(index: Index, path: str | os.PathLike[str], *, binary: bool = False) -> None:
     """Write an index to a file that ``faiss.read_index`` reads, which appears whole or not at all.
 
     Args:
         index: any index that `Index.to_faiss` takes.
         path: where to write; an existing file is replaced.
+        binary: write an index of bits, which ``faiss.read_index_binary`` reads; see `Index.to_faiss`.
 
     Raises:
-        ConversionError: the index has no counterpart in faiss.
+        ConversionError: the index has no counterpart in faiss, or ``binary`` is asked of vectors that are no
+            bits.
         IndexFileError: faiss could not write the file.
         FileNotFoundError: there is no such folder.
 
@@ -139,7 +150,7 @@ def write_faiss(index: Index, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(index, Index):
         raise DtypeError(f"index is a {type(index).__name__}, expected an Index; faiss writes its own")
-    write_index(load_installed(), index.to_faiss(), path)
+    write_index(load_installed(), index.to_faiss(binary=binary), path)
 
 
 def check_torch_device(device: torch.device | str) -> None:

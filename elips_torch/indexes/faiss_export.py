@@ -14,6 +14,7 @@ class FaissExport:
         self,
         device: torch.device | str | Sequence[torch.device | str] | None = None,
         *,
+        binary: bool = False,
         precomputed_tables: bool | None = None,
         **gpu_options: Any,
     ) -> Any:
@@ -29,6 +30,8 @@ class FaissExport:
         Args:
             device: a GPU to copy the index to, or several, each with all of it or, with ``shard=True``, with
                 a part; default is the CPU.
+            binary: make an ``IndexBinaryFlat``, on the CPU, of a `FlatIndex` under "l2" whose vectors are
+                zeros and ones. It takes a bit for each, and its Hamming distances are the same scores.
             precomputed_tables: for product-quantized residuals under "l2", whether faiss keeps tables of
                 products of centroids, which make its searches faster and take ``nlist * m * 2**nbits``
                 floats; default is as faiss decides, by their size.
@@ -40,11 +43,13 @@ class FaissExport:
             The index of faiss, which shares no memory with this one.
 
         Raises:
-            ConversionError: faiss has no such index.
+            ConversionError: faiss has no such index, or ``binary`` is asked of vectors that are no bits.
             DeviceError: a GPU is asked for, and there is none.
             ParameterError: no such option.
             ImportError: faiss is not installed.
         """
         # That module knows every class of index, and all of them import this file.
         conversion = importlib.import_module("elips_torch.indexes.faiss_conversion")
-        return conversion.to_faiss(self, device, precomputed_tables=precomputed_tables, **gpu_options)
+        return conversion.to_faiss(
+            self, device, binary=binary, precomputed_tables=precomputed_tables, **gpu_options
+        )

@@ -37,12 +37,12 @@ class SlotChange:
         """Return payload ``(capacity before, ...)`` as ``(capacity, ...)``, what has moved in its new place.
 
         It is the same tensor where the capacity is the same. The slots that were filled, and those
-        that no list owns, hold anything.
+        that no list owns, hold zeros or what other slots held.
         """
         moved = payload[self.sources]
         if payload.shape[0] != self.capacity:
             with durable():
-                grown = payload.new_empty((self.capacity, *payload.shape[1:]))
+                grown = payload.new_zeros((self.capacity, *payload.shape[1:]))
             kept = min(payload.shape[0], self.capacity)
             grown[:kept] = payload[:kept]
             payload = grown

@@ -9,9 +9,10 @@ from elips_torch.core.errors import DtypeError
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import FLOAT_DTYPES
 from elips_torch.indexes.base import Index
+from elips_torch.indexes.inverted_lists import SlotChange
 from elips_torch.indexes.ivf import IVFIndex
+from elips_torch.indexes.listed_plane import ListedPlane
 from elips_torch.indexes.screened_vectors import ScreenedVectors
-from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.storage import durable
 from elips_torch.kernels.list_layout import RowDecoder, StoredRows
 from elips_torch.kernels.screen_choice import check_screen
@@ -37,7 +38,7 @@ class IVFFlatIndex(ScreenedVectors, IVFIndex):
             set later (``index.nprobe = 32``) and for one call (``index.search(queries, nprobe=64)``).
         k: number of neighbours that `search` returns by default.
         dtype: how vectors are stored: float32, float16, bfloat16 or float64.
-        screen: the low-precision copy of the vectors that is kept beside them; see `FlatIndex`.
+        screen: the low-precision copy of the vectors that is kept in the order of the lists; see `FlatIndex`.
         coarse: an empty index that is to hold the centroids, or one that holds them under the ids 0 to
             ``nlist - 1``. Default: a `FlatIndex`.
         niter: passes of k-means over the training vectors.
@@ -69,6 +70,7 @@ class IVFFlatIndex(ScreenedVectors, IVFIndex):
     row_tensors: ClassVar[tuple[str, ...]] = ("vectors", "assignments", "ids")
 
     vectors: Tensor
+    plane: ListedPlane
 
     def __init__(
         self,
@@ -112,8 +114,7 @@ class IVFFlatIndex(ScreenedVectors, IVFIndex):
             self.register_buffer("vectors", torch.empty(0, dim, dtype=dtype, device=device))
         self._dtype = dtype
         self.screen = check_screen(screen, self._metric, dtype, dim)
-        self.plane = ScreeningPlane(self._metric, dim, screen, device)
-        self.plane.rebuild(self.vectors)
+        self.plane = ListedPlane(self._metric, dim, screen, device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,7 +138,19 @@ class IVFFlatIndex(ScreenedVectors, IVFIndex):
         return self.vectors.detach().index_select(0, rows)
 
     def _decoder(self) -> RowDecoder:
-        return StoredRows(self.vectors.detach(), self.plane.current(self.vectors))
+        # The lists first: the plane follows them.
+        _ = self.lists
+        plane = self.plane.current(self.vectors)
+        return StoredRows(self.vectors.detach(), plane, self.plane.in_slots)
+
+    def _slots_changed(self, change: SlotChange) -> None:
+        self.plane.carry(change, self._lists.places)
+
+    def memory_bytes(self) -> int:
+        """Return the bytes of the stored tensors, the lists and the plane; see `Index.memory_bytes`."""
+        # What searches need counts before the first one, too.
+        self._decoder()
+        return super().memory_bytes()
 
     def _candidate_dtype(self) -> torch.dtype:
         return self._dtype

@@ -45,15 +45,18 @@ def estimate_memory_bytes(index: Index, n: int) -> int:
         padding = index.nlist * (SLOT_ALIGNMENT - 1) // 2
         lists = _SLOT_BYTES * (2 * n + padding) + _LIST_BYTES * index.nlist
         centroids = estimate_memory_bytes(index.coarse, index.nlist)
-        return lists + centroids + _own_bytes(index, n, other=[index.coarse])
+        return lists + centroids + _own_bytes(index, n, other=[index.coarse], padding=padding)
     return _own_bytes(index, n, other=[])
 
 
-def _own_bytes(index: Index, n: int, other: Iterable[Index]) -> int:
-    """Return the bytes of N rows of an index and of what it has learned, those of other indexes left out."""
+def _own_bytes(index: Index, n: int, other: Iterable[Index], padding: int = 0) -> int:
+    """Return the bytes of N rows of an index and of what it has learned, those of other indexes left out.
+
+    Codes of a plane that lies in lists are padded, too.
+    """
     total = n * sum(_row_bytes(getattr(index, name)) for name in index.row_tensors)
     if isinstance(index, ScreenedVectors):
-        total += _plane_bytes(index.plane, index.vectors, n)
+        total += _plane_bytes(index.plane, index.vectors, n, padding)
     foreign = {module for each in other for module in each.modules()}
     for module in index.modules():
         if isinstance(module, Learned) and module.learned_buffers and module not in foreign:
@@ -62,14 +65,15 @@ def _own_bytes(index: Index, n: int, other: Iterable[Index]) -> int:
     return total
 
 
-def _plane_bytes(plane: ScreeningPlane, vectors: Tensor, n: int) -> int:
+def _plane_bytes(plane: ScreeningPlane, vectors: Tensor, n: int, padding: int) -> int:
     if vectors.dtype == torch.float64:
         return 0
     kind = choose_screen(plane.screen, plane.metric, vectors.dtype, plane.dim, vectors.device)
     if kind == "none":
         return 0
-    code = CODE_DTYPES[kind].itemsize * plane.dim if kind in CODE_DTYPES else 0
-    return n * (code + _TERM_BYTES) + 4 * plane.dim
+    if kind not in CODE_DTYPES:
+        return n * _TERM_BYTES + 4 * plane.dim
+    return (n + padding) * (CODE_DTYPES[kind].itemsize * plane.dim + _TERM_BYTES) + 4 * plane.dim
 
 
 def _row_bytes(tensor: Tensor) -> int:

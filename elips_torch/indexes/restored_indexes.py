@@ -11,6 +11,7 @@ from elips_torch.core.errors import ConversionError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.validation import check_values
 from elips_torch.engines.faiss.descriptions import (
+    BitsDescription,
     CodedDescription,
     CodeDescription,
     Description,
@@ -32,6 +33,7 @@ from elips_torch.indexes.pq import PQIndex
 from elips_torch.indexes.refine import RefineIndex
 from elips_torch.indexes.sq import SQIndex
 from elips_torch.indexes.wrappers import PreTransformIndex
+from elips_torch.quantizers.bits import unpack_bits
 
 _SHORT = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # How far from 1 the squared length of a float32 vector may be that was normalised.
@@ -105,6 +107,13 @@ def _flat(description: FlatDescription) -> IndexParts:
     check_values("vectors", description.vectors, resolve_metric(metric, p))
     config = {"dim": description.dim, "metric": metric, "p": p}
     return _numbered(FlatIndex, config, {"vectors": description.vectors}, len(description.vectors))
+
+
+def _bits(description: BitsDescription) -> IndexParts:
+    # Zeros and ones, which add up without rounding in any dtype that searches compute in.
+    config = {"dim": description.dim, "metric": description.metric, "dtype": "float16"}
+    vectors = unpack_bits(description.codes, torch.float16)
+    return _numbered(FlatIndex, config, {"vectors": vectors}, len(vectors))
 
 
 def _coded(description: CodedDescription) -> IndexParts:
@@ -260,6 +269,7 @@ def _behind_normalisation(description: Description) -> Description | None:
 
 _MAKERS: dict[type[Any], Callable[[Any], IndexParts]] = {
     FlatDescription: _flat,
+    BitsDescription: _bits,
     CodedDescription: _coded,
     IVFDescription: _inverted_file,
     RefineDescription: _refine,

@@ -75,7 +75,7 @@ class ScreeningPlane(RowTensors):
             return None
         if not self._is_plane_of(vectors, wanted):
             # Optimisers, averaging of models and DDP write into vectors behind the index's back.
-            self.rebuild(vectors)
+            self._make(vectors)
         if self.kind == "none":
             return None
         codes = vectors.detach() if self.kind == "fp32" else self.codes
@@ -91,10 +91,14 @@ class ScreeningPlane(RowTensors):
     def _is_plane_of(self, vectors: Tensor, wanted: str) -> bool:
         if self._seen is None or isinstance(vectors, nn.Parameter):
             return False
-        if self.kind != "none" and self.terms.shape[0] != vectors.shape[0]:
+        if self.kind != "none" and self.terms.shape[0] != self._n_places(vectors):
             # Another thread has looked between two steps of a change.
             return False
         return self._wanted == wanted and self._seen.matches(vectors)
+
+    def _n_places(self, vectors: Tensor) -> int:
+        """Return how many codes there are for these vectors."""
+        return vectors.shape[0]
 
     def accept(self, vectors: Tensor) -> None:
         """Take the vectors, whose values have not changed, for known."""
@@ -106,6 +110,9 @@ class ScreeningPlane(RowTensors):
 
     def rebuild(self, vectors: Tensor) -> None:
         """Make the plane anew from all vectors ``(N, D)``."""
+        self._make(vectors)
+
+    def _make(self, vectors: Tensor) -> None:
         kind = self._kind_for(vectors)
         plane = None
         if kind != "none" and vectors.shape[0] and not vectors.is_meta:
@@ -183,10 +190,14 @@ class ScreeningPlane(RowTensors):
     def _move_mean(self, vectors: Tensor) -> None:
         with durable():
             moved = (mean_of(self.metric, vectors) - self.mean).square().sum()
-            spread = self.terms[:, NORM].square().mean()
+            spread = self._norms().square().mean()
         self._rows_at_mean = vectors.shape[0]
         if bool(moved > _WORTH_MOVING * spread):
             self.rebuild(vectors)
+
+    def _norms(self) -> Tensor:
+        """Return the norm of each row, ``(N,)``."""
+        return self.terms[:, NORM]
 
     def _empty(self, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
         return (

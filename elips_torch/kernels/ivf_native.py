@@ -36,10 +36,11 @@ def native_lists(
     if metric.form != "product" or decode.dtype == torch.float64:
         return None
     if isinstance(decode, StoredRows) and decode.plane is not None:
-        if not native_serves(decode.vectors, decode.plane):
+        n_places = layout.slots.shape[0] if decode.in_slots else None
+        if not native_serves(decode.vectors, decode.plane, n_places):
             return None
         search = NativeSearch(decode.vectors, metric, decode.plane, k, n_excluded)
-        return ScreenedLists(search, layout) if search.plan(1, workspace_bytes) else None
+        return ScreenedLists(search, layout, decode.in_slots) if search.plan(1, workspace_bytes) else None
     if not library_compiles():
         return None
     packed = getattr(decode, "packed", None)
@@ -55,11 +56,17 @@ class ScreenedLists:
     Args:
         search: of all rows.
         layout: the rows of each list.
+        in_slots: the plane lies in the order of the slots.
     """
 
-    def __init__(self, search: NativeSearch, layout: ListLayout) -> None:
+    def __init__(self, search: NativeSearch, layout: ListLayout, in_slots: bool = False) -> None:
         self.search = search
         self.layout = layout
+        self.in_slots = in_slots
+
+    def lists(self, probes: Tensor) -> ProbedLists:
+        """Return the lists ``(Q, P)`` of queries as the code is told of them."""
+        return ProbedLists(self.layout, probes, self.in_slots)
 
     def queries_at_once(self, k: int, workspace_bytes: int) -> int:
         """Return how many queries `run` takes; it splits them itself."""
@@ -75,8 +82,7 @@ class ScreenedLists:
         workspace_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
-        lists = ProbedLists(self.layout, probes)
-        return self.search.run(queries, k, ranks, selection, workspace_bytes, lists)
+        return self.search.run(queries, k, ranks, selection, workspace_bytes, self.lists(probes))
 
 
 class DecodedLists:

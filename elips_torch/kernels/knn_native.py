@@ -103,11 +103,11 @@ def native_or_eager(
     return native_first(*arguments) or screened_search(EAGER, *arguments)
 
 
-def native_serves(database: Tensor, plane: Plane) -> bool:
-    """Whether there is code for a database and its plane here."""
+def native_serves(database: Tensor, plane: Plane, n_places: int | None = None) -> bool:
+    """Whether there is code for a database and its plane here, which has so many places; default is N."""
     if plane.codes.dtype not in CODE_TYPES or database.dtype not in VECTOR_TYPES:
         return False
-    if len({len(database), len(plane.codes), len(plane.terms)}) > 1:
+    if {len(plane.codes), len(plane.terms)} != {len(database) if n_places is None else n_places}:
         # Another thread is changing the index.
         return False
     if not database.is_contiguous() or database.is_neg():

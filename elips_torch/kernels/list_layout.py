@@ -69,10 +69,13 @@ class StoredRows:
     Attributes:
         vectors: ``(N, D)``.
         plane: their codes to screen with, where there are some.
+        in_slots: the plane lies in the order of the slots, not of the rows; what it has for slots
+            without rows means nothing.
     """
 
     vectors: Tensor
     plane: Plane | None = None
+    in_slots: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

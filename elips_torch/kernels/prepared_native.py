@@ -4,13 +4,13 @@ Describing a search takes as long as answering one query. Here all but the queri
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elips_torch.kernels.knn_native import NativeSearch
-from elips_torch.kernels.list_layout import ListLayout
 from elips_torch.kernels.search_facts import ProbedLists
 from elips_torch.kernels.search_native import DONE, NO_MEMORY, SPARE, call_search, search_arguments
 
@@ -91,7 +91,7 @@ def prepare(
     k: int,
     ranks: Tensor | None,  # (N,) int64
     workspace_bytes: int,
-    layout: ListLayout | None = None,
+    lists_of: Callable[[Tensor], ProbedLists] | None = None,
     coarse: PreparedSearch | None = None,
 ) -> PreparedSearch | None:
     """Describe a search for queries like some; None where describing it is not all that Python does.
@@ -102,12 +102,12 @@ def prepare(
         k: number of neighbours, at most N.
         ranks: ``(N,)`` int64, place of each row's id among the sorted ids; None where that is the row.
         workspace_bytes: limit on temporary memory, in bytes.
-        layout: the rows of each list, where only those that ``coarse`` finds are searched.
+        lists_of: describes lists ``(Q, P)``, where only those that ``coarse`` finds are searched.
         coarse: the search among centroids, whose rows are the numbers of lists.
     """
     lists = None
-    if layout is not None and coarse is not None:
-        lists = ProbedLists(layout, torch.empty(coarse.shape, dtype=torch.int64, device="cpu"))
+    if lists_of is not None and coarse is not None:
+        lists = lists_of(torch.empty(coarse.shape, dtype=torch.int64, device="cpu"))
     facts = search.described(queries, k, ranks, workspace_bytes, lists)
     if facts is None:
         return None

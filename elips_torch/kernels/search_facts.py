@@ -20,14 +20,16 @@ class ProbedLists:
     Attributes:
         layout: the rows of each list.
         probes: ``(Q, P)`` int64, the lists of each query, each once; -1 for none.
+        codes_in_slots: the rows' codes lie in the order of the slots, not of the rows.
     """
 
     layout: ListLayout
     probes: Tensor
+    codes_in_slots: bool = False
 
     def narrowed(self, start: int, stop: int) -> "ProbedLists":
         """Return the lists of the queries from ``start`` to ``stop``."""
-        return ProbedLists(self.layout, self.probes[start:stop])
+        return dataclasses.replace(self, probes=self.probes[start:stop])
 
     @property
     def rows_per_query(self) -> float:
@@ -64,6 +66,7 @@ def list_facts(lists: ProbedLists) -> dict[str, Any]:
         "n_lists": layout.nlist,
         "n_slots": layout.slots.shape[0],
         "n_probes": probes.shape[1],
+        "codes_in_slots": int(lists.codes_in_slots),
     }
 
 

@@ -166,6 +166,7 @@ class Arguments(ctypes.Structure):
         ("vector_type", ctypes.c_int32),
         ("source_type", ctypes.c_int32),
         ("is_exact", ctypes.c_int32),
+        ("codes_in_slots", ctypes.c_int32),
     )
 
 

@@ -155,7 +155,7 @@ def prepare_ivf(
     step = native_lists(layout, decode, metric, k, coarse.shape[1], 0, workspace_bytes)
     if not isinstance(step, ScreenedLists):
         return None
-    return prepare(step.search, queries, k, ranks, workspace_bytes, layout, coarse)
+    return prepare(step.search, queries, k, ranks, workspace_bytes, step.lists, coarse)
 
 
 def run_ivf_range(

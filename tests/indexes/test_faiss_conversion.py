@@ -260,10 +260,6 @@ def test_what_no_index_may_hold_is_refused():
             from_faiss(twice)
     with pytest.raises(DtypeError, match="index is a list, expected an index of faiss"):
         from_faiss([1])
-    with pytest.raises(
-        DtypeError, match=r"IndexBinaryFlat, whose vectors are bits, expected an index of floats"
-    ):
-        from_faiss(faiss.IndexBinaryFlat(64))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to ask for")

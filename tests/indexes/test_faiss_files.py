@@ -59,9 +59,6 @@ def test_files_that_hold_no_index_are_refused(tmp_path):
     index.save(path)
     with pytest.raises(IndexFileError, match="load_index"):
         read_faiss(path)
-    faiss.write_index_binary(faiss.IndexBinaryFlat(64), str(path))
-    with pytest.raises(DtypeError, match="vectors are bits"):
-        read_faiss(path)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -170,6 +170,7 @@ class InListOrder(IVFFlatIndex):
         self.payload = torch.empty(0, 16)
 
     def _slots_changed(self, change):
+        super()._slots_changed(change)
         self.payload = change.carry(self.payload)
         self.payload[change.filled] = self.vectors[self._lists.slots[change.filled]]
 
@@ -181,7 +182,8 @@ COARSE.add(clusters(8, spread=1.0))
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["add", "remove", "upsert"]), st.integers(1, 60)), max_size=10))
 def test_any_sequence_of_changes_keeps_results_exact_and_payload_in_place(steps):
-    index, flat = InListOrder(16, 8, coarse=copy.deepcopy(COARSE), nprobe=8), FlatIndex(16)
+    coarse = copy.deepcopy(COARSE)
+    index, flat = InListOrder(16, 8, coarse=coarse, nprobe=8, screen="int8"), FlatIndex(16)
     for number, (verb, size) in enumerate(steps):
         vectors = clusters(size, seed=number, spread=1.0)
         order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(number))
@@ -196,6 +198,59 @@ def test_any_sequence_of_changes_keeps_results_exact_and_payload_in_place(steps)
         queries = clusters(3, seed=100 + number)
         assert_same(index(queries, 7), flat(queries, 7))
         assert torch.equal(index.payload[index.lists.places], index.vectors)
+        assert_bounded(index)
+
+
+def assert_bounded(index):
+    """The plane is that of the rows, in the order of the lists."""
+    decode = index._decoder()
+    if not index.ntotal:
+        return
+    assert decode.in_slots
+    places, vectors, plane = index.lists.places, index.vectors.double(), decode.plane
+    assert plane.codes.dtype == torch.int8
+    assert plane.codes.shape[0] == plane.terms.shape[0] == index.lists.capacity
+    assert bool(plane.terms.isfinite().all())
+    scales, residuals, norms, _ = plane.terms[places].double().unbind(1)
+    centred = vectors - plane.mean.double()
+    lost = torch.linalg.vector_norm(centred - scales[:, None] * plane.codes[places].double(), dim=1)
+    assert bool((lost <= residuals).all())
+    assert bool((residuals <= 0.1 * norms.max() + 1e-9).all())
+    assert bool((torch.linalg.vector_norm(centred, dim=1) <= norms).all())
+
+
+def test_the_plane_follows_the_lists_without_being_made_anew(monkeypatch):
+    index, vectors = made(screen="int8")
+    index(vectors[:3])
+    assert_bounded(index)
+    monkeypatch.setattr(index.plane, "_make", lambda vectors: pytest.fail("the plane is made anew"))
+    index.add(clusters(300, seed=5))
+    assert_bounded(index)
+    index.remove(index.ids[::3])
+    assert_bounded(index)
+    index.upsert(clusters(10, seed=6), index.ids[:10])
+    assert_bounded(index)
+    flat = FlatIndex(16)
+    flat.add(index.vectors, index.ids)
+    assert_same(index.search(vectors[:30], 9, nprobe=index.nlist), flat(vectors[:30], 9))
+
+
+def test_a_plane_in_lists_is_made_anew_where_these_are(monkeypatch):
+    index, vectors = made(screen="int8")
+    index(vectors[:3])
+    for change in (copy.deepcopy, lambda each: each.double().float(), lambda each: each.share_memory()):
+        index = change(index)
+        assert_bounded(index)
+    index.assignments.add_(0)
+    assert_bounded(index)
+    index.vectors.mul_(2.0)
+    assert_bounded(index)
+    state = index.state_dict()
+    index.reset()
+    assert_bounded(index)
+    index.add(vectors[:100])
+    index.load_state_dict(state)
+    assert_bounded(index)
 
 
 @pytest.mark.parametrize("n_queries", [1, 30])
@@ -406,6 +461,7 @@ def test_the_parts_of_an_index_are_shown_and_counted():
     spread = f"list_sizes={sizes.min()}..{sizes.max()}, imbalance={index.imbalance_factor():.2f}"
     assert f"nlist=20, nprobe=8, {spread}" in repr(index)
     # Vectors, ids, assignments, centroids and the plane; then slots, places and three numbers per list.
+    assert index.memory_bytes() == index.memory_bytes()
     plane = sum(tensor.nbytes for tensor in index.plane.buffers())
     stored = 2000 * (16 * 4 + 8 + 4) + index.coarse.memory_bytes() + plane
     lists = 8 * (index.lists.capacity + 2000 + 3 * 20)

@@ -11,7 +11,7 @@ from elips_torch.indexes.inverted_lists import InvertedLists
 from elips_torch.kernels import ivf_native, knn_native
 from elips_torch.kernels.ivf_native import native_lists
 from elips_torch.kernels.list_layout import DecodedRows, StoredRows
-from elips_torch.kernels.plane import make_plane, plain_plane
+from elips_torch.kernels.plane import Plane, make_plane, plain_plane
 from elips_torch.kernels.selection import Selection
 from elips_torch.reference.ivf_search import ivf_search
 
@@ -20,15 +20,24 @@ pytestmark = pytest.mark.skipif(
 )
 METRICS = ["l2", "ip", "cosine"]
 WORKSPACE = 64 * 2**20
-DECODERS = ["fp32", "decoded", *(["int8"] if device_facts("cpu").vnni else [])]
+DECODERS = ["fp32", "in slots", "decoded", *(["int8", "int8 in slots"] if device_facts("cpu").vnni else [])]
 
 
-def decoder(kind, metric, database):
+def decoder(kind, metric, database, layout):
     if kind == "decoded":
         return DecodedRows(lambda rows: database[rows], torch.float32, database.shape[1])
     metric = resolve_metric(metric)
-    plane = plain_plane(metric, database) if kind == "fp32" else make_plane(metric, database, kind)
-    return StoredRows(database, plane)
+    plane = make_plane(metric, database, "int8") if "int8" in kind else plain_plane(metric, database)
+    if "in slots" not in kind:
+        return StoredRows(database, plane)
+    # What lies in slots without rows would win.
+    spread = [
+        torch.full((len(layout.slots), each.shape[1]), 100, dtype=each.dtype)
+        for each in (plane.codes, plane.terms)
+    ]
+    for slots, rows in zip(spread, (plane.codes, plane.terms), strict=True):
+        slots[layout.places] = rows
+    return StoredRows(database, Plane(*spread, plane.mean, plane.is_integer), in_slots=True)
 
 
 def problem(n_queries, n=700, nlist=17, n_probes=9, dim=24):
@@ -48,7 +57,7 @@ def search(kind, metric, queries, database, probes, layout, k, ranks=None, selec
     workspace = options.get("workspace", WORKSPACE)
     step = native_lists(
         layout,
-        decoder(kind, metric, database),
+        decoder(kind, metric, database, layout),
         resolve_metric(metric),
         k,
         probes.shape[1],
@@ -134,6 +143,7 @@ def test_an_index_keeps_a_plane_and_searches_by_it(monkeypatch):
     vectors, queries = torch.randn(6000, 32, generator=generator), torch.randn(50, 32, generator=generator)
     index = IVFFlatIndex(32, 24, nprobe=5).fit(vectors)
     index.add(vectors[:4000])
+    index.search(queries[:1])
     index.add(vectors[4000:])
     index.remove(index.ids[::3])
     index.upsert(vectors[:10] + 1.0, index.ids[:10])

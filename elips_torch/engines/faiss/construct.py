@@ -10,6 +10,7 @@ from elips_torch.core.errors import ConversionError
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.describe import METRICS, QTYPES
 from elips_torch.engines.faiss.descriptions import (
+    BitsDescription,
     CentringDescription,
     CodedDescription,
     Description,
@@ -68,6 +69,13 @@ def _flat(build: FaissBuild, description: FlatDescription) -> Any:
         index.metric_arg = description.p
     if len(description.vectors):
         index.add(description.vectors.contiguous().numpy())
+    return index
+
+
+def _bits(build: FaissBuild, description: BitsDescription) -> Any:
+    index = build.module.IndexBinaryFlat(description.dim)
+    if len(description.codes):
+        index.add(description.codes.contiguous().numpy())
     return index
 
 
@@ -211,7 +219,9 @@ def _id_map(build: FaissBuild, description: IDMapDescription) -> Any:
     inner = construct(build, description.index)
     # Faiss takes an empty index only; what the inner one holds is said right after.
     rows, inner.ntotal = inner.ntotal, 0
-    index = build.module.IndexIDMap2(_owned(inner))
+    of_bits = isinstance(inner, build.module.IndexBinary)
+    kind = build.module.IndexBinaryIDMap2 if of_bits else build.module.IndexIDMap2
+    index = kind(_owned(inner))
     inner.ntotal = index.ntotal = rows
     index.own_fields = True
     _write(build, description.ids, index.id_map)
@@ -231,6 +241,7 @@ def _refine(build: FaissBuild, description: RefineDescription) -> Any:
 
 _BUILDERS: dict[type[Any], Callable[[FaissBuild, Any], Any]] = {
     FlatDescription: _flat,
+    BitsDescription: _bits,
     CodedDescription: _coded,
     IVFDescription: _inverted_file,
     PreTransformDescription: _pre_transform,

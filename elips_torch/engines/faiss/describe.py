@@ -10,6 +10,7 @@ from torch import Tensor
 from elips_torch.core.errors import ConversionError, DtypeError
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.descriptions import (
+    BitsDescription,
     CentringDescription,
     CodedDescription,
     Description,
@@ -44,22 +45,6 @@ _OFFER = "FaissIndex(index) serves it as it is"
 _GROUPS_OF_GPU_INDEXES = ("IndexShards", "IndexReplicas", "IndexShardsIVF")
 
 
-def check_is_index(build: FaissBuild, index: Any) -> None:
-    """Check that something is an index of faiss over floats.
-
-    Raises:
-        DtypeError: it is not.
-    """
-    faiss = build.module
-    if isinstance(index, faiss.IndexBinary):
-        raise DtypeError(
-            f"index is a {type(faiss.downcast_IndexBinary(index)).__name__}, whose vectors are bits, "
-            "expected an index of floats; faiss itself searches it"
-        )
-    if not isinstance(index, faiss.Index):
-        raise DtypeError(f"index is a {type(index).__name__}, expected an index of faiss")
-
-
 def describe(build: FaissBuild, index: Any) -> Description:
     """Describe an index of faiss; tensors are copies.
 
@@ -68,12 +53,15 @@ def describe(build: FaissBuild, index: Any) -> Description:
         index: the index; one on GPUs is copied to the CPU first.
 
     Raises:
-        DtypeError: no index of faiss, or one of bits.
+        DtypeError: no index of faiss.
         ConversionError: it, or an index inside it, is of a kind or has settings that have no description; the
             message names them.
     """
-    check_is_index(build, index)
     faiss = build.module
+    if isinstance(index, faiss.IndexBinary):
+        return _describe_bits(build, index)
+    if not isinstance(index, faiss.Index):
+        raise DtypeError(f"index is a {type(index).__name__}, expected an index of faiss")
     # Casts own nothing: what owns the memory keeps its name.
     copy = to_cpu(build, index) if _lies_on_gpus(faiss, faiss.downcast_index(index)) else index
     found = faiss.downcast_index(copy)
@@ -81,6 +69,19 @@ def describe(build: FaissBuild, index: Any) -> Description:
     if name not in _READERS:
         raise ConversionError(f"index is a {name}, which has no counterpart in this library; {_OFFER}")
     return _READERS[name](build, found)
+
+
+def _describe_bits(build: FaissBuild, index: Any) -> Description:
+    """Describe an index of bits, whose classes are none of those for floats."""
+    copy = to_cpu(build, index)
+    found = build.module.downcast_IndexBinary(copy)
+    name = type(found).__name__
+    if name not in _READERS_OF_BITS:
+        raise ConversionError(
+            f"index is a {name}, whose vectors are bits; {', '.join(_READERS_OF_BITS)} come over, "
+            "faiss itself searches the others"
+        )
+    return _READERS_OF_BITS[name](build, found)
 
 
 def _lies_on_gpus(faiss: Any, index: Any) -> bool:
@@ -121,6 +122,12 @@ def _flat(build: FaissBuild, index: Any) -> FlatDescription:
     metric, p = _metric(build, index)
     codes = _array(build, index.codes, index.ntotal, 4 * index.d)
     return FlatDescription(metric, p, codes.view(torch.float32))
+
+
+def _bits(build: FaissBuild, index: Any) -> BitsDescription:
+    if index.d % 8:
+        raise ConversionError(f"index is damaged: its vectors have {index.d} bits, which fill no bytes")
+    return BitsDescription(_array(build, index.xb, index.ntotal, index.d // 8))
 
 
 def _codes(build: FaissBuild, index: Any) -> Tensor:
@@ -303,4 +310,9 @@ _READERS: dict[str, Callable[[FaissBuild, Any], Description]] = {
     "IndexIDMap2": _id_map,
     "IndexRefine": _refine,
     "IndexRefineFlat": _refine,
+}
+_READERS_OF_BITS: dict[str, Callable[[FaissBuild, Any], Description]] = {
+    "IndexBinaryFlat": _bits,
+    "IndexBinaryIDMap": _id_map,
+    "IndexBinaryIDMap2": _id_map,
 }

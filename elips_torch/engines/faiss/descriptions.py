@@ -68,6 +68,27 @@ class FlatDescription:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class BitsDescription:
+    """Vectors of bits, compared by the Hamming distance.
+
+    Attributes:
+        codes: ``(N, D / 8)`` uint8, the lowest bit of a byte first.
+    """
+
+    codes: Tensor
+
+    @property
+    def dim(self) -> int:
+        """Size of a vector, in bits."""
+        return 8 * self.codes.shape[1]
+
+    @property
+    def metric(self) -> str:
+        """The Hamming distance, which is the squared distance of zeros and ones."""
+        return "l2"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class CodedDescription:
     """Codes, all of which a search sees.
 
@@ -234,6 +255,7 @@ class RefineDescription:
 
 Description: TypeAlias = (
     FlatDescription
+    | BitsDescription
     | CodedDescription
     | IVFDescription
     | PreTransformDescription

@@ -13,13 +13,21 @@ from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 _BITS = b"IB"
 
 
-def read_index(build: FaissBuild, path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
-    """Read an index of floats from a file of faiss; inverted lists may stay there.
+def read_index(
+    build: FaissBuild, path: str | os.PathLike[str], *, mmap: bool = False, bits: bool = False
+) -> Any:
+    """Read an index from a file of faiss.
+
+    Args:
+        build: the faiss that reads.
+        path: the file.
+        mmap: leave inverted lists there.
+        bits: take indexes of bits too.
 
     Raises:
         FileNotFoundError: there is no such file.
         IndexFileError: truncated, damaged or foreign.
-        DtypeError: an index of bits.
+        DtypeError: an index of bits, where only floats are taken.
     """
     where = os.fspath(path)
     if not Path(path).is_file():
@@ -30,27 +38,31 @@ def read_index(build: FaissBuild, path: str | os.PathLike[str], *, mmap: bool = 
         raise IndexFileError(
             f"{where!r} is a safetensors file, expected one of faiss; load_index reads those"
         )
-    if start[:2] == _BITS:
+    holds_bits = start[:2] == _BITS
+    if holds_bits and not bits:
         raise DtypeError(
             f"{where!r} holds an index whose vectors are bits, expected an index of floats; "
             "faiss.read_index_binary reads it"
         )
     # Tables of product codes are computed anew.
     use_one_thread_if_forked(build)
+    read = build.module.read_index_binary if holds_bits else build.module.read_index
     try:
-        return build.module.read_index(where, build.module.IO_FLAG_MMAP if mmap else 0)
+        return read(where, build.module.IO_FLAG_MMAP if mmap else 0)
     except (RuntimeError, MemoryError) as error:
         raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {_reason(error)}") from error
 
 
 def write_index(build: FaissBuild, index: Any, path: str | os.PathLike[str]) -> None:
     """Write an index of faiss; the file appears whole or not at all."""
+    of_bits = isinstance(index, build.module.IndexBinary)
+    write = build.module.write_index_binary if of_bits else build.module.write_index
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {os.fspath(target.parent)!r} to save an index in")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        build.module.write_index(index, os.fspath(temporary))
+        write(index, os.fspath(temporary))
         os.replace(temporary, target)
     except RuntimeError as error:
         raise IndexFileError(f"faiss could not write {os.fspath(path)!r}: {_reason(error)}") from error

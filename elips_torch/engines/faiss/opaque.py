@@ -59,7 +59,10 @@ def check_float_index(build: FaissBuild, index: Any) -> None:
     """Raise `DtypeError` unless this is an index of float vectors of this build."""
     name = type(index).__name__
     if isinstance(index, build.module.IndexBinary):
-        raise DtypeError(f"faiss_index is a {name}, which holds bits, expected an index of float vectors")
+        raise DtypeError(
+            f"faiss_index is a {name}, which holds bits, expected an index of float vectors; "
+            "from_faiss makes a FlatIndex of an IndexBinaryFlat"
+        )
     if not isinstance(index, build.module.Index):
         raise DtypeError(f"faiss_index is a {name}, expected an index of faiss")
 

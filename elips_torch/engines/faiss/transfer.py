@@ -96,6 +96,8 @@ def _make(build: FaissBuild, index: Any, kind: str, device: int, options: GpuOpt
 
 def to_cpu(build: FaissBuild, index: Any) -> Any:
     """Copy an index of faiss from the GPUs it is on to the CPU; one on the CPU comes back as it is."""
+    if isinstance(index, build.module.IndexBinary):
+        return build.module.index_binary_gpu_to_cpu(index) if hasattr(index, "getDevice") else index
     groups = tuple(getattr(build.module, name) for name in _GROUPS if hasattr(build.module, name))
     if build.has_gpu and (hasattr(index, "getDevice") or isinstance(index, groups)):
         return build.module.index_gpu_to_cpu(index)

@@ -68,7 +68,8 @@ struct Arguments {
     int32_t code_type;    // 0 float32, 1 int8
     int32_t vector_type;  // 0 float32, 1 float16, 2 bfloat16
     int32_t source_type;  // these, or 3 float64
-    int32_t is_exact;     // similarities of the codes are those of the vectors
+    int32_t is_exact;        // similarities of the codes are those of the vectors
+    int32_t codes_in_slots;  // codes and terms are (S, D) and (S, 4), those of the row in each slot
 };
 
 enum Status : int32_t { CERTIFIED = 0, UNCERTIFIED = 1, UNSURE = 2 };

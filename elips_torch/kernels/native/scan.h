@@ -31,8 +31,9 @@ struct Block {
 
 // Rows of a chunk: what the bounds need of each, one array a term.
 struct Chunk {
-    int64_t first;
-    const int64_t* slots;  // rows, from the chunk's first on; null where they follow each other
+    int64_t first;         // the place of the first codes; those of the others follow
+    const int64_t* slots;  // rows, from the chunk's first on; null where these are the places
+    bool scattered;        // the rows are the places, which do not follow each other
     int n;
     float* scale;
     float* residual;
@@ -42,6 +43,7 @@ struct Chunk {
     const float* unpacked;  // (n, D), or null
 
     int64_t row(int r) const { return slots ? slots[r] : first + r; }
+    int64_t place(int r) const { return scattered ? slots[r] : first + r; }
 };
 
 // The queries of each list, ascending.
@@ -145,8 +147,7 @@ class Scan {
         for (int64_t slot = start; slot < start + size; ++slot)
             if (a_.slots[slot] < 0 || a_.slots[slot] >= a_.n_rows) return;
         for (int64_t done = 0; done < size; done += chunk_rows_)
-            chunk(0, a_.slots + start + done,
-                  static_cast<int>(std::min(chunk_rows_, size - done)));
+            chunk(start + done, a_.slots + start + done, static_cast<int>(std::min(chunk_rows_, size - done)));
     }
 
    private:
@@ -159,6 +160,7 @@ class Scan {
         Chunk c;
         c.first = first;
         c.slots = slots;
+        c.scattered = slots && !a_.codes_in_slots;
         c.n = n;
         c.scale = terms_.get();
         c.residual = c.scale + chunk_rows_;
@@ -167,7 +169,7 @@ class Scan {
         c.correction = corrections_.get();
         c.unpacked = nullptr;
         if (a_.packed.packing) unpack_rows(c);
-        else if (slots) {
+        else if (c.scattered) {
             // Rows of a list lie anywhere.
             for (int r = 0; r < n; ++r) _mm_prefetch(reinterpret_cast<const char*>(a_.terms + 4 * slots[r]), _MM_HINT_T0);
             for (int r = 0; r < std::min(n, ROWS_AHEAD); ++r) prefetch_row(slots[r]);
@@ -176,7 +178,7 @@ class Scan {
             take_terms(c, [&](int r) { return a_.terms + 4 * (first + r); });
         if (n_blocks_ && blocks_[0].vectors)
             for (int r = 0; r < n; ++r) {
-                if (slots && r + ROWS_AHEAD < n) prefetch_row(slots[r + ROWS_AHEAD]);
+                if (c.scattered && r + ROWS_AHEAD < n) prefetch_row(slots[r + ROWS_AHEAD]);
                 c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
             }
         for (int b = 0; b < n_blocks_; ++b) {
@@ -224,7 +226,7 @@ class Scan {
 
     const Code* codes_of(const Chunk& c, int r) const {
         if (c.unpacked) return reinterpret_cast<const Code*>(c.unpacked) + int64_t(r) * a_.dim;
-        return row(c.row(r));
+        return row(c.place(r));
     }
 
     // The rows' vectors and the terms of their bounds, as `plane.plain_plane` makes them.
@@ -364,7 +366,7 @@ class Scan {
 
     // The last step of the last row would read past the end of the codes.
     void copy_last(const Code** rows, int n) {
-        const Code* last = row(a_.n_rows - 1);
+        const Code* last = row((a_.codes_in_slots ? a_.n_slots : a_.n_rows) - 1);
         for (int r = 0; r < n; ++r) {
             if (rows[r] != last) continue;
             std::memcpy(tail_.get(), last, a_.dim * sizeof(Code));
@@ -381,7 +383,7 @@ class Scan {
             const Floats norm = all(block.norm[i]);
             for (int first = 0; first < c.n; first += LANES) {
                 const int n = std::min(LANES, c.n - first);
-                if (c.slots && !c.unpacked && i == 0)
+                if (c.scattered && !c.unpacked && i == 0)
                     for (int r = first + ROWS_AHEAD; r < std::min(first + ROWS_AHEAD + LANES, c.n); ++r)
                         prefetch_row(c.slots[r]);
                 for (int r = 0; r < LANES; r += FEW) {
