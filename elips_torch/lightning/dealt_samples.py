@@ -159,12 +159,16 @@ def _by_id(ids: Tensor, suspects: Tensor, processes: Processes) -> tuple[Tensor,
     sizes = processes.objects(len(ids))
     start = sum(sizes[: processes.rank])
     all_ids, all_suspects = processes.rows(ids), processes.rows(suspects)
-    order = all_suspects.long().argsort(stable=True)
-    order = order[all_ids[order].argsort(stable=True)]
-    repeated = torch.zeros_like(all_suspects)
-    repeated[1:] = all_ids[order[1:]] == all_ids[order[:-1]]
-    repeated &= all_suspects[order]
-    total = int((~repeated).sum())
+    order = all_ids.argsort(stable=True)
+    if all_suspects.any():
+        # Of rows with the same id those that are no suspects come first.
+        order = all_suspects.long().argsort(stable=True)
+        order = order[all_ids[order].argsort(stable=True)]
+        repeated = all_suspects[order]
+        repeated[1:] &= all_ids[order[1:]] == all_ids[order[:-1]]
+        repeated[:1] = False
+        order = order[~repeated]
+    total = len(order)
     places = torch.full_like(all_ids, total)
-    places[order[~repeated]] = torch.arange(total)
+    places[order] = torch.arange(total)
     return places[start : start + len(ids)], total

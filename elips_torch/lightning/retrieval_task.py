@@ -108,7 +108,7 @@ class Task:
     ) -> tuple[dict[str, Tensor], Neighbours]:
         if documents.meaning != "ids":
             raise ArgumentError("queries come with 'relevant', so documents need 'ids', got 'labels'")
-        ids = processes.rows(documents.integers)
+        ids = processes.rows(documents.integers).sort().values
         # No process sees the ids of the others when it adds its own.
         check_unique("ids", ids)
         wanted = queries.integers
@@ -122,15 +122,16 @@ class Task:
         return {**values, **timing}, self._neighbours(queries, scores, found, correct, False)
 
     def _warn_of_unknown(self, relevant: Tensor, ids: Tensor, processes: Processes) -> None:
-        """Say which relevant ids no document has; must be called by all processes."""
-        own = relevant[relevant >= 0].unique()
-        wanted = processes.rows(own).unique()
-        unknown = wanted[~torch.isin(wanted, ids)]
-        if len(unknown) and "unknown" not in self.said:
+        """Say which relevant ids are none of the ascending ids; must be called by all processes."""
+        if "unknown" in self.said:
+            return
+        found = ids[torch.searchsorted(ids, relevant).clamp_max_(len(ids) - 1)] == relevant
+        unknown = processes.rows(relevant[~found & (relevant >= 0)].unique()).unique()
+        if len(unknown):
             self.said.add("unknown")
             rank_zero_warn(
-                f"relevant: {len(unknown)} of {len(wanted)} ids are those of no document, such as "
-                f"{int(unknown[0])}, and count as not found; are all documents in the validation data?"
+                f"relevant: {len(unknown)} ids are those of no document, such as {int(unknown[0])}, and "
+                "count as not found; are all documents in the validation data?"
             )
 
     def _by_label(

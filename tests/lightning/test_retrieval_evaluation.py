@@ -354,12 +354,9 @@ def test_validation_that_is_switched_off_needs_no_warning(tmp_path):
 def test_relevant_ids_of_no_document_are_said_once(tmp_path):
     queries, documents = queries_and_documents()
     queries.columns["relevant"][1:4, 0] = torch.tensor([5000, 5001, 5001])
-    wanted = len(queries.columns["relevant"].unique()) - 1
     evaluation = RetrievalEvaluation()
     run = trainer(tmp_path, evaluation)
-    with pytest.warns(
-        UserWarning, match=f"2 of {wanted} ids are those of no document, such as 5000,"
-    ) as caught:
+    with pytest.warns(UserWarning, match="2 ids are those of no document, such as 5000,") as caught:
         run.fit(Model(), loaders(labelled())[0], loaders(queries, documents))
     assert len([each for each in caught if "of no document" in str(each.message)]) == 1
     assert len(evaluation.history) == 2
