@@ -15,7 +15,8 @@ DESCRIPTIONS = {
     "that was tried. Ends with 1 where no parameters reach it.",
     "evaluate": "Search, and measure how many of the relevant ids are found, and how high: accuracy (any "
     "hit), recall, precision, NDCG, MAP and MRR at several k, and R-precision, by the definitions of "
-    "trec_eval. Queries without a relevant id do not count.",
+    "trec_eval: map@k divides by R, the number of relevant ids, also where that is more than k "
+    "(sentence-transformers: by the smaller of both). Queries without a relevant id do not count.",
 }
 EXAMPLES = {
     "build": """examples:

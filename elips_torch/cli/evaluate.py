@@ -36,7 +36,8 @@ def run(options: argparse.Namespace) -> int:
             ids, lims = relevant.rows(start, start + len(batch))
             metrics.update(found, ids, lims=lims)
             start += len(batch)
-    values = {_their_name(name): float(value) for name, value in metrics.compute().items()}
+    # In the seven digits that float32 has; more would be noise.
+    values = {_their_name(name): float(f"{value:.7g}") for name, value in metrics.compute().items()}
     print(format_table(values, options.k))
     print(f"means over the {_answerable(relevant):,} of {queries.n:,} queries that have a relevant id")
     if options.json is not None:

@@ -24,6 +24,7 @@ from elips_torch.cli.command_texts import DESCRIPTIONS, EXAMPLES, INDEXES, SOURC
 from elips_torch.cli.datasets import as_dtype
 from elips_torch.cli.index_files import check_device_name
 from elips_torch.cli.search import BATCH_QUERIES
+from elips_torch.core.errors import ParameterError
 from elips_torch.indexes import catalog
 from elips_torch.indexes.base import Index
 
@@ -72,10 +73,21 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if options.progress is None:
         options.progress = sys.stderr.isatty()
     check_device_name(options.device)
+    if command != "build":
+        _check_parameters(options.parameters, several=command == "tune")
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show_warning
         return COMMANDS[command](options)
+
+
+def _check_parameters(parameters: dict[str, Any], *, several: bool) -> None:
+    """Check that each search parameter is a number or, where it is tuned, a list of them."""
+    for name, value in parameters.items():
+        values = value if several and isinstance(value, list) else [value]
+        if any(type(each) not in (int, float) for each in values):
+            expected = "a number, or several as [1,4,16]" if several else "a number"
+            raise ParameterError(f"--parameters.{name} is {value!r}, expected {expected}")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -102,6 +114,11 @@ def _one_line(message: str) -> str:
             f"--index is {unknown[1]!r}, expected a class: {classes}; a description such as IVF1024,Flat "
             "is written --factory"
         )
+    text = re.sub(
+        r'Parser key "([^"]+)": Expected a <class \'dict\'>. Got value: (.*)',
+        r"--\1 is \2, expected names and values, as in --\1.nprobe 16",
+        text,
+    )
     text = re.sub(r"Does not validate against any of the Union subtypes .*? Errors: - ", "", text)
     text = re.sub(r" - Expected a <class 'NoneType'>.*", "", text)
     text = re.sub(r" Given value type: .*", "", text)
@@ -215,7 +232,7 @@ def tune_parser() -> ArgumentParser:
     how.add_argument("--k", type=PositiveInt, default=10, help="number of neighbours")
     how.add_argument(
         "--parameters",
-        type=dict[str, int | float | list[int | float]],
+        type=dict[str, Any],
         default={},
         metavar="GRID",
         help="values to try for each search parameter, as in --parameters.nprobe [1,4,16]. Without it "
@@ -340,7 +357,7 @@ def _add_index(group: Any) -> None:
 def _add_parameters(group: Any) -> None:
     group.add_argument(
         "--parameters",
-        type=dict[str, int | float],
+        type=dict[str, Any],
         default={},
         metavar="VALUES",
         help="search parameters, as in --parameters.nprobe 32. Without them those of the index.",

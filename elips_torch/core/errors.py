@@ -21,7 +21,7 @@ class DtypeError(ElipsError, TypeError):
 
 
 class DeviceError(ArgumentError):
-    """A tensor lies on another device than the index or the other tensors."""
+    """A tensor lies on another device than the index or the other tensors, or there is no such device."""
 
 
 class NonFiniteError(ArgumentError):

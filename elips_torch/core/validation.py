@@ -63,6 +63,30 @@ def check_device(name: str, tensor: Tensor, device: torch.device | None, owner: 
         raise DeviceError(f"{name} is on {tensor.device}, {owner} is on {device}")
 
 
+def check_usable(name: str, device: torch.device | str | int | None) -> None:
+    """Check that tensors can be put on a device, before any is made; None and the CPU cost nothing.
+
+    Raises:
+        DeviceError: no name of a device, or this machine has none of that kind or number.
+    """
+    if device is None or device == "cpu":
+        return
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(f"{name} is {device!r}, expected a device such as 'cpu' or 'cuda:0'") from error
+    accelerators = getattr(torch, place.type, None)
+    if place.type == "cpu" or accelerators is None or not hasattr(accelerators, "is_available"):
+        # What torch has no module for, it judges itself.
+        return
+    n = int(accelerators.device_count()) if accelerators.is_available() else 0
+    kind = "CUDA device" if place.type == "cuda" else f"{place.type} device"
+    if not n:
+        raise DeviceError(f"{name} is {str(device)!r}, this machine has no {kind} that torch can use")
+    if place.index is not None and place.index >= n:
+        raise DeviceError(f"{name} is {str(device)!r}, this machine has {n} {kind}{'s' * (n > 1)}, from 0 on")
+
+
 def describe_rows(rows: Tensor) -> str:
     """Return the first few row numbers in words."""
     shown = rows[:_SHOWN].tolist()

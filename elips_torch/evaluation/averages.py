@@ -1,7 +1,7 @@
 """Averages over queries, kept as two sums; the base of the metrics over ids."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from elips_torch.evaluation.relevant import RelevantIds
 
 EmptyTargetAction = Literal["neg", "pos", "skip", "error"]
 
-# Scores are counted in this unit, far below what float32 tells apart: up to 2**23 queries their sum
-# in float64 is exact, so the average depends neither on the order of queries nor on the processes.
+# Scores are counted in this unit, far below what float32 tells apart. Sums of integers are exact: the
+# average depends neither on the order of queries nor on the processes, and casts of a module that
+# holds the metric (`half`, mixed precision of a trainer) leave integers alone.
 _UNIT = 2.0**-30
 
 
@@ -37,19 +38,23 @@ class QueryAverage(Metric):
     def __init__(self, names: Sequence[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.names = tuple(names)
-        self.add_state("total", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(len(names), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("queries", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def compute(self) -> dict[str, Tensor]:
         """Return the average over all queries so far, 0-D float32 for each name; NaN for no query."""
-        # An integer divides as float64, and 0 / 0 is NaN.
-        average = (self.total / self.queries).float()
+        # 0 / 0 is NaN.
+        average = (self.total.double() * _UNIT / self.queries).float()
         return dict(zip(self.names, average.unbind(), strict=True))
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> Self:
+        """Return the metric as it is: sums in another dtype would not be exact."""
+        return self
 
     def _add(self, scores: Tensor, counted: Tensor) -> None:
         """Add float64 scores ``(Q, len(names))`` of the queries that count, bool ``(Q,)``."""
         units = (scores / _UNIT).round_().masked_fill_(~counted[:, None], 0.0)
-        self.total += units.sum(0) * _UNIT
+        self.total += units.long().sum(0)
         self.queries += counted.sum()
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import DeviceError, DtypeError, ShapeError
+from elips_torch.core.errors import DeviceError, DtypeError, NonFiniteError, ShapeError
+from elips_torch.core.validation import describe_rows
 from elips_torch.evaluation.averages import QueryAverage, check_ks
 from elips_torch.evaluation.relevant import check_integers, check_retrieved
 
@@ -42,9 +43,11 @@ class KNNAccuracy(QueryAverage):
             retrieved_labels: ``(Q, K)`` int64 labels of what was retrieved, best first, K at least the
                 largest k; -1 where nothing was found, which has no vote.
             labels: ``(Q,)`` int64 label of each query, -1 for none.
-            weights: ``(Q, K)`` of the votes, such as ``(scores / temperature).exp()``; default is 1.
+            weights: ``(Q, K)`` of the votes, such as ``(scores / temperature).exp()``; finite where
+                something was found. Default is 1.
 
         Raises:
+            NonFiniteError: the weight of a vote is NaN or infinity.
             ElipsError: an argument of wrong type, dtype, shape or device.
         """
         check_integers("labels", labels, 1)
@@ -77,4 +80,9 @@ def _check_weights(weights: Tensor | None, retrieved: Tensor) -> Tensor:
         raise ShapeError(f"weights has shape {tuple(weights.shape)}, expected {tuple(retrieved.shape)}")
     if weights.device != retrieved.device:
         raise DeviceError(f"weights is on {weights.device}, retrieved_labels is on {retrieved.device}")
+    # What was not found has no vote, whatever its weight: the worst score is often infinite.
+    finite = weights.isfinite() | (retrieved < 0)
+    if not bool(finite.all()):
+        where = describe_rows((~finite.all(1)).nonzero().flatten())
+        raise NonFiniteError(f"weights has NaN or infinity in {where}, expected finite votes")
     return weights.double()

@@ -5,7 +5,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import DeviceError, ShapeError
+from elips_torch.core.errors import ArgumentError, DeviceError, ShapeError
+from elips_torch.core.validation import describe_rows
 from elips_torch.evaluation.relevant import (
     Padded,
     Pairs,
@@ -81,11 +82,12 @@ def match_labels(name: str, retrieved: Tensor, labels: Tensor, n_relevant: Tenso
         name: what the first argument is called.
         retrieved: ``(Q, K)`` int64 labels, best first, K at least k; negative where nothing was found.
         labels: ``(Q,)`` int64; negative for a query without.
-        n_relevant: ``(Q,)`` int64 how many entries have the query's label.
+        n_relevant: ``(Q,)`` int64 how many entries have the query's label, at least the hits among
+            all that was retrieved; of a query without a label it is not looked at.
         k: how many places matter at least; those behind are looked at, too.
 
     Raises:
-        ElipsError: an argument of wrong type, dtype, shape or device.
+        ElipsError: an argument of wrong type, dtype, shape, device or value.
     """
     check_integers("labels", labels, 1)
     check_integers("relevant", n_relevant, 1)
@@ -96,7 +98,17 @@ def match_labels(name: str, retrieved: Tensor, labels: Tensor, n_relevant: Tenso
     retrieved = check_retrieved(name, retrieved, len(labels), labels.device, k)
     labelled = labels >= 0
     hit = (retrieved == labels[:, None]) & labelled[:, None]
-    return _match(hit, n_relevant.long().masked_fill(~labelled, 0))
+    n_relevant = n_relevant.long().masked_fill(~labelled, 0)
+    few = n_relevant < hit.sum(1)
+    if bool(few.any()):
+        negative = n_relevant < 0
+        if bool(negative.any()):
+            raise ArgumentError(f"relevant is below 0 in {describe_rows(negative.nonzero().flatten())}")
+        raise ArgumentError(
+            f"relevant is less than the number of hits in {describe_rows(few.nonzero().flatten())}, expected "
+            f"the number of all entries with the query's label; is the query itself among the {name}?"
+        )
+    return _match(hit, n_relevant)
 
 
 def _match(hit: Tensor, n_relevant: Tensor) -> Match:

@@ -44,12 +44,12 @@ def ndcg(match: Match, k: int) -> Tensor:
     if match.gains is not None:
         gained *= match.gains
     gained = gained.masked_fill_(match.places >= k, 0.0).sum(1)
-    ranks = torch.arange(1, k + 1, dtype=torch.float64, device=gained.device)
-    discounts = 1.0 / torch.log2(ranks + 1.0)
+    # On the CPU: on a GPU a running sum of floats is not deterministic.
+    discounts = 1.0 / torch.log2(torch.arange(1, k + 1, dtype=torch.float64, device="cpu") + 1.0)
     if match.ideal is not None:
         ideal = match.ideal[:, :k]
-        return gained / (ideal * discounts[: ideal.shape[1]]).sum(1)
-    best = torch.nn.functional.pad(discounts.cumsum(0), (1, 0))
+        return gained / (ideal * discounts[: ideal.shape[1]].to(ideal.device)).sum(1)
+    best = torch.nn.functional.pad(discounts.cumsum(0), (1, 0)).to(gained.device)
     return gained / best[match.n_relevant.clamp_max(k)]
 
 

@@ -34,7 +34,8 @@ class MRR(MetricAtK):
 class MAP(MetricAtK):
     """Mean average precision: the precisions at the ranks of the hits, summed over the first k, over R.
 
-    R is the number of relevant ids, also where it is more than k, as in trec_eval.
+    R is the number of relevant ids, also where it is more than k, as in trec_eval. Others divide by
+    ``min(R, k)``: the evaluators of sentence-transformers, whose MAP@k is larger where R is more than k.
 
     Args:
         k: one or several numbers of results to look at.

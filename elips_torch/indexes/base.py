@@ -296,6 +296,7 @@ class Index(FaissExport, Rows):
 
         Raises:
             IndexFileError: a truncated or foreign file, or one with another class of index.
+            DeviceError: this machine has no such device.
         """
         return cls._restore(path, *read_index_file(path, device), device)
 

@@ -41,6 +41,7 @@ def load_index(path: str | os.PathLike[str], device: torch.device | str = "cpu")
     Raises:
         IndexFileError: a truncated or foreign file, or an unknown class of index.
         FileNotFoundError: there is no such file.
+        DeviceError: this machine has no such device.
     """
     name, config, tensors = read_index_file(path, device)
     known = known_indexes()

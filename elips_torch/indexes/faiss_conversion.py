@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import torch
 
 from elips_torch.core.errors import ArgumentError, DeviceError, DtypeError
+from elips_torch.core.validation import check_usable
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.construct import construct
 from elips_torch.engines.faiss.describe import describe
@@ -59,7 +60,7 @@ def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
     >>> from_faiss(index.to_faiss()).reconstruct(1)
     tensor([3., 4.])
     """
-    check_torch_device(device)
+    check_usable("device", device)
     return restore_index(describe(load_installed(), index), device)
 
 
@@ -118,7 +119,7 @@ def read_faiss(path: str | os.PathLike[str], device: torch.device | str = "cpu")
         IndexFileError: a truncated, damaged or foreign file.
         ElipsError: as for `from_faiss`.
     """
-    check_torch_device(device)
+    check_usable("device", device)
     build = load_installed()
     return restore_index(describe(build, read_index(build, path, bits=True)), device)
 
@@ -151,9 +152,3 @@ def write_faiss(index: Index, path: str | os.PathLike[str], *, binary: bool = Fa
     if not isinstance(index, Index):
         raise DtypeError(f"index is a {type(index).__name__}, expected an Index; faiss writes its own")
     write_index(load_installed(), index.to_faiss(binary=binary), path)
-
-
-def check_torch_device(device: torch.device | str) -> None:
-    """Check that a database can be put on a device."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"device is {device}, this machine has no GPU that torch can use")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elips_torch.core.errors import IndexFileError
+from elips_torch.core.validation import check_usable
 
 _FORMAT = "elips_torch.index"
 _VERSION = 1
@@ -52,9 +53,11 @@ def read_index_file(
     Raises:
         IndexFileError: truncated, foreign, or written by a newer version.
         FileNotFoundError: there is no such file.
+        DeviceError: this machine has no such device.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no index file at {os.fspath(path)!r}")
+    check_usable("device", device)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = file.metadata() or {}

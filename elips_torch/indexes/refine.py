@@ -10,8 +10,9 @@ from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DtypeError, IndexFileError
 from elips_torch.core.ordering import order_keys
-from elips_torch.core.validation import FLOAT_DTYPES, check_workspace
+from elips_torch.core.validation import FLOAT_DTYPES, check_usable, check_workspace
 from elips_torch.indexes.base import _DTYPE_NAMES, Index, known_indexes
+from elips_torch.indexes.rows import Rows
 from elips_torch.indexes.storage import durable, owned
 from elips_torch.indexes.untraced import untraced
 from elips_torch.indexes.wrappers import WrapperIndex
@@ -27,7 +28,7 @@ class RefineIndex(WrapperIndex):
     what the inner index finds within the radius.
 
     Args:
-        index: the inner index, such as an `IVFPQIndex` or a `PreTransformIndex`; empty.
+        index: the inner index, such as an `IVFPQIndex` or a `PreTransformIndex`; empty, and no `MemoryBank`.
         k_factor: how many times k candidates the inner index is asked for, at least 1.
         dtype: how originals are stored: float32, float16, bfloat16 or float64.
         refine_device: where the originals lie, whatever device the rest moves to; default is with the
@@ -70,7 +71,14 @@ class RefineIndex(WrapperIndex):
             raise DtypeError(
                 f"dtype is {dtype!r}, expected torch.float32, torch.float16, torch.bfloat16 or torch.float64"
             )
+        for part in index.modules():
+            if isinstance(part, Rows) and part.drops_rows:
+                raise ArgumentError(
+                    f"index is or has inside a {type(part).__name__}, which drops vectors by itself; their "
+                    "originals would stay"
+                )
         self.k_factor = _check_factor(k_factor)
+        check_usable("refine_device", refine_device)
         self.refine_device = None if refine_device is None else torch.device(refine_device)
         with durable():
             device = index.device if self.refine_device is None else self.refine_device

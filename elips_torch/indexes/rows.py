@@ -3,7 +3,7 @@
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self, SupportsIndex
+from typing import ClassVar, Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ class Rows(RowState, ABC):
         index_in_state_dict: whether checkpoints hold the database.
         check_finite: whether vectors are checked for NaN and infinity.
     """
+
+    # Whether old vectors leave by themselves when new ones come.
+    drops_rows: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from elips_torch.core.execution import plain_arithmetic
-from elips_torch.core.validation import FLOAT_DTYPES
+from elips_torch.core.validation import FLOAT_DTYPES, check_usable
 
 
 class Learned(nn.Module):
@@ -22,6 +22,7 @@ class Learned(nn.Module):
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         super().__init__()
+        check_usable("device", device)
         with learning(torch.device("cpu")):
             for name in self.learned_buffers:
                 self.register_buffer(name, torch.empty(0, dtype=torch.float32, device=device))

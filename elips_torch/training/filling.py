@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from elips_torch.core.errors import ArgumentError, DtypeError, NotFittedError
 from elips_torch.core.progress import with_progress
 from elips_torch.indexes.base import Index
+from elips_torch.training.memory_bank import MemoryBank
 
 
 def fill(
@@ -29,7 +30,8 @@ def fill(
     parts is in the mode it was in. Only one batch of embeddings is held at a time.
 
     Args:
-        index: where the embeddings go; what it holds stays. One that learns must have been fitted.
+        index: where the embeddings go; what it holds stays, but for what leaves a full `MemoryBank`.
+            One that learns must have been fitted.
         encoder: makes ``(B, D)`` of inputs.
         loader: yields batches.
         batch_to_inputs: takes out of a batch what the encoder is called with. Default: the first entry
@@ -79,16 +81,35 @@ def fill(
 
 @contextmanager
 def _all_or_nothing(index: Index, added: list[Tensor]) -> Iterator[None]:
-    """Remove what was added if the block fails."""
+    """Take back what was added if the block fails."""
+    # A queue drops what is old, so all that it holds, which is never more than its capacity, is kept.
+    banks = [(part, _whole_state(part)) for part in index.modules() if isinstance(part, MemoryBank)]
     done = False
     try:
         yield
         done = True
     finally:
         if not done and added:
-            ids = torch.cat(added)
-            # A queue may have dropped some by itself.
-            index.remove(ids[torch.isin(ids, index.ids)])
+            if not banks:
+                index.remove(torch.cat(added))
+            for bank, before in banks:
+                with _in_state_dict(bank):
+                    bank.load_state_dict(before)
+
+
+def _whole_state(bank: MemoryBank) -> dict[str, Tensor]:
+    with _in_state_dict(bank):
+        return {name: tensor.clone() for name, tensor in bank.state_dict().items()}
+
+
+@contextmanager
+def _in_state_dict(bank: MemoryBank) -> Iterator[None]:
+    """Have the state of a bank hold its rows for the block, also if checkpoints do not."""
+    usual, bank.index_in_state_dict = bank.index_in_state_dict, True
+    try:
+        yield
+    finally:
+        bank.index_in_state_dict = usual
 
 
 @contextmanager

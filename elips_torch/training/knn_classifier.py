@@ -11,6 +11,7 @@ from elips_torch.core.validation import check_count, check_device, check_vectors
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.training.attention import check_temperature, neighbour_weights, votes
+from elips_torch.training.made_index import made_index
 
 
 class KNNClassifier:
@@ -25,8 +26,8 @@ class KNNClassifier:
         k: number of neighbours.
         temperature: what similarities are divided by; None for a plain majority.
         num_classes: C. Default: one more than the largest label.
-        index: called with D, makes the empty index. Default: ``FlatIndex(D, metric="cosine")``. One that
-            has to be fitted is fitted on the vectors.
+        index: called with D, makes the empty index, anew at each `fit`. Default:
+            ``FlatIndex(D, metric="cosine")``. One that has to be fitted is fitted on the vectors.
 
     Attributes:
         index: what `fit` has filled.
@@ -58,7 +59,7 @@ class KNNClassifier:
         num_classes: int | None = None,
         index: Callable[[int], Index] | None = None,
     ) -> None:
-        if isinstance(index, Index):
+        if isinstance(index, Index) or not (index is None or callable(index)):
             raise DtypeError(
                 f"index is a {type(index).__name__}, expected a callable that makes one, such as "
                 "lambda dim: FlatIndex(dim)"
@@ -66,7 +67,7 @@ class KNNClassifier:
         self.k = check_count("k", k)
         self.temperature = check_temperature(temperature)
         self.num_classes = None if num_classes is None else check_count("num_classes", num_classes)
-        self._make_index = index
+        self._make_index = _cosine_index if index is None else index
 
     def __repr__(self) -> str:
         return f"KNNClassifier(k={self.k}, temperature={self.temperature}, num_classes={self.num_classes})"
@@ -97,11 +98,7 @@ class KNNClassifier:
         if low < 0 or high >= (high + 1 if self.num_classes is None else self.num_classes):
             limit = "" if self.num_classes is None else f" < num_classes = {self.num_classes}"
             raise ArgumentError(f"labels has {low} to {high}, expected 0 <= label{limit}")
-        dim = vectors.shape[1]
-        index = FlatIndex(dim, metric="cosine") if self._make_index is None else self._make_index(dim)
-        index = index.to(vectors.device)
-        if not index.is_trained:
-            index.fit(vectors)
+        index = made_index("index", self._make_index, vectors)
         index.add(vectors, ids=torch.arange(len(vectors), device=vectors.device))
         self.index, self.labels = index, labels.clone()
         self._columns = high + 1 if self.num_classes is None else self.num_classes
@@ -147,3 +144,7 @@ class KNNClassifier:
         shares = self.predict_proba(queries, k=k, exclude_self=exclude_self, **search)
         best, label = shares.max(1)
         return label.masked_fill(best <= 0, -1)
+
+
+def _cosine_index(dim: int) -> Index:
+    return FlatIndex(dim, metric="cosine")

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import ArgumentError, NotFittedError
+from elips_torch.core.errors import ArgumentError, DtypeError, NotFittedError
 from elips_torch.core.validation import check_count, check_vectors
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.catalog import load_index
 from elips_torch.indexes.flat import FlatIndex
+from elips_torch.training.made_index import made_index
 
 
 class IndexKNN:
@@ -89,9 +90,7 @@ class IndexKNN:
 
     def _filled(self, vectors: Tensor) -> Index:
         check_vectors("reference", vectors)
-        index = self._make_index(vectors.shape[1]).to(vectors.device)
-        if not index.is_trained:
-            index.fit(vectors)
+        index = made_index("index_type", self._make_index, vectors)
         index.add(vectors)
         return index
 
@@ -104,9 +103,14 @@ def knn_func(index_type: Callable[..., Index] = FlatIndex, metric: str = "l2", *
     neighbours during the search, also among duplicates.
 
     Args:
-        index_type: class of the index, or a callable with the same keywords.
+        index_type: class of the index, or a callable with the same keywords that makes an empty one. It is
+            called with the ``dim`` of the embeddings, each time that there are new references.
         metric: name of the distance kind; "l2" is what these classes use by default.
         **options: passed on, such as ``nlist=64`` for `IVFFlatIndex`.
+
+    Raises:
+        DtypeError: an index, or what cannot be called.
+        ArgumentError: options have a dim.
 
     >>> import torch
     >>> search = knn_func(FlatIndex, metric="cosine")
@@ -114,6 +118,13 @@ def knn_func(index_type: Callable[..., Index] = FlatIndex, metric: str = "l2", *
     >>> search(points, 1, points, ref_includes_query=True)[1].flatten()
     tensor([1, 0, 1])
     """
+    if isinstance(index_type, Index) or not callable(index_type):
+        raise DtypeError(
+            f"index_type is a {type(index_type).__name__}, expected a class of index such as FlatIndex, "
+            "which is called with the dim of the embeddings"
+        )
+    if "dim" in options:
+        raise ArgumentError(f"options has dim={options['dim']!r}, expected none: embeddings say their dim")
 
     def make_index(dim: int) -> Index:
         return index_type(dim=dim, metric=metric, **options)

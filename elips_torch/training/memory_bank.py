@@ -70,6 +70,7 @@ class MemoryBank(FlatIndex):
 
     row_tensors: ClassVar[tuple[str, ...]] = ("vectors", "labels", "stamps", "ids")
     tuned_parameters: ClassVar[tuple[str, ...]] = ("step",)
+    drops_rows: ClassVar[bool] = True
 
     labels: Tensor
     stamps: Tensor

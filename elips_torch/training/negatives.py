@@ -45,6 +45,10 @@ class HardNegativeMiner:
     3. skips the first ``range_min`` of what is left, the likeliest to be right without being known to be;
     4. takes ``num_negatives``: the nearest, or any, all equally likely.
 
+    Nothing else is left out: a query that the index holds is the nearest of its own negatives, unless it
+    is among its positives, has a label, or is named by ``exclude`` or ``exclude_self``. So are copies of it
+    under other ids, which only labels, ``max_score`` (of a distance ``min_score``) or a margin keep out.
+
     Queries are taken in parts: no matrix of all queries by all vectors of floats ever exists, and
     memory does not grow with the number of queries. The percentage margin is that of
     `NV-Retriever <https://arxiv.org/abs/2407.15831>`_.
@@ -139,6 +143,7 @@ class HardNegativeMiner:
         labels: Tensor | None = None,  # (ntotal,)
         mask: Tensor | None = None,  # (ntotal,) or (Q, ntotal)
         exclude: Tensor | None = None,  # (Q, M)
+        exclude_self: bool = False,
         **search: Any,
     ) -> SearchResult:
         """Return the hard negatives of queries.
@@ -155,6 +160,8 @@ class HardNegativeMiner:
                 negative.
             exclude: int64 ``(Q, M)`` ids to leave out that are no positives, padded by -1: for example
                 the query itself.
+            exclude_self: the queries are the stored vectors in the order of ``index.ids``, and none
+                is to find itself.
             **search: passed on to ``index.search``.
 
         Returns:
@@ -171,6 +178,8 @@ class HardNegativeMiner:
             positives = _as_columns("positives", positives, n, index.device)
         check_mask(mask, n, index.ntotal, index.device)
         check_exclude(exclude, n, index.device)
+        if exclude_self:
+            exclude = _with_own(index, exclude, n)
         labels = self._check_labels(index, query_labels, labels, n)
         self._check_margins(positives)
         row_bytes = 32 * self.range_max + (index.ntotal if labels is not None else 0)
@@ -310,6 +319,17 @@ class HardNegativeMiner:
             if tuple(each.shape) != (size,):
                 raise ShapeError(f"{name} has shape {tuple(each.shape)}, expected ({size},)")
         return labels
+
+
+def _with_own(index: Index, exclude: Tensor | None, n: int) -> Tensor:
+    """Return ids to leave out ``(Q, M + 1)``, each query's own among them; parts know no rows."""
+    if n != index.ntotal:
+        raise ShapeError(
+            f"exclude_self takes the stored vectors as queries: got {n} queries, expected {index.ntotal}; "
+            "for a part of them pass exclude=ids[:, None]"
+        )
+    own = index.ids[:, None]
+    return own if exclude is None else torch.cat([exclude, own], 1)
 
 
 def _as_columns(name: str, ids: Tensor, n: int, device: torch.device) -> Tensor:

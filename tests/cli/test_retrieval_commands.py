@@ -151,7 +151,10 @@ def test_the_commands_do_what_the_library_does_from_every_format(write, capsys):
     metrics = RetrievalMetrics(k=(1, 3, 5, 10, 100))
     metrics.update(tuned.search(asked, 100).ids, wanted)
     known = {name.replace("hit_rate", "accuracy"): float(value) for name, value in metrics.compute().items()}
-    assert json.loads(pathlib.Path("scores.json").read_text()) == known
+    written = json.loads(pathlib.Path("scores.json").read_text())
+    assert written == pytest.approx(known, rel=1e-6)
+    # Without what a double of a float32 has behind its seven digits.
+    assert all(value == float(f"{value:.7g}") for value in written.values())
     assert f"{Q - 1} of {Q} queries" in capsys.readouterr().out
 
 
@@ -394,6 +397,10 @@ BAD = {
         ("GOOD --k 0", "--k"),
         ("GOOD --nprobe=3", "search parameters are written --parameters.nprobe"),
         ("GOOD --parameters.nix 1", "no search parameter 'nix'"),
+        ("GOOD --parameters.nprobe three", "--parameters.nprobe is 'three', expected a number"),
+        ("GOOD --parameters.nprobe [1,2]", "--parameters.nprobe is [1, 2], expected a number"),
+        ("GOOD --parameters.nprobe true", "--parameters.nprobe is True, expected a number"),
+        ("GOOD --parameters nprobe=3", "--parameters is nprobe=3, expected names and values, as in"),
         ("GOOD --queries bad.npy --batch-rows 10", "row 57"),
         ("GOOD --queries bad.npy --output o.parquet --batch-rows 10", "row 57"),
     ],
@@ -405,6 +412,11 @@ BAD = {
         ("GOOD --ground-truth same.npy", "has 900 rows"),
         ("GOOD --database data.safetensors:a --output data.safetensors", "is read and would be replaced"),
         ("GOOD --png o.txt", "--png is 'o.txt'"),
+        (
+            "GOOD --parameters.nprobe [1,x]",
+            "--parameters.nprobe is [1, 'x'], expected a number, or several as",
+        ),
+        ("GOOD --parameters 4", "--parameters is 4, expected names and values, as in --parameters.nprobe 16"),
     ],
     "evaluate": [
         ("GOOD", "--relevant must be given"),

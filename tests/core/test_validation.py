@@ -4,17 +4,26 @@ import pytest
 import torch
 
 from elips_torch import (
+    PCA,
     ArgumentError,
+    DeviceError,
     DtypeError,
     DuplicateIdError,
+    FlatIndex,
+    IVFPQIndex,
+    KMeans,
     NonFiniteError,
+    RefineIndex,
     ShapeError,
+    SQIndex,
+    index_factory,
     knn,
+    load_index,
     pairwise_distance,
     range_search,
 )
 from elips_torch.core.metric import resolve_metric
-from elips_torch.core.validation import as_ids, as_radius, check_unique, check_values
+from elips_torch.core.validation import as_ids, as_radius, check_unique, check_usable, check_values
 
 Q, X = torch.zeros(3, 4), torch.zeros(10, 4)
 CPU = torch.device("cpu")
@@ -66,6 +75,52 @@ CPU = torch.device("cpu")
 def test_a_wrong_argument_is_named_with_what_was_expected(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("device", "n_gpus", "message"),
+    [
+        ("cuda", 0, "place is 'cuda', this machine has no CUDA device that torch can use"),
+        (torch.device("cuda:0"), 0, "place is 'cuda:0', this machine has no CUDA device"),
+        ("cuda:1", 1, "place is 'cuda:1', this machine has 1 CUDA device, from 0 on"),
+        ("cuda:2", 2, "place is 'cuda:2', this machine has 2 CUDA devices, from 0 on"),
+        ("cud", 1, "place is 'cud', expected a device such as 'cpu' or 'cuda:0'"),
+        (3.5, 1, r"place is 3\.5, expected a device such as"),
+    ],
+)
+def test_a_device_that_is_not_there(monkeypatch, device, n_gpus, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    with pytest.raises(DeviceError, match=message):
+        check_usable("place", device)
+    for fine in (None, "cpu", CPU, torch.device("cpu:0"), "meta", *(f"cuda:{i}" for i in range(n_gpus))):
+        check_usable("place", fine)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FlatIndex(8, device="cuda"),
+        lambda: IVFPQIndex(8, nlist=2, m=2, device="cuda"),
+        lambda: SQIndex(8, device="cuda"),
+        lambda: index_factory(8, "PCA4,IVF2,Flat", device="cuda"),
+        lambda: PCA(8, 4, device="cuda"),
+        lambda: KMeans(2, device="cuda"),
+        lambda: RefineIndex(FlatIndex(8), refine_device="cuda"),
+    ],
+)
+def test_nothing_is_made_on_a_device_that_is_not_there(monkeypatch, make):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="device is 'cuda', this machine has no CUDA device"):
+        make()
+
+
+def test_no_file_is_read_to_a_device_that_is_not_there(monkeypatch, tmp_path):
+    FlatIndex(8).save(tmp_path / "empty")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for load in (load_index, FlatIndex.load):
+        with pytest.raises(DeviceError, match="device is 'cuda', this machine has no CUDA device"):
+            load(tmp_path / "empty", "cuda")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from elips_torch import FlatIndex
-from elips_torch.core.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from elips_torch.core.errors import ArgumentError, DeviceError, DtypeError, NonFiniteError, ShapeError
 from elips_torch.evaluation import KNNAccuracy
 
 
@@ -77,6 +77,13 @@ def test_a_query_that_found_nothing_is_wrong_and_one_without_label_does_not_coun
     assert values(metric) == [0.5]
 
 
+def test_the_weight_of_nothing_may_be_anything():
+    metric = KNNAccuracy(3)
+    weights = torch.tensor([[0.1, 0.2, -torch.inf], [0.5, torch.nan, torch.inf]])
+    metric.update(torch.tensor([[0, 1, -1], [1, -1, -1]]), torch.tensor([1, 1]), weights=weights)
+    assert values(metric) == [1.0]
+
+
 def test_batches_add_up():
     generator = torch.Generator().manual_seed(0)
     retrieved = torch.randint(-1, 3, (30, 5), generator=generator)
@@ -103,6 +110,8 @@ RETRIEVED = torch.zeros(2, 3, dtype=torch.int64)
         (RETRIEVED, LABELS, [1.0], DtypeError, "weights is list"),
         (RETRIEVED, LABELS, torch.ones(2, 2), ShapeError, "weights has shape"),
         (RETRIEVED, LABELS, torch.ones(2, 3, device="meta"), DeviceError, "weights is on meta"),
+        (RETRIEVED, LABELS, torch.tensor([[1, 1, 1], [1, 1, torch.nan]]), NonFiniteError, "weights .* row 1"),
+        (RETRIEVED, LABELS, torch.full((2, 3), torch.inf), NonFiniteError, "weights .* rows 0, 1"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(retrieved, labels, weights, error, words):

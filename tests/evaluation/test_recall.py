@@ -64,6 +64,7 @@ def test_label_recall_equals_the_definition_in_plain_python():
     labels[0] = -1
     retrieved = torch.randint(-1, 4, (25, 8), generator=generator)
     relevant = torch.randint(0, 9, (25,), generator=generator)
+    relevant = relevant.maximum((retrieved == labels[:, None]).sum(1))
     metric = LabelRecallAtK(KS)
     metric.update(retrieved, labels, relevant)
     for k in KS:
@@ -73,6 +74,18 @@ def test_label_recall_equals_the_definition_in_plain_python():
             if r > 0 and label >= 0
         ]
         assert metric.compute()[f"label_recall@{k}"].item() == pytest.approx(sum(rows) / len(rows), abs=1e-7)
+
+
+def test_no_more_can_be_found_than_there_is():
+    metric = LabelRecallAtK((1, 3))
+    # What lies behind the largest k counts, too; a query without a label has nothing to count.
+    retrieved, labels = torch.tensor([[7, 7, 7, 7], [7, 7, 7, 7]]), torch.tensor([7, -1])
+    for relevant in (3, -5):
+        with pytest.raises(ArgumentError, match="row 0"):
+            metric.update(retrieved, labels, torch.tensor([relevant, -1]))
+    assert metric.queries == 0
+    metric.update(retrieved, labels, torch.tensor([4, -1]))
+    assert metric.compute() == {"label_recall@1": 0.25, "label_recall@3": 0.75}
 
 
 def test_hit_rate_of_labels_is_any_neighbour_of_the_label():
@@ -106,7 +119,7 @@ def test_state_adds_up_and_does_not_grow():
     whole.update(retrieved, relevant)
     left.update(retrieved[:11], relevant[:11])
     right.update(retrieved[11:], relevant[11:])
-    assert torch.allclose(left.total + right.total, whole.total, atol=1e-12)
+    assert torch.equal(left.total + right.total, whole.total)
     assert left.queries + right.queries == whole.queries
     assert left.total.shape == (3,)
 

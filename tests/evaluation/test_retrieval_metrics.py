@@ -1,3 +1,4 @@
+import dataclasses
 import statistics
 import time
 
@@ -6,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranked_lists import by_trec_eval, in_plain_python, random_lists
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import MetricCollection, retrieval
 
 from elips_torch import FlatIndex
@@ -28,6 +31,7 @@ from elips_torch.evaluation import (
     RetrievalMetrics,
     RPrecision,
     matching,
+    measures,
 )
 
 KS = (1, 5, 10)
@@ -244,6 +248,32 @@ def test_order_and_batches_change_no_digit(order, parts):
     assert values(whole) == values(split)
 
 
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.half(),
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.type(torch.float16),
+        lambda module: [metric.set_dtype(torch.float16) for metric in module.children()],
+    ],
+)
+def test_casts_of_the_module_that_holds_the_metric_change_no_digit(cast):
+    module = torch.nn.Module()
+    module.recall, module.ndcg, expected = RecallAtK(1), NDCG(3), NDCG(3)
+    cast(module)
+    retrieved = torch.tensor([[1, 2, 3]])
+    for i in range(1000):
+        module.recall.update(retrieved, torch.tensor([1]))
+        for metric in (module.ndcg, expected):
+            metric.update(retrieved, torch.tensor([[3 - i % 3, 9]]))
+    assert module.recall.compute()["recall@1"] == 1.0
+    assert module.ndcg.compute() == expected.compute()
+    cast(module)
+    module.recall.reset()
+    module.recall.update(retrieved, torch.tensor([1]))
+    assert module.recall.compute()["recall@1"].dtype == torch.float32
+
+
 def test_state_does_not_grow():
     metrics = RetrievalMetrics(KS)
     sizes = set()
@@ -327,6 +357,8 @@ def test_bad_input_is_refused_and_changes_nothing(relevant, options, error, word
         (IDS[:, 0], {"n_relevant": IDS[:1, 0]}, ShapeError, "relevant has shape"),
         (IDS[:, 0], {"n_relevant": IDS[:, 0].to("meta")}, DeviceError, "relevant is on meta"),
         (IDS[:, 0], {"n_relevant": IDS[:, 0], "relevance": IDS}, ArgumentError, "labels are given"),
+        (IDS[:, 0], {"n_relevant": IDS[:, 0] - 5}, ArgumentError, "relevant is below 0 in row"),
+        (IDS[:, 0] * 0, {"n_relevant": IDS[:, 0] * 0}, ArgumentError, "relevant is less than the number"),
     ],
 )
 def test_bad_labels_are_refused(labels, options, error, words):
@@ -375,3 +407,27 @@ def test_a_hundred_times_faster_than_torchmetrics():
     )
     print(f"RetrievalMetrics is {ratio:.0f} times faster than torchmetrics")
     assert ratio >= 100
+
+
+class _RunningSums(TorchDispatchMode):
+    """Notes the dtype and device of every running sum of floats."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.cumsum.default and args[0].is_floating_point():
+            self.seen.append(args[0].device.type)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_running_sum_of_floats_on_a_gpu():
+    # There torch has no deterministic one, and raises under `use_deterministic_algorithms`.
+    with FakeTensorMode(), _RunningSums() as sums:
+        places = torch.zeros(4, 3, dtype=torch.int64, device="cuda")
+        match = matching.Match(places, places, places[:, 0])
+        gains = dataclasses.replace(match, gains=places.double(), ideal=places.double())
+        for score in (measures.ndcg(match, 5), measures.ndcg(gains, 5), measures.average_precision(match, 5)):
+            assert (score.device.type, score.shape) == ("cuda", (4,))
+    assert sums.seen == ["cpu"]

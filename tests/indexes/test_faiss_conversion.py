@@ -267,7 +267,7 @@ def test_a_gpu_where_there_is_none_is_refused():
     index = FlatIndex(DIM)
     with pytest.raises(DeviceError, match="GPU 0"):
         index.to_faiss("cuda")
-    with pytest.raises(DeviceError, match="no GPU"):
+    with pytest.raises(DeviceError, match="no CUDA device"):
         from_faiss(index.to_faiss(), device="cuda")
     with pytest.raises(DeviceError, match="device is mps"):
         index.to_faiss("mps")

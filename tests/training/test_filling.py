@@ -12,6 +12,8 @@ from elips_torch import (
     FlatIndex,
     IVFFlatIndex,
     NotFittedError,
+    PreTransformIndex,
+    RandomRotation,
     ShapeError,
 )
 from elips_torch.testing.contract import unchanged
@@ -154,6 +156,36 @@ def test_a_failure_changes_nothing():
     assert len(index) == 0
     with pytest.raises(ShapeError, match="vectors has dim 6"):
         fill(index, nn.Identity(), [samples()])
+
+
+@pytest.mark.parametrize("in_state_dict", [True, False])
+def test_what_a_failure_drove_out_of_a_bank_comes_back(in_state_dict):
+    bank = MemoryBank(4, capacity=6, index_in_state_dict=in_state_dict)
+    bank.enqueue(samples(6)[:, :4], torch.arange(6))
+    queries = samples(3)[:, :4]
+    before = bank.search(queries, 3)
+    with unchanged(bank), pytest.raises(ShapeError):
+        fill(bank, nn.Identity(), [samples()[:4, :4], samples()[4:8, :4], samples()[:2]])
+    assert bank.index_in_state_dict == in_state_dict
+    assert bank.ids.tolist() == bank.labels.tolist() == list(range(6))
+    assert bank.ages.tolist() == [0] * 6
+    assert torch.equal(bank.search(queries, 3).ids, before.ids)
+    # Ids go on as if nothing had been tried.
+    assert bank.enqueue(queries).tolist() == [6, 7, 8]
+
+
+def test_a_bank_inside_another_index_comes_back_too():
+    bank = MemoryBank(4, capacity=6)
+    index = PreTransformIndex(RandomRotation(4, 4), bank)
+    index.add(samples(6)[:, :4])
+    queries = samples(3)[:, :4].requires_grad_()
+    before = index.search(queries, 3)
+    with unchanged(index), pytest.raises(ShapeError):
+        fill(index, nn.Identity(), [samples()[:4, :4], samples()[4:8, :4], samples()[:2]])
+    assert torch.equal(index.search(queries, 3).ids, before.ids)
+    # What was searched before goes back through the rows as they were.
+    before.scores.sum().backward()
+    assert queries.grad.abs().sum() > 0
 
 
 def test_an_index_must_be_fitted_first():

@@ -98,6 +98,7 @@ def test_bad_input():
         (lambda: KNNClassifier(0), ArgumentError, "k is 0"),
         (lambda: KNNClassifier(3, temperature=0.0), ArgumentError, "temperature is 0.0"),
         (lambda: KNNClassifier(3, index=FlatIndex(3)), DtypeError, "expected a callable"),
+        (lambda: KNNClassifier(3, index="Flat"), DtypeError, "index is a str, expected a callable"),
         (lambda: KNNClassifier(3).predict(vectors), NotFittedError, "call fit"),
         (lambda: KNNClassifier(3).fit(vectors, torch.ones(3)), DtypeError, "labels is torch.float32"),
         (lambda: KNNClassifier(3).fit(vectors, torch.arange(2)), ShapeError, r"expected \(3,\)"),

@@ -5,7 +5,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN, InferenceModel
 from torch import nn
 
-from elips_torch import ArgumentError, FlatIndex, IVFFlatIndex, NotFittedError
+from elips_torch import ArgumentError, DtypeError, FlatIndex, IVFFlatIndex, NotFittedError, ShapeError
 from elips_torch.training import knn_func
 
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
@@ -57,6 +57,26 @@ def test_a_query_is_not_its_own_neighbour_among_duplicates():
     points = torch.ones(5, 2)
     _, ids = knn_func()(points, 4, points, ref_includes_query=True)
     assert [sorted(row) for row in ids.tolist()] == [[j for j in range(5) if j != i] for i in range(5)]
+
+
+def test_what_makes_no_index_is_refused():
+    points = torch.ones(5, 2)
+    full = FlatIndex(2)
+    full.add(points)
+    with pytest.raises(DtypeError, match="index_type is a FlatIndex, expected a class of index such as"):
+        knn_func(FlatIndex(2))
+    with pytest.raises(DtypeError, match="index_type is a str, expected a class of index"):
+        knn_func("Flat")
+    with pytest.raises(ArgumentError, match="options has dim=2, expected none: embeddings say their dim"):
+        knn_func(dim=2)
+    for make, error, message in (
+        (lambda **_: FlatIndex(3), ShapeError, "index_type made an index of dim 3, the vectors have dim 2"),
+        (lambda **_: full, ArgumentError, "index_type made an index that holds 5 vectors, expected an empty"),
+        (lambda **_: None, DtypeError, "index_type made a NoneType, expected an Index"),
+    ):
+        with pytest.raises(error, match=message):
+            knn_func(make)(points, 1, points)
+    assert len(full) == 5
 
 
 def test_more_neighbours_than_there_are():

@@ -14,6 +14,9 @@ from elips_torch import (
     DtypeError,
     FlatIndex,
     NonFiniteError,
+    PreTransformIndex,
+    RandomRotation,
+    RefineIndex,
     ShapeError,
     UnknownIdError,
     load_index,
@@ -246,6 +249,12 @@ def test_bad_input_changes_nothing():
             call()
     with pytest.raises(ArgumentError, match="capacity is 0"):
         MemoryBank(4, capacity=0)
+
+
+def test_originals_are_not_kept_beside_a_queue():
+    for bank in (MemoryBank(4, capacity=4), PreTransformIndex(RandomRotation(4), MemoryBank(4, capacity=4))):
+        with pytest.raises(ArgumentError, match="a MemoryBank, which drops vectors by itself"):
+            RefineIndex(bank)
 
 
 def test_a_compiled_model_sees_the_bank_change():

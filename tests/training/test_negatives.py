@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 import re
 import warnings
@@ -181,6 +182,40 @@ def test_parts_change_nothing(monkeypatch, sampling_strategy):
     whole = mine()
     monkeypatch.setattr(negatives, "_BYTES_AT_ONCE", 2000)
     assert torch.equal(mine(), whole)
+
+
+@pytest.mark.parametrize("positives", [None, torch.full((60,), 9)])
+def test_parts_of_the_stored_vectors_do_not_find_themselves(monkeypatch, positives):
+    index = FlatIndex(6, "cosine")
+    # Neither rows nor ascending.
+    index.add(data()[0], ids=torch.randperm(60, generator=torch.Generator().manual_seed(1)) * 2 + 5)
+    exclude = torch.full((60, 1), 7)
+    mine = functools.partial(
+        HardNegativeMiner(3).mine, index, index.vectors, positives, exclude=exclude, exclude_self=True
+    )
+    whole = mine()
+    monkeypatch.setattr(negatives, "_BYTES_AT_ONCE", 2000)
+    assert torch.equal(mine().ids, whole.ids)
+    wrong = exclude if positives is None else torch.cat([exclude, positives[:, None]], 1)
+    assert torch.equal(whole.ids, index.search(index.vectors, 3, exclude=wrong, exclude_self=True).ids)
+    assert not (whole.ids == index.ids[:, None]).any()
+    with pytest.raises(
+        ShapeError, match=r"exclude_self takes the stored vectors .* got 9 queries, expected 60"
+    ):
+        HardNegativeMiner(3).mine(index, data()[1], exclude_self=True)
+
+
+def test_a_stored_query_is_a_negative_of_its_own_unless_it_is_named():
+    index = filled()
+    miner, queries, labels = HardNegativeMiner(3), index.vectors, torch.arange(60) % 20
+    assert torch.equal(miner.mine(index, queries).ids[:, 0], index.ids)
+    for named in (
+        {"positives": index.ids},
+        {"query_labels": labels, "labels": labels},
+        {"exclude": index.ids[:, None]},
+        {"exclude_self": True},
+    ):
+        assert not (miner.mine(index, queries, **named).ids == index.ids[:, None]).any()
 
 
 def test_draws_are_even_seeded_and_among_the_candidates():
