@@ -20,6 +20,7 @@ from elips_torch.core.errors import (
     NotEmptyError,
     NotFittedError,
     ParameterError,
+    ProcessError,
     ShapeError,
     UnknownIdError,
 )
@@ -148,6 +149,7 @@ __all__ = [
     "PQIndex",
     "ParameterError",
     "PreTransformIndex",
+    "ProcessError",
     "RandomRotation",
     "RangeResult",
     "RefineIndex",

@@ -72,5 +72,9 @@ class ImplementationError(ElipsError, RuntimeError):
     """No implementation, or not the requested one, can serve the call."""
 
 
+class ProcessError(ElipsError, RuntimeError):
+    """Another process of the run failed, so that this one cannot go on either."""
+
+
 class IndexFileError(ElipsError, ValueError):
     """A file is no index, is damaged, or holds another class of index."""

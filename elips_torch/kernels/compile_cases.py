@@ -25,6 +25,7 @@ from elips_torch.kernels.group_max_configurations import (
 )
 from elips_torch.kernels.group_max_triton import SUPERTILE_QUERIES
 from elips_torch.kernels.ivf_scan_triton import LIST_RANGE, QUERY_RANGE
+from elips_torch.kernels.ivf_triton import GROUP as _LIST_GROUP
 
 _POINTERS = {torch.int8: "*i8", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _NAMES = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -32,8 +33,8 @@ _TENSOR = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942":
 _GROUP = 32
 _BUDGETS = {"per row": 10.0, "per group, plain biases": 6.0, "per group, without biases": 3.5}
 # Lists begin and end anywhere: what belongs to their rows is read one by one, and a mask through slots.
-_LIST_BUDGETS = {"sm_80": 15.0, "sm_90": 13.0, "sm_100": 19.0, "gfx942": 13.0}
-_LIST_MASKS = {"": 0.0, "rows": 10.0, "pairs": 28.0}
+_LIST_BUDGETS = {"sm_80": 12.0, "sm_90": 12.0, "sm_100": 17.0, "gfx942": 11.0}
+_LIST_MASKS = {"": 0.0, "rows": 9.0, "pairs": 20.0}
 _SIZES = ("n_queries", "n_rows", "dim", "n_groups", "n_blocks")
 _TERMS = (
     *("scales_ptr", "biases_ptr", "residuals_ptr", "norms_ptr"),
@@ -155,8 +156,10 @@ def _list_case(
 ) -> Case:
     by_list = order == "by list"
     kernel = lists.ivf_scan_lists_kernel if by_list else lists.ivf_scan_queries_kernel
-    blocks = list_blocks(target, dtype, dim, _GROUP) if by_list else small_blocks(dtype, 1, dim, _GROUP)
-    types = _scan_types(dtype, "per row", mask != "")
+    group = _LIST_GROUP
+    blocks = list_blocks(target, dtype, dim, group) if by_list else small_blocks(dtype, 1, dim, group)
+    # What a search of lists passes.
+    types = _scan_types(dtype, "per row", mask != "") | {"norms_ptr": None, "q_norm_ptr": None}
     if not terms:
         # Vectors as they are, under the inner product.
         types |= dict.fromkeys(_TERMS)
@@ -168,7 +171,7 @@ def _list_case(
         "BLOCK_ROWS": blocks.rows,
         "BLOCK_FEATURES": blocks.features,
         "RANGE": LIST_RANGE if by_list else QUERY_RANGE,
-        "GROUP": _GROUP,
+        "GROUP": group,
         "EVEN": dim % blocks.features == 0,
         "PAIR_MASK": mask == "pairs",
     }
@@ -209,16 +212,26 @@ def _rescore_cases() -> Iterator[Case]:
         "database_ptr": "*fp32",
         "scores_ptr": "*fp64",
         **dict.fromkeys(("pair_queries_ptr", "pair_groups_ptr", "work_ptr"), "*i64"),
-        **dict.fromkeys(("n_pairs", "n_rows", "dim", "query_stride", "row_stride"), "i32"),
+        **dict.fromkeys(("n_pairs", "n_places", "dim", "query_stride", "row_stride"), "i32"),
     }
     for metric, p in (("l2", 0.0), ("cosine", 0.0), ("jensenshannon", 0.0), ("lp", 2.5)):
         yield Case(
             name=f"rescore, {metric}",
             kernel=rescore.rescore_kernel,
-            types=types,
-            constants={"METRIC": metric, "P": p, "GROUP": _GROUP, **rescore.blocks_for(metric)},
-            warps=rescore.WARPS,
-            unaligned=("n_pairs", "n_rows"),
+            types=types | {"rows_ptr": None},
+            constants={"METRIC": metric, "P": p, "GROUP": _GROUP, **rescore.blocks_for(metric, _GROUP)},
+            warps=rescore.warps_for(_GROUP),
+            unaligned=("n_pairs", "n_places"),
+        )
+    for metric in ("l2", "cosine"):
+        blocks = rescore.blocks_for(metric, _LIST_GROUP)
+        yield Case(
+            name=f"rescore in lists, {metric}",
+            kernel=rescore.rescore_kernel,
+            types=types | {"rows_ptr": "*i64"},
+            constants={"METRIC": metric, "P": 0.0, "GROUP": _LIST_GROUP, **blocks},
+            warps=rescore.warps_for(_LIST_GROUP),
+            unaligned=("n_pairs", "n_places"),
         )
 
 

@@ -65,7 +65,7 @@ _LARGE_WIDE = {
 _LIST = {
     "sm_80": Blocks(64, 128, 128, 8, 3),
     "sm_90": Blocks(64, 128, 128, 8, 3),
-    "sm_100": Blocks(64, 128, 128, 8, 2),
+    "sm_100": Blocks(64, 128, 128, 8, 3),
     "gfx942": Blocks(64, 128, 128, 4, 2),
 }
 # Without tensor cores a score costs one multiply-add per feature, out of registers.

@@ -1,14 +1,11 @@
 """Search of inverted lists in C++: the first step of a search, which answers almost every query."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from elips_torch.core.metric import Metric
-from elips_torch.core.tiling import spans
 from elips_torch.kernels.knn_native import NativeSearch, native_serves
-from elips_torch.kernels.list_layout import ListLayout, RowDecoder, StoredRows, concatenated_ranges
+from elips_torch.kernels.list_layout import ListLayout, RowDecoder, StoredRows, list_parts
 from elips_torch.kernels.packed_native import PackedSearch
 from elips_torch.kernels.plane import plain_plane
 from elips_torch.kernels.ranking import merge_ranked
@@ -124,7 +121,9 @@ class DecodedLists:
         rows = torch.full((n_queries, k), -1, dtype=torch.int64, device="cpu")
         certified = torch.ones(n_queries, dtype=torch.bool, device="cpu")
         rest = int(workspace_bytes * (1 - _DECODED_SHARE) * 0.75)
-        for lists, part in self._parts(probes, workspace_bytes):
+        row_bytes = _FEATURE_BYTES * self.decode.dim + _ROW_BYTES
+        step = max(1, int(workspace_bytes * _DECODED_SHARE) // row_bytes)
+        for lists, part in list_parts(self.layout, probes, step):
             vectors = self.decode(part.slots).contiguous()
             plane = plain_plane(self.metric, vectors)
             search = None
@@ -144,25 +143,3 @@ class DecodedLists:
             both = torch.cat([scores, more[0]], 1), torch.cat([rows, more[1]], 1)
             scores, rows = merge_ranked(self.metric, *both, k, ranks)
         return scores, rows, certified
-
-    def _parts(self, probes: Tensor, workspace_bytes: int) -> Iterator[tuple[Tensor, ListLayout]]:
-        """Yield the rows of all probed lists in parts that fit the workspace.
-
-        Yields:
-            The lists of which a part holds rows, and where these lie; slots hold their numbers.
-        """
-        probed = torch.zeros(self.layout.nlist + 1, dtype=torch.bool, device="cpu")
-        probed[probes.flatten()] = True
-        lists = probed[:-1].nonzero()[:, 0]
-        sizes = self.layout.sizes[lists]
-        ends = sizes.cumsum(0)
-        starts = ends - sizes
-        row_bytes = _FEATURE_BYTES * self.decode.dim + _ROW_BYTES
-        step = max(1, int(workspace_bytes * _DECODED_SHARE) // row_bytes)
-        for begin, end in spans(int(ends[-1]) if ends.numel() else 0, step):
-            within = (ends > begin) & (starts < end)
-            first = (begin - starts[within]).clamp_min_(0)
-            lengths = (end - starts[within]).minimum(sizes[within]) - first
-            places = concatenated_ranges(self.layout.starts[lists[within]] + first, lengths)
-            rows = self.layout.slots[places]
-            yield lists[within], ListLayout(rows, lengths.cumsum(0) - lengths, lengths, rows)

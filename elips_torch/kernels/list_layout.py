@@ -173,6 +173,34 @@ def query_major_tiles(layout: ListLayout, probes: Tensor, row_step: int) -> Iter
             yield ListTile(layout.slots[slots[begin:end]], numbers[query : query + 1], None)
 
 
+def list_parts(layout: ListLayout, probes: Tensor, row_step: int) -> Iterator[tuple[Tensor, ListLayout]]:
+    """Yield the rows of all probed lists in parts of at most so many rows.
+
+    Args:
+        layout: where the rows lie.
+        probes: ``(Q, P)`` int64, the lists that each query probes, -1 for none.
+        row_step: rows of a part at most.
+
+    Yields:
+        The lists ``(L,)`` of which a part holds rows, and where these lie, one list after the other; slots
+        hold their numbers.
+    """
+    # The last entry stands for no list.
+    probed = torch.zeros(layout.nlist + 1, dtype=torch.bool, device=probes.device)
+    probed[probes.flatten()] = True
+    lists = probed[:-1].nonzero()[:, 0]
+    sizes = layout.sizes[lists]
+    ends = sizes.cumsum(0)
+    starts = ends - sizes
+    for begin, end in spans(int(ends[-1]) if ends.numel() else 0, row_step):
+        within = (ends > begin) & (starts < end)
+        first = (begin - starts[within]).clamp_min_(0)
+        lengths = (end - starts[within]).minimum(sizes[within]) - first
+        places = concatenated_ranges(layout.starts[lists[within]] + first, lengths)
+        rows = layout.slots[places]
+        yield lists[within], ListLayout(rows, lengths.cumsum(0) - lengths, lengths, rows)
+
+
 class ListSelection:
     """The rows of a tile that each query may see.
 

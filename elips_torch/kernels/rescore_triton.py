@@ -18,12 +18,23 @@ from elips_torch.kernels.triton_language import launch_options, launch_scope
 LARGEST_GROUP = 128
 # Queries, rows and features of one step: as many float64 terms as registers hold.
 BLOCKS = {"BLOCK_PAIRS": 4, "BLOCK_ROWS": 32, "BLOCK_FEATURES": 32}
-WARPS = 4
+# Warps of a step with so many rows; fewer rows take fewer, so that each reads as wide.
+_WARPS = 4
 
 
-def blocks_for(metric: str) -> dict[str, int]:
-    """Return the blocks for a metric; "cosine" holds the squares of both sides as well."""
-    return BLOCKS | ({"BLOCK_PAIRS": 2} if metric == "cosine" else {})
+def blocks_for(metric: str, group: int) -> dict[str, int]:
+    """Return the blocks for a metric and groups of so many rows.
+
+    "cosine" holds the squares of both sides as well; few rows have fewer threads.
+    """
+    rows = min(group, BLOCKS["BLOCK_ROWS"])
+    pairs = 2 if metric == "cosine" or rows < BLOCKS["BLOCK_ROWS"] else BLOCKS["BLOCK_PAIRS"]
+    return BLOCKS | {"BLOCK_PAIRS": pairs, "BLOCK_ROWS": rows}
+
+
+def warps_for(block_rows: int) -> int:
+    """Return the warps of a program that scores so many rows at a time."""
+    return max(1, _WARPS * block_rows // BLOCKS["BLOCK_ROWS"])
 
 
 @triton.jit
@@ -33,9 +44,10 @@ def rescore_kernel(
     pair_queries_ptr,
     pair_groups_ptr,
     work_ptr,
+    rows_ptr,
     scores_ptr,
     n_pairs,
-    n_rows,
+    n_places,
     dim,
     query_stride,
     row_stride,
@@ -57,7 +69,10 @@ def rescore_kernel(
         query = tl.load(pair_queries_ptr + pair, mask=mine, other=0)
         member = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         row = group * GROUP + member
-        exists = row < n_rows
+        exists = row < n_places
+        if rows_ptr is not None:
+            row = tl.load(rows_ptr + row, mask=exists, other=-1)
+            exists = row >= 0
         features = tl.arange(0, BLOCK_FEATURES)
         query_ptrs = queries_ptr + query[:, None] * query_stride
         row_ptrs = database_ptr + row[:, None] * row_stride
@@ -124,6 +139,7 @@ def rescore_triton(
     pair_groups: Tensor,  # (P,) int64, ascending
     group: int,
     metric: Metric,
+    rows: Tensor | None = None,  # (S,) int64
 ) -> Tensor:  # (P, group) float64
     """Score every row of the group of each (query, group) pair by the metric's definition.
 
@@ -131,13 +147,14 @@ def rescore_triton(
         queries: any float dtype; features are contiguous.
         database: the vectors themselves, any float dtype; features are contiguous.
         pair_queries: query of each pair.
-        pair_groups: group of each pair, in ascending order; group g holds the rows from
+        pair_groups: group of each pair, in ascending order; group g holds the rows, or the places, from
             ``g * group`` on.
         group: rows per group, a power of two up to 128.
         metric: what is computed, in float64 throughout; the caller rounds.
+        rows: the row in each place, -1 for none; None where the rows are the places.
 
     Returns:
-        Scores; NaN for rows that do not exist (behind the end of the database).
+        Scores; NaN where there is no row: behind the end of the database, or in an empty place.
 
     Raises:
         ValueError: the arguments are outside what the kernel takes.
@@ -146,24 +163,24 @@ def rescore_triton(
         raise ValueError(f"group is {group}, expected a power of two up to {LARGEST_GROUP}")
     if queries.stride(1) != 1 or database.stride(1) != 1:
         raise ValueError("the features of queries and database must be contiguous")
-    n_pairs, n_rows = pair_queries.shape[0], database.shape[0]
+    n_pairs = pair_queries.shape[0]
+    n_places = database.shape[0] if rows is None else rows.shape[0]
     scores = torch.empty(n_pairs, group, dtype=torch.float64, device=database.device)
     if n_pairs == 0:
         return scores
-    n_groups = triton.cdiv(n_rows, group)
-    blocks = blocks_for(metric.name)
+    n_groups = triton.cdiv(n_places, group)
+    blocks = blocks_for(metric.name, group)
     # Groups that are chosen about once would leave most of a block of pairs idle.
     at_once = blocks["BLOCK_PAIRS"] if n_pairs >= 2 * n_groups else 1
     work = work_items(pair_groups, n_groups, at_once)
-    block_rows = min(group, blocks["BLOCK_ROWS"])
     with launch_scope(database):
-        rescore_kernel[(work.shape[0], group // block_rows)](
-            *(queries, database, pair_queries.contiguous(), pair_groups.contiguous(), work, scores),
-            *(n_pairs, n_rows, database.shape[1], queries.stride(0), database.stride(0)),
+        rescore_kernel[(work.shape[0], group // blocks["BLOCK_ROWS"])](
+            *(queries, database, pair_queries.contiguous(), pair_groups.contiguous(), work, rows, scores),
+            *(n_pairs, n_places, database.shape[1], queries.stride(0), database.stride(0)),
             METRIC=metric.name,
             P=metric.p,
             GROUP=group,
-            **blocks | {"BLOCK_PAIRS": at_once, "BLOCK_ROWS": block_rows},
-            **launch_options(WARPS),
+            **blocks | {"BLOCK_PAIRS": at_once},
+            **launch_options(warps_for(blocks["BLOCK_ROWS"])),
         )
     return scores

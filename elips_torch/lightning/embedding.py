@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,12 +13,22 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
 
 from elips_torch.core.errors import ArgumentError, DtypeError, ShapeError
 from elips_torch.core.validation import check_vectors
 from elips_torch.lightning.gather import Processes
 from elips_torch.lightning.steps import Step, call_step
+
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +43,7 @@ class Embedder:
         context: makes the precision context of a step.
         processes: who takes part.
         progress: whether this process shows a progress bar, and its title.
-        stopped: asked before each batch; True ends the iteration early.
+        stopped: asked before each batch; True raises `CancelledError`.
     """
 
     module: LightningModule
@@ -56,7 +67,7 @@ class Embedder:
             batches, desc=self.progress, total=total, disable=not shown, leave=False, unit="batch"
         ):
             if self.stopped():
-                return
+                raise CancelledError("it is no longer wanted")
             with torch.no_grad(), self.context():
                 output = call_step(self.step, self.module, self.to_device(batch))
             yield output
@@ -194,12 +205,21 @@ def own_batches(loader: Iterable[Any], rank: int, count: int) -> Iterable[Any]:
     Of a `DataLoader` no other batch is loaded, and the global random numbers are left alone.
 
     Raises:
-        ArgumentError: the loader shuffles.
+        ArgumentError: the loader shuffles, or yields a part of the data.
     """
     if not isinstance(loader, DataLoader):
         return loader if count == 1 else itertools.islice(loader, rank, None, count)
-    if isinstance(loader.sampler, RandomSampler):
-        raise ArgumentError("the loader shuffles, expected one that keeps the order: shuffle=False")
+    for sampler in _samplers_of(loader):
+        if isinstance(sampler, _RANDOM) or (isinstance(sampler, DistributedSampler) and sampler.shuffle):
+            raise ArgumentError(
+                f"the loader shuffles ({type(sampler).__name__}), expected one that keeps the order: "
+                "shuffle=False"
+            )
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+            raise ArgumentError(
+                f"the loader yields one of {sampler.num_replicas} parts of the data "
+                f"({type(sampler).__name__}), expected all of it: its batches are dealt out here"
+            )
     if isinstance(loader.dataset, IterableDataset):
         return loader if count == 1 else itertools.islice(loader, rank, None, count)
     order: dict[str, Any]
@@ -220,6 +240,18 @@ def own_batches(loader: Iterable[Any], rank: int, count: int) -> Iterable[Any]:
         # Without one, the workers' seed is drawn from the numbers that training draws from.
         generator=torch.Generator(),
     )
+
+
+def _samplers_of(loader: DataLoader[Any]) -> Iterator[object]:
+    """Yield the samplers of a loader, and those inside them."""
+    waiting: list[Any] = [loader.batch_sampler, loader.sampler]
+    seen: set[int] = set()
+    while waiting:
+        sampler = waiting.pop()
+        if sampler is not None and id(sampler) not in seen:
+            seen.add(id(sampler))
+            yield sampler
+            waiting += [getattr(sampler, name, None) for name in ("sampler", "batch_sampler")]
 
 
 class _Dealt(Sampler[Any]):

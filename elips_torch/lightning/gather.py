@@ -1,10 +1,23 @@
 """What the processes of a run tell each other."""
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
+
+from elips_torch.core.errors import ProcessError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """What a process sends when it can send nothing else any more."""
+
+    what: str
+    error: str
 
 
 class Processes:
@@ -34,7 +47,39 @@ class Processes:
         self.device = torch.device("cpu") if on_host else device
 
     def objects(self, value: Any) -> list[Any]:
-        """Return what each process passed, by rank."""
+        """Return what each process passed, by rank.
+
+        Raises:
+            ProcessError: another process failed within `agreeing`.
+        """
+        values = self._exchanged(value)
+        for rank, each in enumerate(values):
+            if isinstance(each, _Failure):
+                raise ProcessError(f"process {rank} failed {each.what}: {each.error}")
+        return values
+
+    @contextmanager
+    def agreeing(self, what: str) -> Iterator[None]:
+        """Let all processes fail where one does, rather than wait for it; all of them enter and leave it.
+
+        Who fails says so in place of the next exchange, and the others learn of it there.
+
+        Args:
+            what: what is done within, for the message; such as "while embedding the corpus".
+
+        Raises:
+            ProcessError: another process failed.
+        """
+        try:
+            yield
+        except ProcessError:
+            raise
+        except Exception as error:
+            self._exchanged(_Failure(what, f"{type(error).__name__}: {error}"))
+            raise
+        self.objects(None)
+
+    def _exchanged(self, value: Any) -> list[Any]:
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count

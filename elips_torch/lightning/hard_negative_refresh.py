@@ -1,6 +1,6 @@
 """Negatives for a training set, mined anew as the model learns."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -13,7 +13,8 @@ from elips_torch.core.results import SearchResult
 from elips_torch.core.validation import check_count
 from elips_torch.indexes.base import Index
 from elips_torch.lightning.embedding import embedder_for, embeddings_of, evaluating, integers_of, title_of
-from elips_torch.lightning.index_choice import IndexPlace, check_place, index_at
+from elips_torch.lightning.index_choice import IndexPlace, check_place, index_at, name_of
+from elips_torch.lightning.index_refresh import IndexRefresh
 from elips_torch.lightning.steps import Step
 
 # Called with the index, queries (B, D), and positives or labels.
@@ -32,10 +33,11 @@ class HardNegativeRefresh(Callback):
     """Mines negatives for every training sample, every few epochs, and hands them to the data.
 
     Each sample searches an index of the documents; its own positives are left out *in* the search. An
-    `IndexRefresh` before it in the list of callbacks keeps the index up to date. The first time is before the
-    loaders of the training data start, so that their workers know the negatives; later times are at the start
-    of an epoch. With several processes each mines for every so manieth batch, and all get the whole table;
-    the index must hold all documents on each.
+    `IndexRefresh` before it in the list of callbacks keeps the index up to date; one after it is warned of.
+    The first time is before the loaders of the training data start, so that their workers know the negatives;
+    later times are at the start of an epoch. With several processes each mines for every so manieth batch,
+    and all get the whole table; the index must hold all documents on each. Queries that yield nothing are an
+    error the first time; later the negatives stay as they are, which is warned of.
 
     Args:
         index: the name of the module's attribute, such as ``"index"``, the index itself, or a function of the
@@ -46,7 +48,9 @@ class HardNegativeRefresh(Callback):
             what mines, such as a `training.HardNegativeMiner`: called with the index, queries ``(B, D)``
             and their positives ``(B, R)``, or in place of these with ``query_labels=`` ``(B,)`` and
             ``labels=`` ``(ntotal,)`` in the order of ``index.ids``; it returns a `SearchResult` whose ids
-            ``(B, M)`` are padded by -1.
+            ``(B, M)`` are padded by -1. One that draws at random does so by numbers of its own, from its
+            ``seed`` on, which no checkpoint holds: a resumed run begins with the first again, and several
+            processes draw otherwise than one does.
         step: called with the module and a batch, instead of ``pl_module.retrieval_step``. It returns
             ``{"queries": (B, D), "relevant": (B, R)}``, ids of documents padded by -1; or ``"queries"`` (or
             ``"embeddings"``) with ``"labels": (B,)``, and then ``labels`` is needed.
@@ -56,6 +60,8 @@ class HardNegativeRefresh(Callback):
             with int64 ``(N, M)`` on the CPU. Default: the trainer's datamodule, or else the module.
         every_n_epochs: mine at the start of every so manieth epoch.
         progress: whether a bar is shown, where the trainer shows its own.
+        name: tells its part of a checkpoint from that of others; default is the index's name, or "" where it
+            has none. Several in a trainer need different ones.
 
     Attributes:
         refreshes: how often negatives were mined. Part of checkpoints.
@@ -78,6 +84,7 @@ class HardNegativeRefresh(Callback):
         receiver: TakesNegatives | Callable[[Tensor], None] | None = None,
         every_n_epochs: int = 1,
         progress: bool = True,
+        name: str | None = None,
     ) -> None:
         check_place(index)
         if not callable(miner):
@@ -95,8 +102,15 @@ class HardNegativeRefresh(Callback):
         self.receiver = receiver
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
         self.progress = progress
+        self.name = name_of(index) if name is None else name
         self.refreshes = 0
         self._just_mined = False
+        self._has_mined = False
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's part of a checkpoint."""
+        return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of refreshes; the negatives follow from the weights and the data."""
@@ -108,6 +122,8 @@ class HardNegativeRefresh(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mine before the first epoch, also of a resumed run, whose data has no negatives yet."""
+        self._has_mined = False
+        self._check_order(trainer, pl_module)
         self._refresh(trainer, pl_module)
         self._just_mined = True
 
@@ -133,10 +149,13 @@ class HardNegativeRefresh(Callback):
         loader = self.queries(trainer) if callable(self.queries) else self.queries
         title = title_of(trainer, self.progress, "mining negatives")
         embedder = embedder_for(trainer, pl_module, self.step, ("queries", "embeddings"), title)
-        with evaluating(pl_module):
-            found = [self._mined(index, output, labels) for output in embedder.outputs(loader)]
         processes = embedder.processes
+        with processes.agreeing("while mining negatives"), evaluating(pl_module):
+            found = [self._mined(index, output, labels) for output in embedder.outputs(loader)]
         sizes = processes.objects([tuple(each.shape) for each in found])
+        if not any(sizes) and self._has_mined:
+            rank_zero_warn("queries yields nothing: the negatives that were mined before stay")
+            return
         widths = {shape[1] for each in sizes for shape in each}
         if not widths:
             raise ArgumentError("queries yields nothing, expected at least one batch")
@@ -149,13 +168,26 @@ class HardNegativeRefresh(Callback):
         if without:
             rank_zero_warn(f"{without} of {len(negatives)} training samples have no negative at all")
         take(negatives)
+        self._has_mined = True
         self.refreshes += 1
+
+    def _check_order(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a refresh of the same index that comes too late."""
+        index = index_at(self.index, pl_module)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[callbacks.index(self) :]:
+            if isinstance(callback, IndexRefresh) and index_at(callback.index, pl_module) is index:
+                rank_zero_warn(
+                    "HardNegativeRefresh comes before the IndexRefresh of its index among the callbacks, so "
+                    "it mines in what the model made one refresh ago, and at first in nothing: expected "
+                    "callbacks=[IndexRefresh(...), HardNegativeRefresh(...)]"
+                )
 
     def _mined(self, index: Index, output: Any, labels: Tensor | None) -> Tensor:
         """Return ids ``(B, M)`` on the CPU for what the step made of a batch."""
         queries, _ = embeddings_of(output, ("queries", "embeddings"))
         queries = queries.to(index.device)
-        columns = output if isinstance(output, dict) else {}
+        columns = output if isinstance(output, Mapping) else {}
         if "relevant" in columns:
             positives = integers_of("relevant", columns["relevant"], queries, 2)
             if callable(self.miner):

@@ -1,5 +1,6 @@
 """The index that a user names for a callback: one to make, or one that is there."""
 
+import difflib
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -10,6 +11,7 @@ from elips_torch.core.errors import ArgumentError, DtypeError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.factory import index_factory
+from elips_torch.indexes.factory_parts import parse
 from elips_torch.indexes.flat import FlatIndex
 
 # A class, a description for `index_factory`, or a function that takes D.
@@ -23,9 +25,12 @@ def check_choice(index: IndexChoice, metric: str) -> None:
 
     Raises:
         DtypeError: neither a class, a description nor a function.
+        FactoryError: the description has a mistake.
         MetricError: the metric is unknown.
     """
     resolve_metric(metric)
+    if isinstance(index, str):
+        parse(index)
     if isinstance(index, Index) or not (index is None or isinstance(index, str) or callable(index)):
         raise DtypeError(
             f"index is a {type(index).__name__}, expected a class, a description such as 'IVF256,Flat', or a "
@@ -70,9 +75,23 @@ def make_index(choice: IndexChoice, dim: int, metric: str, device: torch.device)
 
 
 def check_place(place: IndexPlace) -> None:
-    """Check that a place is a name, an index or a function."""
+    """Check that a place is a name, an index or a function, as far as that goes without the module.
+
+    Raises:
+        ElipsError: it is something else.
+    """
+    if isinstance(place, str) and ("," in place or not all(map(str.strip, place.split(".")))):
+        raise ArgumentError(
+            f"index is {place!r}, expected the name of the module's attribute, such as 'index', where the "
+            "module has made it: self.index = index_factory(dim, description)"
+        )
     if not isinstance(place, (str, Index)) and not callable(place):
         raise DtypeError(f"index is a {type(place).__name__}, expected a name, an index or a function")
+
+
+def name_of(place: IndexPlace) -> str:
+    """Return what a place is called, "" if it has no name that lasts from run to run."""
+    return place if isinstance(place, str) else ""
 
 
 def index_at(place: IndexPlace, pl_module: LightningModule) -> Index:
@@ -91,7 +110,9 @@ def index_at(place: IndexPlace, pl_module: LightningModule) -> Index:
         index = place
     elif isinstance(place, str):
         for part in place.split("."):
-            index = getattr(index, part, None)
+            if not hasattr(index, part):
+                raise ArgumentError(_nothing_at(place, part, pl_module))
+            index = getattr(index, part)
     else:
         index = place(pl_module)
     if not isinstance(index, Index):
@@ -100,3 +121,16 @@ def index_at(place: IndexPlace, pl_module: LightningModule) -> Index:
             "expected an Index"
         )
     return index
+
+
+def _nothing_at(place: str, part: str, pl_module: LightningModule) -> str:
+    """Return the message for a name that stands for nothing."""
+    indexes = [name for name, each in pl_module.named_modules() if name and isinstance(each, Index)]
+    near = difflib.get_close_matches(place, indexes)
+    if near:
+        known = f"did you mean {' or '.join(map(repr, near))}?"
+    elif indexes:
+        known = f"its indexes are {', '.join(map(repr, indexes))}"
+    else:
+        known = "it holds no index: make one there, as in self.index = FlatIndex(dim)"
+    return f"index is {place!r}, and {type(pl_module).__name__} has no attribute {part!r}; {known}"

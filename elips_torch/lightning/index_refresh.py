@@ -9,14 +9,15 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from elips_torch.core.errors import ArgumentError
 from elips_torch.core.validation import check_count
 from elips_torch.indexes.base import Index
-from elips_torch.indexes.state import RowState
 from elips_torch.lightning.embedding import Embedder, embedder_for, evaluating, title_of
 from elips_torch.lightning.gather import Processes
-from elips_torch.lightning.index_choice import IndexPlace, check_place, index_at
+from elips_torch.lightning.index_choice import IndexPlace, check_place, index_at, name_of
+from elips_torch.lightning.snapshot import snapshot_of
 from elips_torch.lightning.steps import Step
 
 Corpus: TypeAlias = Iterable[Any] | Callable[[Trainer], Iterable[Any]]
@@ -31,7 +32,8 @@ class IndexRefresh(Callback):
     first step.
 
     With several processes each embeds every so manieth batch of the corpus, and all get all rows, in the
-    order of the corpus.
+    order of the corpus. A corpus that yields nothing is an error where the index is empty; later the index
+    keeps what it holds, which is warned of.
 
     Args:
         index: the name of the module's attribute, such as ``"index"`` or ``"memory.index"``, the index
@@ -45,10 +47,13 @@ class IndexRefresh(Callback):
         every_n_steps: refresh after every so many steps of the optimiser, instead.
         background: embed in a thread while training goes on, by a copy of the module as it was when the
             refresh began; on a GPU on a stream of its own. Batches then are moved by Lightning's default,
-            without the module's transfer hooks. Takes room for a copy of the weights.
+            without the module's transfer hooks. Takes room for a copy of the weights. What fails there ends
+            training before the next step, on all processes.
         refit: whether an index that learns (centroids, codes) learns anew each time.
         shard: whether each process keeps only the rows that it embedded.
         progress: whether a bar is shown, where the trainer shows its own.
+        name: tells its part of a checkpoint from that of others; default is the index's name, or "" where it
+            has none. Several in a trainer need different ones.
 
     Attributes:
         refreshes: how often the index was replaced. Part of checkpoints.
@@ -72,6 +77,7 @@ class IndexRefresh(Callback):
         refit: bool = True,
         shard: bool = False,
         progress: bool = True,
+        name: str | None = None,
     ) -> None:
         if every_n_epochs is not None and every_n_steps is not None:
             raise ArgumentError("every_n_epochs and every_n_steps are both given, expected one of them")
@@ -89,6 +95,7 @@ class IndexRefresh(Callback):
         self.refit = refit
         self.shard = shard
         self.progress = progress
+        self.name = name_of(index) if name is None else name
         self.refreshes = 0
         self._last_step = -1
         self._owed = False
@@ -101,9 +108,8 @@ class IndexRefresh(Callback):
 
     @property
     def state_key(self) -> str:
-        """Name of the callback's part of a checkpoint: several may run, each for its own index."""
-        name = self.index if isinstance(self.index, str) else ""
-        return self._generate_state_key(index=name)
+        """Key of the callback's part of a checkpoint."""
+        return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of refreshes and the step of the last."""
@@ -121,11 +127,15 @@ class IndexRefresh(Callback):
         index = self._index_of(pl_module)
         self._stopping = False
         self._owed = False
+        if self.background:
+            # What cannot be copied is said now, not when a refresh is due.
+            snapshot_of(pl_module)
         if self.background and trainer.world_size > 1 and torch.distributed.is_initialized():
             # What the thread exchanges must not get between what training exchanges.
             self._group = torch.distributed.new_group(backend="gloo")
         if not sum(Processes(pl_module.device).objects(len(index))):
-            self._swap(index, self._built(index, self._embedder(trainer, pl_module), self._loader(trainer)))
+            embedder = self._embedder(trainer, pl_module)
+            self._swap(index, self._built(index, embedder, self._loader(trainer)), embedder.processes)
             self._just_filled = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,9 +183,10 @@ class IndexRefresh(Callback):
         self._owed = False
         index, loader = self._index_of(pl_module), self._loader(trainer)
         if not self.background:
-            self._swap(index, self._built(index, self._embedder(trainer, pl_module), loader))
+            embedder = self._embedder(trainer, pl_module)
+            self._swap(index, self._built(index, embedder, loader), embedder.processes)
             return
-        embedder = self._embedder(trainer, _snapshot(pl_module), in_background=True)
+        embedder = self._embedder(trainer, snapshot_of(pl_module), in_background=True)
         device = pl_module.device
         if device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(device)
@@ -200,12 +211,14 @@ class IndexRefresh(Callback):
             current.wait_stream(self._stream)
             for tensor in (*fresh.buffers(), *fresh.parameters()):
                 tensor.record_stream(current)
-        self._swap(self._index_of(pl_module), fresh)
+        self._swap(self._index_of(pl_module), fresh, Processes(pl_module.device))
 
     def _give_up(self) -> None:
         self._stopping = True
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
+        if self._group is not None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(self._group)
         self._executor = self._running = self._stream = self._group = None
 
     def _built_on_stream(self, empty: Index, embedder: Embedder, loader: Iterable[Any]) -> Index:
@@ -223,20 +236,18 @@ class IndexRefresh(Callback):
     def _filled(self, fresh: Index, embedder: Embedder, loader: Iterable[Any]) -> Index:
         """Return the index with the corpus in it."""
         waiting = []
-        with evaluating(embedder.module):
+        with embedder.processes.agreeing("while embedding the corpus"), evaluating(embedder.module):
             for vectors, ids in embedder.rounds(loader, shared=not self.shard):
                 vectors, ids = vectors.to(fresh.device), ids.to(fresh.device)
                 if fresh.is_trained:
                     fresh.add(vectors, ids=ids)
                 else:
                     waiting.append((vectors, ids))
-        if waiting:
-            vectors, ids = (torch.cat(parts) for parts in zip(*waiting, strict=True))
-            del waiting
-            fresh.fit(vectors)
-            fresh.add(vectors, ids=ids)
-        if not self._stopping and not sum(embedder.processes.objects(len(fresh))):
-            raise ArgumentError("corpus yields nothing, expected at least one batch")
+            if waiting:
+                vectors, ids = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+                del waiting
+                fresh.fit(vectors)
+                fresh.add(vectors, ids=ids)
         return fresh
 
     def _empty(self, index: Index) -> Index:
@@ -246,7 +257,16 @@ class IndexRefresh(Callback):
         empty.reset()
         return empty
 
-    def _swap(self, index: Index, fresh: Index) -> None:
+    def _swap(self, index: Index, fresh: Index, processes: Processes) -> None:
+        """Let an index take over what another holds; an index that holds something is not emptied."""
+        held, found = (sum(processes.objects(len(each))) for each in (index, fresh))
+        if not found:
+            if not held:
+                raise ArgumentError("corpus yields nothing, expected at least one batch")
+            rank_zero_warn(
+                f"corpus yields nothing: the index is not refreshed and keeps what it holds, {held} vectors"
+            )
+            return
         fresh.index_in_state_dict = True
         kept, index.index_in_state_dict = index.index_in_state_dict, True
         try:
@@ -279,9 +299,3 @@ class IndexRefresh(Callback):
             in_background=in_background,
             stopped=lambda: self._stopping,
         )
-
-
-def _snapshot(module: LightningModule) -> LightningModule:
-    """Return a copy of a module with weights of its own, and the same indexes."""
-    indexes = {id(part): part for part in module.modules() if isinstance(part, RowState)}
-    return copy.deepcopy(module, memo=indexes)

@@ -73,6 +73,11 @@ def measured(
     return {name: values[name] for name in value_names(metrics, k, by_label=by_label)}
 
 
+def index_recall_names(k: Sequence[int]) -> list[str]:
+    """Return the names of what an index finds of the true neighbours."""
+    return [f"index_recall@{n}" for n in k]
+
+
 def index_hits(
     index: Index,
     vectors: Tensor,  # (N, D)

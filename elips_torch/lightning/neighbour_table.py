@@ -26,7 +26,8 @@ class NeighbourTable(Callback):
     in green and others in red.
 
     - TensorBoard: text (relevant documents bold) and picture.
-    - CSV: ``neighbours.csv``, one line per document found, and pictures as ``.png``, beside ``metrics.csv``.
+    - CSV: ``val_neighbours.csv``, one line per document found, and pictures as ``.png``, beside
+      ``metrics.csv``. The file is called after the evaluation's prefix and ``name``, with "_" for "/".
     - Weights & Biases (by its ``log_table`` and ``log_image``): table and picture.
     - Other loggers are left out, which is said once.
 

@@ -24,7 +24,8 @@ class RetrievalEvaluation(Callback):
     """Builds an index from the validation embeddings and logs recall@k.
 
     For each batch it calls ``pl_module.retrieval_step(batch)``, or ``retrieval_step(batch, dataloader_idx)``;
-    a module without that method returns the same from its ``validation_step``. It returns a dict with
+    a module without that method returns the same from its ``validation_step``. It returns a dict, or
+    another mapping, with
 
     - ``embeddings (B, D)`` and ``labels (B,)``: each sample queries all others. ``val/recall@k`` is the
       fraction of samples with the same label among the first k (the Recall@k of metric learning),
@@ -32,7 +33,8 @@ class RetrievalEvaluation(Callback):
       label (-1), or alone with it, do not count as queries. Or
     - ``queries (B, D)`` and ``relevant (B, R)``, document ids padded by -1; and, from the same batch or
       from another, ``documents (B, D)`` and ``ids (B,)``. ``val/recall@k`` is the fraction of the
-      relevant documents found, ``val/hit_rate@k`` the fraction of queries that found any. Or
+      relevant documents found, ``val/hit_rate@k`` the fraction of queries that found any. Relevant ids of no
+      document count as not found, which is warned of once. Or
     - ``queries`` and ``documents``, both with ``labels (B,)``: measured as labelled embeddings are.
 
     Logged beside these are ``val/retrieval_seconds``, which building the index and searching it took, and,
@@ -44,10 +46,11 @@ class RetrievalEvaluation(Callback):
 
     Batches of all dataloaders form one evaluation. The sanity check is skipped. With several
     processes each must see its part of the data: samples that Lightning's sampler repeats to give
-    each process equally many count once, so the numbers are those of one process. An exact index is then
-    sharded: each process indexes the documents that it embedded, and only queries and results travel. An
-    approximate index is built on the first process, which alone holds all documents; so it is the index that
-    one process would build. Ids and labels (8 bytes per document) are known to all.
+    each process equally many count once, so the numbers are those of one process, also where the step makes
+    several rows of each sample (views, by ``torch.cat`` or ``torch.stack``). An exact
+    index is then sharded: each process indexes the documents that it embedded, and only queries and results
+    travel. An approximate index is built on the first process, which alone holds all documents; so it is the
+    index that one process would build. Ids and labels (8 bytes per document) are known to all.
 
     Args:
         k: one or several numbers of neighbours to look at.
@@ -108,6 +111,7 @@ class RetrievalEvaluation(Callback):
         self.history: list[dict[str, float]] = []
         self.neighbours: Neighbours | None = None
         self._kept = 0
+        self._said: set[str] = set()
         self._rows = RowCollection()
 
     @property
@@ -134,6 +138,15 @@ class RetrievalEvaluation(Callback):
                 f"{type(pl_module).__name__} has no validation_step, so Lightning skips validation "
                 "and nothing is evaluated: define one (it may return what retrieval_step would, or nothing)"
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that there is nothing to evaluate: Lightning then skips validation altogether."""
+        self._warn_of_no_batch(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say that there was nothing to evaluate."""
+        if stage == "validate":
+            self._warn_of_no_batch(trainer)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an interrupted validation left."""
@@ -173,19 +186,32 @@ class RetrievalEvaluation(Callback):
         measured = {name: float(value) for name, value in values.items()}
         self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **measured})
 
+    def _warn_of_no_batch(self, trainer: Trainer) -> None:
+        if trainer.limit_val_batches != 0 and not any(trainer.num_val_batches):
+            rank_zero_warn(
+                "the validation data yields no batch: retrieval is not evaluated, and nothing is logged "
+                f"under {self.prefix!r}"
+            )
+
     def _evaluate(self, rows: RowCollection, trainer: Trainer, device: torch.device) -> dict[str, Tensor]:
         loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
-        samplers = [getattr(loader, "sampler", None) for loader in loaders]
         processes = Processes(device)
-        kinds = rows.kinds(processes)
         task = Task(
-            self.k, self.metrics, self.index, self.metric, self.shard, self.recall_queries, self._kept
+            self.k,
+            self.metrics,
+            self.index,
+            self.metric,
+            self.shard,
+            self.recall_queries,
+            self._kept,
+            self._said,
         )
         self.neighbours = None
         place = torch.device(device if self.device is None else self.device)
+        by_label, dim = rows.by_label(processes), rows.dim(processes)
         try:
-            values, self.neighbours = task.run(rows, samplers, place, processes)
+            values, self.neighbours = task.run(rows, loaders, place, processes)
         except NothingToEvaluateError as error:
             rank_zero_warn(f"retrieval is not evaluated, NaN is logged: {error}")
-            values = {name: torch.tensor(torch.nan) for name in task.names(kinds)}
+            values = {name: torch.tensor(torch.nan) for name in task.names(by_label, dim, place)}
         return {name: value.to(device) for name, value in values.items()}

@@ -1,16 +1,17 @@
 """What the steps of a validation epoch return, kept until its end."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data.distributed import DistributedSampler
 
 from elips_torch.core.errors import ArgumentError, DtypeError, ShapeError
 from elips_torch.core.validation import check_vectors
+from elips_torch.lightning.dealt_samples import places_of
 from elips_torch.lightning.gather import Processes
 
 # What a step may return: the name of the vectors, and what the integers that belong to them may be called.
@@ -39,7 +40,10 @@ class RowCollection:
     """The rows that this process has seen, by kind and by dataloader."""
 
     def __init__(self) -> None:
+        # By kind and dataloader; each pair has the number of the batch that it comes from.
         self._parts: dict[str, dict[int, list[tuple[Tensor, Tensor]]]] = {}
+        self._batches: dict[str, dict[int, list[int]]] = {}
+        self._seen: Counter[int] = Counter()
         self._meanings: dict[str, str] = {}
 
     def add(self, output: Any, dataloader_idx: int, device: torch.device | str | None) -> None:
@@ -62,41 +66,65 @@ class RowCollection:
                     f"{self._meanings[kind]!r}: expected the same for all batches"
                 )
             self._parts.setdefault(kind, {}).setdefault(dataloader_idx, []).append(rows)
+            self._batches.setdefault(kind, {}).setdefault(dataloader_idx, []).append(
+                self._seen[dataloader_idx]
+            )
+        self._seen[dataloader_idx] += 1
 
     def kinds(self, processes: Processes) -> set[str]:
         """Return the kinds of rows that any process has; must be called by all processes."""
         return set().union(*processes.objects({kind for kind in self._parts if self._count(kind)}))
 
-    def take(self, kind: str, samplers: list[Any], device: torch.device | str, processes: Processes) -> Rows:
+    def by_label(self, processes: Processes) -> bool:
+        """Return whether labels tell what is relevant, as far as is known; called by all processes."""
+        meanings = set().union(*processes.objects(set(self._meanings.values())))
+        return not meanings or "labels" in meanings
+
+    def dim(self, processes: Processes) -> int | None:
+        """Return the size of a vector, None if there is none; must be called by all processes."""
+        shapes = [_shape(self._parts[kind]) for kind in self._parts]
+        known = processes.objects([shape[0] for shape in shapes if shape is not None])
+        return next((dim for each in known for dim in each), None)
+
+    def take(self, kind: str, loaders: list[Any], device: torch.device | str, processes: Processes) -> Rows:
         """Give away the rows of a kind that are this process's own; must be called by all processes.
 
         Args:
             kind: one of `KINDS`.
-            samplers: the sampler of each dataloader.
+            loaders: the dataloaders, by number.
             device: where the empty result lies if this process has none.
             processes: who takes part.
         """
         parts = self._parts.pop(kind, {})
-        everywhere = processes.objects({loader: _count(part) for loader, part in parts.items()})
+        everywhere = processes.objects(set(parts))
         shapes = [shape for shape in processes.objects(_shape(parts)) if shape is not None]
         if len({shape[0] for shape in shapes}) > 1:
             raise ShapeError(f"{kind} differ in dim between processes: {shapes}")
         meanings = {each for each in processes.objects(self._meanings.get(kind)) if each is not None}
         if len(meanings) > 1:
             raise ArgumentError(f"{kind} come with {' and '.join(sorted(meanings))}, expected one of them")
+        (meaning,) = meanings
         pieces = []
         first = 0
         for loader in sorted(set().union(*everywhere)):
-            counts = [each.get(loader, 0) for each in everywhere]
-            sampler = samplers[loader] if loader < len(samplers) else None
-            places, total = _places(counts, sampler, processes.rank)
+            numbers = self._batches.get(kind, {}).pop(loader, [])
+            places, total = places_of(
+                [
+                    (batch, integers)
+                    for batch, (_, integers) in zip(numbers, parts.get(loader, []), strict=True)
+                ],
+                self._seen[loader],
+                loaders[loader] if loader < len(loaders) else None,
+                processes,
+                name=kind,
+                unique=meaning == "ids",
+            )
             kept = places < total
             if loader in parts:
                 vectors, integers = _joined(parts.pop(loader))
                 kept, places = kept.to(vectors.device), places.to(vectors.device)
                 pieces.append((vectors[kept], integers[kept], places[kept] + first))
             first += total
-        (meaning,) = meanings
         if not pieces:
             shape = (0, 1) if meaning == "relevant" else (0,)
             integers = torch.empty(shape, dtype=torch.int64, device=device)
@@ -155,15 +183,3 @@ def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         width = max(each.shape[1] for each in integers)
         integers = [functional.pad(each, (0, width - each.shape[1]), value=-1) for each in integers]
     return torch.cat([vectors for vectors, _ in pairs]), torch.cat(integers)
-
-
-def _places(counts: list[int], sampler: Any, rank: int) -> tuple[Tensor, int]:
-    """Return the places of this process's rows and the number of places.
-
-    A `DistributedSampler` deals the samples out in turn and repeats the first ones until each
-    process has equally many. The repeats get places past the end.
-    """
-    if isinstance(sampler, DistributedSampler) and all(count == sampler.num_samples for count in counts):
-        dealt = torch.arange(sampler.num_samples) * sampler.num_replicas + sampler.rank
-        return dealt, min(len(sampler.dataset), sampler.num_samples * sampler.num_replicas)  # type: ignore[arg-type]
-    return torch.arange(counts[rank]) + sum(counts[:rank]), sum(counts)

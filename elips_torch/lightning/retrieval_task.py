@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, ShapeError
@@ -13,7 +14,7 @@ from elips_torch.core.validation import check_unique
 from elips_torch.indexes.base import Index
 from elips_torch.lightning.gather import Processes
 from elips_torch.lightning.index_choice import IndexChoice, make_index
-from elips_torch.lightning.measures import index_hits, measured, value_names
+from elips_torch.lightning.measures import index_hits, index_recall_names, measured, value_names
 from elips_torch.lightning.retrieval_rows import RowCollection, Rows
 from elips_torch.lightning.sharded_search import fill_on_first, search_shards
 
@@ -53,6 +54,7 @@ class Task:
         shard: whether each process indexes its own documents; None: if that changes no number.
         recall_queries: queries by which the recall of the index itself is measured, about.
         kept: of how many queries to return the neighbours; they are spread evenly over the data.
+        said: what need not be said again; more is added to it.
     """
 
     k: tuple[int, ...]
@@ -62,13 +64,20 @@ class Task:
     shard: bool | None
     recall_queries: int
     kept: int
+    said: set[str]
 
-    def names(self, kinds: set[str]) -> list[str]:
-        """Return what an evaluation of such rows would measure."""
-        return value_names(self.metrics, self.k, by_label="embeddings" in kinds)
+    def names(self, by_label: bool, dim: int | None, device: torch.device) -> list[str]:
+        """Return what an evaluation of rows by label or by id, of a size if that is known, would measure."""
+        names = value_names(self.metrics, self.k, by_label=by_label)
+        if dim is None:
+            exact = self.index is None
+        else:
+            exact = make_index(self.index, dim, self.metric, device).is_exact
+        recall = [] if exact or not self.recall_queries else index_recall_names(self.k)
+        return [*names, "retrieval_seconds", *recall]
 
     def run(
-        self, rows: RowCollection, samplers: list[Any], device: torch.device, processes: Processes
+        self, rows: RowCollection, loaders: list[Any], device: torch.device, processes: Processes
     ) -> tuple[dict[str, Tensor], Neighbours]:
         """Evaluate rows, which are given away; must be called by all processes.
 
@@ -85,8 +94,8 @@ class Task:
             for missing in sorted({"queries", "documents"} - kinds):
                 raise NothingToEvaluateError(f"no retrieval step returned {missing!r} during this validation")
         itself = kinds == {"embeddings"}
-        queries = rows.take("embeddings" if itself else "queries", samplers, device, processes)
-        documents = queries if itself else rows.take("documents", samplers, device, processes)
+        queries = rows.take("embeddings" if itself else "queries", loaders, device, processes)
+        documents = queries if itself else rows.take("documents", loaders, device, processes)
         if queries.vectors.shape[1] != documents.vectors.shape[1]:
             dims = queries.vectors.shape[1], documents.vectors.shape[1]
             raise ShapeError(f"queries have dim {dims[0]}, documents have dim {dims[1]}")
@@ -99,17 +108,31 @@ class Task:
     ) -> tuple[dict[str, Tensor], Neighbours]:
         if documents.meaning != "ids":
             raise ArgumentError("queries come with 'relevant', so documents need 'ids', got 'labels'")
-        ids = processes.rows(documents.integers)
+        ids = processes.rows(documents.integers).sort().values
         # No process sees the ids of the others when it adds its own.
         check_unique("ids", ids)
         wanted = queries.integers
         answered = sum(processes.objects(int((wanted >= 0).any(1).sum()) if wanted.numel() else 0))
         if not answered:
             raise NothingToEvaluateError("relevant: no query has a relevant document, all entries are -1")
+        self._warn_of_unknown(wanted, ids, processes)
         scores, found, timing = self._search(queries, documents, documents.integers, False, processes)
         values = measured(self.metrics, self.k, found, wanted, processes)
         correct = (found[..., None] == wanted[:, None, :]).any(-1) & (found >= 0) if self.kept else found >= 0
         return {**values, **timing}, self._neighbours(queries, scores, found, correct, False)
+
+    def _warn_of_unknown(self, relevant: Tensor, ids: Tensor, processes: Processes) -> None:
+        """Say which relevant ids are none of the ascending ids; must be called by all processes."""
+        if "unknown" in self.said:
+            return
+        found = ids[torch.searchsorted(ids, relevant).clamp_max_(len(ids) - 1)] == relevant
+        unknown = processes.rows(relevant[~found & (relevant >= 0)].unique()).unique()
+        if len(unknown):
+            self.said.add("unknown")
+            rank_zero_warn(
+                f"relevant: {len(unknown)} ids are those of no document, such as {int(unknown[0])}, and "
+                "count as not found; are all documents in the validation data?"
+            )
 
     def _by_label(
         self, queries: Rows, documents: Rows, itself: bool, processes: Processes
@@ -181,8 +204,8 @@ class Task:
         exclude = places[:, None] if exclude_self else None
         hits, possible = _summed(processes.objects(index_hits(index, vectors, ids, sample, self.k, exclude)))
         return {
-            f"index_recall@{k}": torch.tensor(hit / there if there else torch.nan)
-            for k, hit, there in zip(self.k, hits, possible, strict=True)
+            name: torch.tensor(hit / there if there else torch.nan)
+            for name, hit, there in zip(index_recall_names(self.k), hits, possible, strict=True)
         }
 
 

@@ -70,7 +70,10 @@ def fill_on_first(tensors: tuple[Tensor, ...], places: Tensor, processes: Proces
     sizes = processes.objects(len(places))
     total = sum(sizes)
     if processes.count == 1:
-        return tensors
+        if (places[1:] >= places[:-1]).all():
+            return tensors
+        order = places.argsort()
+        return tuple(tensor[order] for tensor in tensors)
     row_bytes = sum(tensor[:1].numel() * tensor.element_size() for tensor in tensors)
     row_bytes = max(processes.objects(row_bytes)) or 1
     step = max(1, _ROUND_BYTES // (row_bytes * processes.count))

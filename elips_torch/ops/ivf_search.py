@@ -20,10 +20,35 @@ from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.search_native import library_reasons
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.coded_search import CodedRequest
-from elips_torch.ops.knn import uncompiled_reasons
+from elips_torch.ops.knn import triton_reasons, uncompiled_reasons
 
 # From so many queries on, decoding each list once costs less than tables for every query (measured).
 MANY_QUERIES = 32
+
+
+def _triton(
+    queries: Tensor,
+    probes: Tensor,
+    layout: ListLayout,
+    decode: RowDecoder,
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,
+    selection: Selection,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    from elips_torch.kernels.ivf_triton import triton_lists
+
+    return ivf_search_eager(
+        queries, probes, layout, decode, k, metric, ranks, selection, workspace_bytes, triton_lists
+    )
+
+
+def _triton_reasons(request: Request) -> list[str]:
+    reasons = triton_reasons(request)
+    if request.metric.form != "product":
+        reasons.append(f"kernels for lists screen by products, metric {request.metric.name!r} is none")
+    return reasons
 
 
 def _table_reasons(request: Request) -> list[str]:
@@ -33,6 +58,12 @@ def _table_reasons(request: Request) -> list[str]:
     if request.metric.name not in ("l2", "ip"):
         reasons.append(f"scores of metric {request.metric.name!r} are no sums over parts")
     return reasons
+
+
+def _few_parts_reasons(request: Request) -> list[str]:
+    if request.n_queries < MANY_QUERIES and not _table_reasons(request):
+        return [f"for {request.n_queries} queries, looking up parts costs less than decoding the lists"]
+    return []
 
 
 def _many_queries_reasons(request: Request) -> list[str]:
@@ -51,6 +82,7 @@ def _native_reasons(request: Request) -> list[str]:
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("triton", _triton, _triton_reasons, _few_parts_reasons),
     Implementation(
         "native",
         functools.partial(ivf_search_eager, first_step=native_lists),

@@ -62,7 +62,8 @@ def _triton(
     return knn_exact(queries, database, k, metric, ranks, selection, workspace_bytes, plane, triton_search)
 
 
-def _triton_reasons(request: Request) -> list[str]:
+def triton_reasons(request: Request) -> list[str]:
+    """Return why Triton kernels cannot serve a search; empty where they can."""
     reasons = []
     if request.device.type != "cuda":
         reasons.append(f"Triton kernels run on CUDA and ROCm, the tensors are on {request.device}")
@@ -113,7 +114,7 @@ def small_reasons(request: Request) -> list[str]:
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("triton", _triton, _triton_reasons),
+    Implementation("triton", _triton, triton_reasons),
     Implementation(
         "native",
         functools.partial(knn_exact, first_search=native_or_eager),

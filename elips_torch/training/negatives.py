@@ -65,7 +65,10 @@ class HardNegativeMiner:
         sampling_strategy: "top" takes the nearest, "random" draws.
         on_shortage: what to do where fewer than ``num_negatives`` are left: "pad" puts id -1 and the
             worst score in the empty places and warns, once for each miner; "error" raises.
-        seed: of the draws. They do not depend on the device.
+        seed: of the draws. They do not depend on the device, and leave torch's global random numbers alone.
+            Each call goes on where the last one ended; a pickled miner does so too. No checkpoint holds that:
+            a miner that is made again begins with the first draw. To go on, keep
+            ``miner.generator.get_state()``.
 
     Raises:
         ElipsError: an argument has a wrong type or value.

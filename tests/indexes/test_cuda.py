@@ -124,3 +124,19 @@ def test_lists_answer_as_on_the_cpu(metric):
         index.upsert(-vectors[1:900:3].to(index.device), list(range(1, 900, 3)))
     assert torch.equal(device.list_sizes().cpu(), host.list_sizes())
     assert_close(device(-queries.cuda(), 10), host(-queries, 10))
+
+
+@pytest.mark.parametrize("screen", ["int8", "bf16", "none"])
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_kernels_for_lists_answer_as_on_the_cpu(metric, screen):
+    generator = torch.Generator().manual_seed(0)
+    vectors, queries = torch.randn(5000, 48, generator=generator), torch.randn(300, 48, generator=generator)
+    host = IVFFlatIndex(48, 30, metric, nprobe=6).fit(vectors)
+    host.add(vectors)
+    device = IVFFlatIndex(48, 30, metric, nprobe=6, screen=screen, device="cuda")
+    device.load_state_dict(host.state_dict())
+    exclude = torch.randint(-1, 5000, (300, 4), generator=generator)
+    for part in (1, 7, 300):
+        asked, left_out = queries[:part], exclude[:part]
+        found = device.search(asked.cuda(), 10, exclude=left_out.cuda(), implementation="triton")
+        assert_close(found, host.search(asked, 10, exclude=left_out))

@@ -124,14 +124,14 @@ def test_what_does_not_fit_is_decoded_in_parts(monkeypatch):
     lists.rebuild(assignments, 17)
     layout = lists.layout
     decoded = []
-    parts = ivf_native.DecodedLists._parts
+    parts = ivf_native.list_parts
 
-    def spy(self, *args):
-        for lists, part in parts(self, *args):
+    def spy(*args):
+        for lists, part in parts(*args):
             decoded.append(part.n_rows)
             yield lists, part
 
-    monkeypatch.setattr(ivf_native.DecodedLists, "_parts", spy)
+    monkeypatch.setattr(ivf_native, "list_parts", spy)
     found = search("decoded", "l2", queries, database, probes, layout, 10, workspace=4 * 2**20)
     assert len(decoded) > 3
     assert max(decoded) * 64 * 4 < 2 * 2**20

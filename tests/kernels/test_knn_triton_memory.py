@@ -1,12 +1,11 @@
 """Memory of a search in Triton: torch's part of it, with stand-ins for the kernels."""
 
-import functools
 import importlib.util
 
 import pytest
 import torch
 from memory_meter import MemoryMeter
-from torch.utils._python_dispatch import _disable_current_modes
+from triton_stand_ins import AFTER_SCANS, allocates_only_its_result, groups_of
 
 from elips_torch.core.metric import resolve_metric
 from elips_torch.kernels.feature_range import all_in_range, magnitude_sums
@@ -16,30 +15,10 @@ from elips_torch.ops.knn import knn
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
-from elips_torch.kernels import knn_triton
+from elips_torch.kernels import group_search_triton, knn_triton
 
 N_ROWS, N_QUERIES, DIM = 4000, 60, 8
 WORKSPACE = 2**20
-
-
-def allocates_only_its_result(function):
-    """What a kernel allocates is its result; what its stand-in needs beside that is not counted."""
-
-    @functools.wraps(function)
-    def stand_in(*args, **kwargs):
-        with _disable_current_modes():
-            found = function(*args, **kwargs)
-        result = torch.empty(found.shape, dtype=found.dtype)
-        with _disable_current_modes():
-            result.copy_(found)
-        return result
-
-    return stand_in
-
-
-def groups_of(values, group, empty):
-    missing = -values.shape[1] % group
-    return torch.nn.functional.pad(values, (0, missing), value=empty).unflatten(1, (-1, group))
 
 
 @allocates_only_its_result
@@ -60,34 +39,15 @@ def distance_group_min(queries, database, metric, *, group, mask):
     return groups_of(distances, group, 3e38).amin(2).float()
 
 
-@allocates_only_its_result
-def rescore(queries, database, owners, groups, group, metric):
-    rows = groups[:, None] * group + torch.arange(group)
-    exists = rows < len(database)
-    rows = database[rows.clamp_max(len(database) - 1)].double()
-    return torch.where(exists, metric.score(queries[owners][:, None].double(), rows), torch.nan)
-
-
-@allocates_only_its_result
-def kth_largest(values, k):
-    return values.topk(k, dim=1).values[:, -1]
-
-
-@allocates_only_its_result
-def merge_keys(keys, k):
-    return keys.sort(dim=1).values[:, :k].contiguous()
-
-
 @pytest.fixture(autouse=True)
 def _stand_ins(monkeypatch):
     for name, function in {
         "group_max_triton": group_max,
         "distance_group_min_triton": distance_group_min,
-        "rescore_triton": rescore,
-        "kth_largest_triton": kth_largest,
-        "merge_keys_triton": merge_keys,
     }.items():
         monkeypatch.setattr(knn_triton, name, function)
+    for name, function in AFTER_SCANS.items():
+        monkeypatch.setattr(group_search_triton, name, function)
 
 
 def data(name, dim=DIM):

@@ -1,4 +1,5 @@
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,40 @@ def test_a_resumed_run_has_negatives_again(tmp_path):
     assert not torch.equal(again.tables[0], data.tables[0])
 
 
+def two_of_each(model, data, tables):
+    def negatives(n, name):
+        return HardNegativeRefresh(
+            "index", data.in_order(), every_n_epochs=n, receiver=tables.append, name=name
+        )
+
+    return [
+        IndexRefresh("index", data.corpus()),
+        IndexRefresh(model.memory, data.corpus(), every_n_epochs=3),
+        negatives(1, "often"),
+        negatives(2, "rarely"),
+    ]
+
+
+def test_two_of_each_keep_their_own_state(tmp_path):
+    counts = []
+    for epochs, checkpoint in ((3, None), (4, tmp_path / "last.ckpt")):
+        data, model = Data(), Model()
+        data.train.set_negatives(torch.zeros(Q, 1))
+        model.memory = FlatIndex(4, "cosine")
+        callbacks = two_of_each(model, data, [])
+        run = trainer(tmp_path, *callbacks, ModelCheckpoint(tmp_path, save_last=True), max_epochs=epochs)
+        run.fit(model, data, ckpt_path=checkpoint, weights_only=None if checkpoint is None else True)
+        counts.append([callback.refreshes for callback in callbacks])
+    # The second run is of epoch 3 alone; at its start the first index is empty, and there are no negatives.
+    assert counts == [[3, 1, 3, 2], [4, 2, 4, 3]]
+
+
+def test_two_that_would_share_their_state_are_refused(tmp_path):
+    data = Data()
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        trainer(tmp_path, *refreshes(data), *refreshes(data))
+
+
 def test_samples_of_the_same_label_are_no_negatives(tmp_path):
     generator = torch.Generator().manual_seed(4)
     rows, labels = torch.randn(30, 6, generator=generator), torch.arange(30) % 4
@@ -262,6 +297,36 @@ def test_an_empty_loader_is_refused(tmp_path):
     refresh = HardNegativeRefresh("index", [])
     with pytest.raises(ArgumentError, match="queries yields nothing"):
         trainer(tmp_path, IndexRefresh("index", data.corpus()), refresh).fit(Model(), data)
+
+
+def test_queries_that_run_dry_leave_the_negatives(tmp_path):
+    data = Data()
+    queries = iter([data.in_order(), []])
+    refresh = HardNegativeRefresh("index", lambda trainer: next(queries), miner=3)
+    with pytest.warns(UserWarning, match="the negatives that were mined before stay"):
+        trainer(tmp_path, IndexRefresh("index", data.corpus()), refresh).fit(Model(), data)
+    assert refresh.refreshes == len(data.tables) == 1
+
+
+# The index is empty when it is searched first.
+@pytest.mark.filterwarnings("ignore:.* training samples have no negative")
+def test_the_wrong_order_is_warned_of(tmp_path):
+    data = Data()
+    with pytest.warns(UserWarning, match="comes before the IndexRefresh of its index"):
+        trainer(tmp_path, *reversed(refreshes(data)), max_epochs=1).fit(Model(), data)
+
+
+def test_any_mapping_is_mined_for(tmp_path):
+    def step(module, batch):
+        output = module.retrieval_step(batch)
+        return types.MappingProxyType(output) if "queries" in output else output
+
+    tables = []
+    for options in ({}, {"step": step}):
+        data = Data()
+        trainer(tmp_path, *refreshes(data, **options), max_epochs=1).fit(Model(), data)
+        tables.append(data.tables[0])
+    assert torch.equal(*tables)
 
 
 def test_nobody_to_take_the_negatives_is_said(tmp_path):

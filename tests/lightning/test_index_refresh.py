@@ -291,10 +291,32 @@ def test_progress_is_shown_where_the_trainer_shows_its_own(tmp_path, capsys):
     assert "refreshing the index" in shown.out + shown.err
 
 
+def test_a_corpus_that_runs_dry_leaves_the_index(tmp_path):
+    corpora = iter([loader(), []])
+    model, refresh = Model(), IndexRefresh("index", lambda trainer: next(corpora))
+    with pytest.warns(UserWarning, match=f"corpus yields nothing: .* keeps what it holds, {N} vectors"):
+        trainer(tmp_path, refresh).fit(model, steps(3))
+    assert changes(model.seen) == []
+    assert refresh.refreshes == 1
+
+
+@pytest.mark.parametrize("name", ["IVF4,Flat", "", "memory..index"])
+def test_what_can_be_no_name_is_refused_at_once(name):
+    with pytest.raises(ArgumentError, match="expected the name of the module's attribute"):
+        IndexRefresh(name, loader())
+
+
 @pytest.mark.parametrize(
     ("refresh", "error", "words"),
     [
-        (lambda: IndexRefresh("memory", loader()), ArgumentError, "'memory', which in Model is a NoneType"),
+        (
+            lambda: IndexRefresh("indx", loader()),
+            ArgumentError,
+            "'indx', and Model has no attribute 'indx'; did you mean 'index'?",
+        ),
+        (lambda: IndexRefresh("memory", loader()), ArgumentError, "'memory'.*; its indexes are 'index'"),
+        (lambda: IndexRefresh("index.inner", loader()), ArgumentError, "has no attribute 'inner'"),
+        (lambda: IndexRefresh("map", loader()), ArgumentError, "'map', which in Model is a Linear"),
         (lambda: IndexRefresh("index", []), ArgumentError, "corpus yields nothing"),
         (lambda: IndexRefresh("index", loader(shuffle=True)), ArgumentError, "shuffles"),
         (lambda: IndexRefresh(3, loader()), DtypeError, "index is a int"),

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from elips_torch import (
     ArgumentError,
     DtypeError,
     DuplicateIdError,
+    FactoryError,
     FlatIndex,
     ImplementationError,
     IVFFlatIndex,
@@ -300,6 +302,94 @@ def test_training_goes_on_where_there_is_nothing_to_find(tmp_path, tables, words
     assert [entry["epoch"] for entry in evaluation.history] == [0, 1]
     assert run.callback_metrics["val/recall@10"].isnan()
     assert checkpoint.best_model_path
+
+
+@pytest.mark.parametrize("index", [None, "SQ8"])
+@pytest.mark.parametrize(
+    ("fine", "poor"),
+    [
+        ((labelled(),), (Table(embeddings=torch.randn(9, 6), labels=torch.arange(9)),)),
+        (queries_and_documents(), nothing_relevant()),
+        (
+            (
+                Table(queries=torch.randn(3, 6), labels=torch.arange(3)),
+                Table(documents=torch.randn(5, 6), labels=torch.arange(5)),
+            ),
+            (Table(queries=torch.randn(3, 6), labels=torch.arange(3)),),
+        ),
+    ],
+    ids=["labels", "relevant", "gallery"],
+)
+def test_nothing_to_find_logs_the_names_of_any_evaluation(tmp_path, index, fine, poor):
+    evaluation = RetrievalEvaluation(index=index)
+    run = trainer(tmp_path, evaluation)
+    run.validate(Model(), loaders(*fine), verbose=False)
+    with pytest.warns(UserWarning, match="retrieval is not evaluated, NaN is logged"):
+        run.validate(Model(), loaders(*poor), verbose=False)
+    found, missed = evaluation.history
+    assert sorted(found) == sorted(missed)
+    assert ("index_recall@10" in found) == (index is not None)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")
+@pytest.mark.filterwarnings("ignore:`ModelCheckpoint.monitor='val/recall@10'.` could not find")
+def test_training_goes_on_where_validation_has_no_batch(tmp_path):
+    empty = Table(embeddings=torch.zeros(0, 6), labels=torch.zeros(0, dtype=torch.int64))
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val/recall@10", mode="max")
+    evaluation = RetrievalEvaluation()
+    run = trainer(tmp_path, evaluation, checkpoint)
+    with pytest.warns(UserWarning, match="the validation data yields no batch: .* under 'val/'"):
+        run.fit(Model(), loaders(labelled())[0], loaders(empty))
+    assert run.current_epoch == 2
+    with pytest.warns(UserWarning, match="the validation data yields no batch"):
+        run.validate(Model(), loaders(empty), verbose=False)
+    assert evaluation.history == []
+
+
+def test_validation_that_is_switched_off_needs_no_warning(tmp_path):
+    run = trainer(tmp_path, RetrievalEvaluation(), limit_val_batches=0)
+    run.fit(Model(), loaders(labelled())[0], loaders(labelled()))
+
+
+def test_relevant_ids_of_no_document_are_said_once(tmp_path):
+    queries, documents = queries_and_documents()
+    queries.columns["relevant"][1:4, 0] = torch.tensor([5000, 5001, 5001])
+    evaluation = RetrievalEvaluation()
+    run = trainer(tmp_path, evaluation)
+    with pytest.warns(UserWarning, match="2 ids are those of no document, such as 5000,") as caught:
+        run.fit(Model(), loaders(labelled())[0], loaders(queries, documents))
+    assert len([each for each in caught if "of no document" in str(each.message)]) == 1
+    assert len(evaluation.history) == 2
+
+
+def test_a_mistake_in_the_description_is_said_at_once():
+    with pytest.raises(FactoryError, match="IVX4"):
+        RetrievalEvaluation(index="IVX4,Flat")
+
+
+class Columns(Mapping):
+    """What a tensordict is: a mapping, and no dict."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def __len__(self):
+        return len(self.columns)
+
+
+def test_a_step_may_return_any_mapping(tmp_path):
+    plain = RetrievalEvaluation()
+    mapped = RetrievalEvaluation(
+        step=lambda module, batch: Columns(module.retrieval_step(batch, 0)), prefix="mapped/"
+    )
+    trainer(tmp_path, plain, mapped).validate(Model(), loaders(labelled()), verbose=False)
+    assert without_time(plain.history[0]) == without_time(mapped.history[0])
 
 
 def test_labelled_queries_search_labelled_documents(tmp_path):

@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+from elips_torch import IVFFlatIndex
 from elips_torch.core import compilation, dispatch, triton_support
 from elips_torch.core.dispatch import Request, choose
 from elips_torch.core.errors import ImplementationError
 from elips_torch.core.hardware import DeviceFacts
 from elips_torch.core.metric import resolve_metric
 from elips_torch.ops import explain as explaining
+from elips_torch.ops import ivf_search
 from elips_torch.ops import knn as knn_module
+from elips_torch.ops.coded_search import CodedRequest
 
 LARGE = (512, 1_000_000, 384)
 SMALL = (1, 1000, 16)
@@ -103,3 +106,40 @@ def test_a_gpu_that_is_not_there_is_a_reason_and_no_crash():
         triton_support.gpu_reasons(DeviceFacts("cuda", "cuda", "unknown"))[0] in explanation.reasons["triton"]
     )
     assert "there is no CUDA device" in explanation.reasons["compiled"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "n_queries", "parts", "chosen"),
+    [("l2", 1, 0, "triton"), ("cosine", 512, 0, "triton"), ("l1", 512, 0, "eager"), ("ip", 512, 8, "triton")],
+)
+def test_kernels_serve_lists_where_they_can(machine, metric, n_queries, parts, chosen):
+    machine()
+    facts = (
+        torch.device("cuda"),
+        torch.float32,
+        torch.float32,
+        n_queries,
+        10**6,
+        96,
+        resolve_metric(metric),
+        10,
+    )
+    call = CodedRequest(*facts, parts=parts) if parts else Request(*facts)
+    assert choose("ivf_search", ivf_search.IMPLEMENTATIONS, call, "auto").name == chosen
+
+
+def test_few_queries_look_up_parts_of_lists(machine):
+    machine()
+    facts = torch.device("cuda"), torch.float32, torch.float32, 4, 10**6, 96, resolve_metric("ip"), 10
+    call = CodedRequest(*facts, parts=8)
+    assert choose("ivf_search", ivf_search.IMPLEMENTATIONS, call, "auto").name == "tables"
+    assert choose("ivf_search", ivf_search.IMPLEMENTATIONS, call, "triton").name == "triton"
+
+
+def test_a_cpu_runs_no_kernels_for_lists():
+    index = IVFFlatIndex(4, 2).fit(torch.randn(100, 4))
+    index.add(torch.randn(100, 4))
+    with pytest.raises(
+        ImplementationError, match="Triton kernels run on CUDA and ROCm, the tensors are on cpu"
+    ):
+        index.search(torch.randn(2, 4), 3, implementation="triton")

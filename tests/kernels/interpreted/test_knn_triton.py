@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from elips_torch.core.metric import METRICS, resolve_metric
-from elips_torch.kernels import knn_exact, knn_triton
+from elips_torch.kernels import group_search_triton, knn_exact
 from elips_torch.kernels.knn_triton import triton_search
 from elips_torch.kernels.plane import make_plane
 from elips_torch.kernels.selection import Selection
@@ -162,8 +162,8 @@ def test_one_and_two_queries_and_more_than_groups():
 
 
 def test_what_survives_in_masses_is_left_to_another_search(monkeypatch):
-    monkeypatch.setattr(knn_triton, "_MOST_GROUPS", 4)
-    monkeypatch.setattr(knn_triton, "_GROUPS_PER_NEIGHBOUR", 0)
+    monkeypatch.setattr(group_search_triton, "_MOST_GROUPS", 4)
+    monkeypatch.setattr(group_search_triton, "_GROUPS_PER_NEIGHBOUR", 0)
     queries, database = data("random")
     database[:] = database[:1]
     search = search_of(database, PRODUCTS[0], None, 3)

@@ -25,11 +25,14 @@ def some_pairs(n_queries, n_groups, share):
     return queries[keep], groups[keep]
 
 
-def check(queries, database, pairs, group, metric):
-    found = rescore_triton(queries, database, *pairs, group, metric)
+def check(queries, database, pairs, group, metric, slots=None):
+    found = rescore_triton(queries, database, *pairs, group, metric, rows=slots)
     rows = pairs[1][:, None] * group + torch.arange(group)
-    exists = rows < len(database)
-    x = database.double()[rows.clamp_max(len(database) - 1)]
+    exists = rows < (len(database) if slots is None else len(slots))
+    if slots is not None:
+        rows = slots[rows.clamp_max(len(slots) - 1)]
+        exists &= rows >= 0
+    x = database.double()[rows.clamp(0, len(database) - 1)]
     expected = metric.score(queries.double()[pairs[0]][:, None], x)
     assert found.dtype == torch.float64
     assert torch.equal(found.isnan(), ~exists | expected.isnan())
@@ -95,3 +98,12 @@ def test_work_covers_every_pair_once(at_once):
         covered += stretch
     assert covered == list(range(len(groups)))
     assert work_items(groups[:0], 8, at_once).shape == (0,)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+@pytest.mark.parametrize("n_slots", [16, 90, 200])
+def test_rows_may_lie_in_any_places(n_slots, metric):
+    queries, database = vectors((6, 40), torch.float32, 0), vectors((50, 40), torch.float32, 1)
+    slots = torch.randint(-1, 50, (n_slots,), generator=torch.Generator().manual_seed(2))
+    slots[:16:3] = -1
+    check(queries, database, every_pair(6, -(-n_slots // 16)), 16, resolve_metric(metric), slots)
