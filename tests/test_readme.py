@@ -42,33 +42,28 @@ def test_the_approximate_example_runs(capsys):
     assert capsys.readouterr().out.startswith("IVF4096,SQ8 159")
 
 
-def test_the_faiss_example_runs(capsys):
-    names = {}
-    (block,) = (block for block in blocks() if "cuvs_state" in block)
-    exec(block, names)
-    assert names["ids"].shape == (8, 10)
-    assert capsys.readouterr().out.strip()
-
-
-def test_the_example_of_an_index_of_faiss_runs(tmp_path, monkeypatch, capsys):
+def test_the_example_of_indexes_of_faiss_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    names = {}
+    (block,) = (block for block in blocks() if "write_faiss(" in block)
+    exec(block, names)
+    queries = names["vectors"][:9]
+    assert torch.equal(names["same"].search(queries, 5).ids, names["index"].search(queries, 5).ids)
+    assert names["index"].ntotal == faiss.read_index("index.faiss").ntotal
+    assert (names["found"].ids % 2 == 0).all()
+    assert torch.equal(names["again"].ids, names["graph"].ids)
+    found = names["there"].search(queries.numpy(), 5)[1]
+    assert found.min() >= 5_000
+    for index in (names["lists"], names["mine"]):
+        assert found.tolist() == index.search(queries, 5).ids.tolist()
+
+
+def test_the_example_of_searches_by_faiss_runs(capsys):
     names = {}
     (block,) = (block for block in blocks() if "faiss_stats" in block)
     exec(block, names)
-    found = faiss.read_index("index.faiss").search(torch.zeros(1, 64).numpy(), 3)[1]
-    assert found.tolist() == names["index"].search(torch.zeros(1, 64), 3).ids.tolist()
+    assert names["ids"].shape == (8, 10)
     assert "searches=" in capsys.readouterr().out
-
-
-def test_the_example_of_faiss_files_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    (block,) = (block for block in blocks() if "read_faiss(" in block)
-    exec(block, names)
-    assert (names["found"].ids % 2 == 0).all()
-    queries = names["vectors"][:9]
-    assert torch.equal(names["same"].search(queries, 5).ids, names["index"].search(queries, 5).ids)
-    assert (tmp_path / "index.faiss").is_file()
 
 
 def test_the_training_example_runs():

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from elips_torch.cli.vector_sources import parse_place
-from elips_torch.core.errors import ArgumentError
+from elips_torch.core.errors import ArgumentError, ConversionError
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.catalog import load_index
 from elips_torch.indexes.faiss_conversion import read_faiss, write_faiss
+from elips_torch.indexes.faiss_index import FaissIndex
 
 _OWN, _FAISS = ".safetensors", (".faiss", ".index")
 ENDINGS = (_OWN, *_FAISS)
@@ -22,7 +23,7 @@ def is_faiss(path: str) -> bool:
 
 
 def open_index(path: str, device: str) -> Index:
-    """Read an index of either kind.
+    """Read an index of either kind; families of faiss that the library does not have stay as they are.
 
     Raises:
         ArgumentError: the ending is of neither kind, or there is no such file.
@@ -32,7 +33,13 @@ def open_index(path: str, device: str) -> Index:
     if not Path(path).is_file():
         raise ArgumentError(f"no index file at {path!r}; elips-torch build makes one")
     place = torch.device(device)
-    return read_faiss(path, place) if is_faiss(path) else load_index(path, place)
+    if not is_faiss(path):
+        return load_index(path, place)
+    try:
+        return read_faiss(path, place)
+    except ConversionError:
+        # Faiss itself serves what has no counterpart here.
+        return FaissIndex.read(path, place)
 
 
 def write_index(index: Index, path: str) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -121,11 +121,16 @@ def float64_reasons(request: Request) -> list[str]:
     return []
 
 
-def _check_name(operation: str, implementations: Sequence[Implementation], requested: str) -> None:
-    names = ["auto", *(candidate.name for candidate in implementations)]
-    if requested not in names:
-        known = ", ".join(map(repr, names))
-        raise ImplementationError(f"implementation is {requested!r}, {operation} has {known}")
+def check_name(operation: str, names: Iterable[str], requested: str) -> None:
+    """Check that one of these implementations is asked for, or "auto".
+
+    Raises:
+        ImplementationError: another; the message lists these.
+    """
+    known = ("auto", *names)
+    if requested not in known:
+        listed = ", ".join(map(repr, known))
+        raise ImplementationError(f"implementation is {requested!r}, {operation} has {listed}")
 
 
 def choose(
@@ -143,7 +148,7 @@ def choose(
         ImplementationError: the name is unknown, or nothing that is allowed can serve the call;
             the message lists every reason.
     """
-    _check_name(operation, implementations, requested)
+    check_name(operation, (each.name for each in implementations), requested)
     skipped: list[str] = []
     for candidate in implementations:
         if requested not in ("auto", candidate.name):
@@ -165,7 +170,7 @@ def explain_choice(
     requested: str,
 ) -> Explanation:
     """Return what `choose` would do and why; raises only for an unknown name."""
-    _check_name(operation, implementations, requested)
+    check_name(operation, (each.name for each in implementations), requested)
     reasons = {each.name: each.reasons_against(request, requested) for each in implementations}
     if requested != "auto":
         for name in reasons:

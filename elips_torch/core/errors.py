@@ -56,6 +56,10 @@ class ConversionError(ArgumentError):
     """An index has no counterpart in another library, or none in this one."""
 
 
+class DamagedIndexError(ConversionError):
+    """An index of another library says of itself what is not so."""
+
+
 class NotFittedError(ElipsError, RuntimeError):
     """`fit` has not been called yet."""
 

@@ -13,7 +13,12 @@ from elips_torch.indexes.base import Index
 from elips_torch.indexes.storage import durable
 from elips_torch.indexes.untraced import untraced
 from elips_torch.kernels.selection import Selection
-from elips_torch.ops.coded_search import explain_coded_search, run_coded_range_search, run_coded_search
+from elips_torch.ops.coded_search import (
+    IMPLEMENTATIONS,
+    explain_coded_search,
+    run_coded_range_search,
+    run_coded_search,
+)
 from elips_torch.quantizers.quantizer import Quantizer
 
 
@@ -119,7 +124,7 @@ class CodedIndex(Index):
         parameters: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         self._check_fitted("search")
-        if implementation == faiss_mirror.NAME:
+        if faiss_mirror.is_asked_for(implementation, "coded_search", IMPLEMENTATIONS):
             return faiss_mirror.search_mirror(self, queries, k, selection)
         return run_coded_search(
             queries,

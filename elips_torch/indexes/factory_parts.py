@@ -95,17 +95,21 @@ KINDS: tuple[Kind, ...] = (
     Kind("Refine(SQbf16)", Place.REFINEMENT, r"Refine\(SQbf16\)", (RefineIndex,), {"dtype": torch.bfloat16}),
     Kind("IDMap or IDMap2", Place.IDS, "IDMap2?"),
 )
+_OFFER = "FaissIndex.from_factory(dim, description) makes an index of faiss"
 # What faiss has beyond that, and what to do about it.
 _ABSENT: tuple[tuple[str, str], ...] = (
-    (r"PQ\d+x\d+fs\w*", "faiss' fast-scan layout is not here; without 'fs' the codes take as many bits"),
+    (
+        r"PQ\d+x\d+fs\w*",
+        f"faiss' fast-scan layout is not here; without 'fs' the codes take as many bits, and {_OFFER}",
+    ),
     (r"PQ\d+\+\d+", "residuals of codes are not coded again here; RFlat refines by the originals"),
     (r"IVF\d+[kM]?(_|\().*", "the centroids are searched exactly; pass coarse= for another way"),
     (r"Refine\(.*\)?", "originals are kept as numbers, in float32, float16 or bfloat16"),
     (r"SQ.*", "there are codes of 8, 6 and 4 bits with a range for each feature, and of 16 bits"),
-    (r"(HNSW|NSG).*", "there are no graph indexes here"),
+    (r"(HNSW|NSG).*", f"there are no graph indexes here; {_OFFER}"),
     (
-        r"(IMI|LSH|RQ|LSQ|PRQ|PLSQ|RCQ|Residual|Pad|ZnLattice|Hamming).*",
-        "faiss has it, this library does not",
+        r"(IMI|LSH|RQ|LSQ|PRQ|PLSQ|RCQ|RaBitQ|Residual|Pad|ZnLattice|Hamming).*",
+        f"faiss has it, this library does not; {_OFFER}",
     ),
 )
 

@@ -6,18 +6,35 @@ from typing import Any, TypeAlias
 
 import torch
 
-from elips_torch.core.errors import ArgumentError, DeviceError, DtypeError
+from elips_torch.core.errors import (
+    ArgumentError,
+    ConversionError,
+    DamagedIndexError,
+    DeviceError,
+    DtypeError,
+    IndexFileError,
+    NonFiniteError,
+)
 from elips_torch.core.validation import check_usable
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.construct import construct
 from elips_torch.engines.faiss.describe import describe
+from elips_torch.engines.faiss.descriptions import (
+    Description,
+    IDMapDescription,
+    NormalizationDescription,
+    PreTransformDescription,
+)
 from elips_torch.engines.faiss.gpu_options import read_options
 from elips_torch.engines.faiss.gpu_resources import check_gpu
+from elips_torch.engines.faiss.handover import hand_over
 from elips_torch.engines.faiss.index_files import read_index, write_index
 from elips_torch.engines.faiss.transfer import to_gpu
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.described_indexes import DescriptionOptions, describe_bits, describe_index
+from elips_torch.indexes.faiss_index import FaissIndex
 from elips_torch.indexes.restored_indexes import restore_index
+from elips_torch.indexes.wrappers import WrapperIndex
 
 Device: TypeAlias = torch.device | str
 
@@ -37,7 +54,8 @@ def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
     takes 16 times the memory of the bits, and what screening takes beside them.
 
     Args:
-        index: of faiss, on the CPU or on GPUs; it may be dropped or changed after.
+        index: of faiss, on the CPU or on GPUs, or a `FaissIndex`, whose ids come along and whose removed rows
+            do not; it may be dropped or changed after.
         device: where to put the database.
 
     Returns:
@@ -61,7 +79,33 @@ def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
     tensor([3., 4.])
     """
     check_usable("device", device)
+    if isinstance(index, FaissIndex):
+        return _from_module(index, device)
     return restore_index(describe(load_installed(), index), device)
+
+
+def _from_module(index: FaissIndex, device: Device) -> Index:
+    """Convert the index of faiss inside a module, under the ids of that one."""
+    description: Description = describe(load_installed(), index.faiss_index)
+    ids, places = index.ids.cpu(), index.places.cpu()
+    rows = torch.arange(int(index.faiss_index.ntotal), device="cpu")
+    # Rows that are hidden there come under ids that nobody has, and are removed here.
+    hidden = rows[~torch.isin(rows, ids)][: len(rows) - len(ids)]
+    labels = rows.clone()
+    labels[~torch.isin(rows, places)] = hidden
+    labels[places] = ids
+    if not torch.equal(labels, rows):
+        description = IDMapDescription(description, labels)
+    if index.metric == "cosine":
+        description = PreTransformDescription((NormalizationDescription(index.dim),), description)
+    made = restore_index(description, device)
+    if len(hidden):
+        made.remove(hidden.to(made.device))
+    innermost = made
+    while isinstance(innermost, WrapperIndex):
+        innermost = innermost.index
+    innermost._next_id = index._next_id
+    return made
 
 
 def to_faiss(
@@ -85,8 +129,14 @@ def to_faiss(
         check_gpu(build, number)
     if binary:
         return construct(build, describe_bits(index))
-    description = describe_index(index, index.ids, DescriptionOptions(precomputed_tables))
-    made = construct(build, description)
+    if isinstance(index, FaissIndex):
+        if precomputed_tables is not None and not numbers:
+            raise ArgumentError("precomputed_tables: a FaissIndex on the CPU has them or not as it is")
+        made = hand_over(
+            build, index.faiss_index, index.places, index.ids, normalizes=index.metric == "cosine"
+        )
+    else:
+        made = construct(build, describe_index(index, index.ids, DescriptionOptions(precomputed_tables)))
     return to_gpu(build, made, numbers, options) if numbers else made
 
 
@@ -110,6 +160,8 @@ def gpu_numbers(device: Device | Sequence[Device] | None) -> list[int]:
 def read_faiss(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Index:
     """Read a file that faiss or `write_faiss` wrote, of floats or of bits; see `from_faiss`.
 
+    `FaissIndex.read` reads those whose family has no counterpart here.
+
     Args:
         path: the file.
         device: where to put the database.
@@ -117,11 +169,20 @@ def read_faiss(path: str | os.PathLike[str], device: torch.device | str = "cpu")
     Raises:
         FileNotFoundError: there is no such file.
         IndexFileError: a truncated, damaged or foreign file.
-        ElipsError: as for `from_faiss`.
+        ElipsError: as for `from_faiss`; the message names the file.
     """
     check_usable("device", device)
     build = load_installed()
-    return restore_index(describe(build, read_index(build, path, bits=True)), device)
+    index = read_index(build, path, bits=True)
+    try:
+        return restore_index(describe(build, index), device)
+    except DamagedIndexError as error:
+        raise IndexFileError(f"{os.fspath(path)!r}: {error}") from error
+    except (ConversionError, NonFiniteError) as error:
+        raise type(error)(f"{os.fspath(path)!r}: {error}") from error
+    except ArgumentError as error:
+        # No class of this library has such settings.
+        raise IndexFileError(f"{os.fspath(path)!r} is damaged: {error}") from error
 
 
 def write_faiss(index: Index, path: str | os.PathLike[str], *, binary: bool = False) -> None:

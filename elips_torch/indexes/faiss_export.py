@@ -26,6 +26,7 @@ class FaissExport:
         "cosine" becomes the inner product of vectors that faiss normalises. Parameters of searches
         (``nprobe``, ``k_factor``) come along. Faiss can search, add and remove at once; for
         ``reconstruct(id)`` in an inverted file it wants ``set_direct_map_type(faiss.DirectMap.Hashtable)``.
+        A `FaissIndex` gives a copy of its index, under its ids and without the rows that were removed.
 
         Args:
             device: a GPU to copy the index to, or several, each with all of it or, with ``shard=True``, with
@@ -43,7 +44,8 @@ class FaissExport:
             The index of faiss, which shares no memory with this one.
 
         Raises:
-            ConversionError: faiss has no such index, or ``binary`` is asked of vectors that are no bits.
+            ConversionError: faiss has no such index, ``binary`` is asked of vectors that are no bits, or rows
+                of a `FaissIndex` were removed whose family takes none out.
             DeviceError: a GPU is asked for, and there is none.
             ParameterError: no such option.
             ImportError: faiss is not installed.

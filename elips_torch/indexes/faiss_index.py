@@ -1,5 +1,6 @@
 """Indexes of faiss that the library has no class for, as modules."""
 
+import os
 from typing import Any, Self
 
 import torch
@@ -7,7 +8,10 @@ from torch import Tensor
 
 from elips_torch.core.errors import (
     ArgumentError,
+    ConversionError,
+    DuplicateIdError,
     ImplementationError,
+    IndexFileError,
     MetricError,
     NotEmptyError,
     NotFittedError,
@@ -18,9 +22,11 @@ from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import check_unique, check_values, check_vectors, check_workspace
 from elips_torch.engines.faiss import opaque, tuning
 from elips_torch.engines.faiss.builds import load_installed
+from elips_torch.engines.faiss.consistency import check_consistent
+from elips_torch.engines.faiss.index_files import read_index
 from elips_torch.engines.faiss.row_search import RowSearch
 from elips_torch.engines.faiss.search import gpus_inside
-from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY
+from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY, may_take_selectors
 from elips_torch.engines.faiss.transfer import to_cpu
 from elips_torch.engines.faiss.tuning import OperatingPoint
 from elips_torch.indexes.faiss_state import FaissState
@@ -104,13 +110,54 @@ class FaissIndex(FaissState):
         elif len(labels):
             check_unique("the labels of faiss_index", labels)
             if int(labels.min()) < 0:
-                raise ArgumentError(f"faiss_index has the negative label {int(labels.min())}")
+                raise ConversionError(f"faiss_index has the negative label {int(labels.min())}")
         self._hold(index)
         with durable():
             self.register_buffer("places", torch.empty(0, dtype=torch.int64))
         self._append_rows({"places": torch.arange(len(labels)), "ids": labels})
         self._id_map.rebuild(self.ids)
         self._next_id = int(labels.max()) + 1 if len(labels) else 0
+
+    @classmethod
+    def read(
+        cls,
+        path: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        *,
+        metric: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Read a file of faiss that holds an index of floats, of any family, as it is.
+
+        Args:
+            path: what ``faiss.write_index`` or `write_faiss` wrote; `load` reads what `save` wrote.
+            device: where the index goes; faiss has some families on GPUs.
+            metric: as for the class.
+            **options: as for the class, and search parameters.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            IndexFileError: a truncated, damaged or foreign file.
+            ElipsError: an index of bits, a wrong option, or as for the class.
+
+        >>> import tempfile
+        >>> from elips_torch import write_faiss
+        >>> index = FaissIndex.from_factory(4, "HNSW8")
+        >>> index.add(torch.eye(4), ids=[40, 30, 20, 10])
+        tensor([40, 30, 20, 10])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_faiss(index, f"{folder}/graph.faiss")
+        ...     FaissIndex.read(f"{folder}/graph.faiss", efSearch=64).ids
+        tensor([40, 30, 20, 10])
+        """
+        build = load_installed()
+        index = read_index(build, path)
+        try:
+            check_consistent(build, index)
+            made = cls._configured(index, metric, options)
+        except (ConversionError, DuplicateIdError) as error:
+            raise IndexFileError(f"{os.fspath(path)!r}: {error}") from error
+        return made.to(device)
 
     @classmethod
     def from_factory(
@@ -133,8 +180,13 @@ class FaissIndex(FaissState):
         """
         kind = resolve_metric(metric, p)
         index = opaque.build_index(load_installed(), dim, description, kind)
+        return cls._configured(index, kind.name, options)
+
+    @classmethod
+    def _configured(cls, index: Any, metric: str | None, options: dict[str, Any]) -> Self:
+        """Return a module around an index, with settings and search parameters."""
         settings = {name: options.pop(name) for name in list(options) if name in cls._settings()}
-        made = cls(index, metric=kind.name, **settings)
+        made = cls(index, metric=metric, **settings)
         made._check_parameters(options)
         for name, value in options.items():
             setattr(made, name, value)
@@ -153,7 +205,10 @@ class FaissIndex(FaissState):
             if total != len(places) or not torch.equal(places, rows):
                 row_of = torch.full((total,), -1, device=places.device)
                 row_of[places] = rows
-            self._search_rows = RowSearch(self._build, self._faiss, self._metric, row_of, places)
+            selectors = may_take_selectors(self._build, self._faiss)
+            self._search_rows = RowSearch(
+                self._build, self._faiss, self._metric, row_of, places, selectors=selectors
+            )
         self._search_rows.ranks = id_map.ranks(self.ids)
         return self._search_rows
 

@@ -3,12 +3,13 @@
 import importlib
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elips_torch.core.dispatch import Implementation, Request
+from elips_torch.core.dispatch import Implementation, Request, check_name
 from elips_torch.core.errors import ConversionError, ImplementationError
 from elips_torch.core.validation import bad_queries
 from elips_torch.engines.faiss.builds import FaissBuild, is_installed, load_installed
@@ -246,6 +247,14 @@ def _read_on(
         n_probes = min(2 * n_probes, index.nlist)
         more = mirror.search(queries[pending], k, selection.for_queries(pending), n_probes)
         scores[pending], rows[pending] = more
+
+
+def is_asked_for(implementation: str, operation: str, others: Sequence[Implementation]) -> bool:
+    """Return whether a search goes through faiss; what is not among the others is refused."""
+    if implementation == "auto":
+        return False
+    check_name(operation, (*(each.name for each in others), NAME), implementation)
+    return implementation == NAME
 
 
 def mirror_entry(index: Index) -> Implementation:

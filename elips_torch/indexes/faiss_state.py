@@ -39,7 +39,10 @@ class FaissState(Index):
 
     @property
     def faiss_index(self) -> Any:
-        """The index of faiss."""
+        """The index of faiss, which numbers rows from 0: it knows neither ids nor which rows are hidden.
+
+        `to_faiss` and `from_faiss` of this index, not of that one, take both along.
+        """
         return self._faiss
 
     @property

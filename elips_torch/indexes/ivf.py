@@ -279,7 +279,7 @@ class IVFIndex(ListedRows):
         self._check_fitted("search")
         n_probes = self._n_probes(parameters)
         workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
-        if implementation == faiss_mirror.NAME:
+        if faiss_mirror.is_asked_for(implementation, "ivf_search", IMPLEMENTATIONS):
             return faiss_mirror.search_mirror(self, queries, k, selection, n_probes)
         return self._searches.run(
             queries,

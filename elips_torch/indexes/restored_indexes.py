@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import ConversionError
+from elips_torch.core.errors import ConversionError, DamagedIndexError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.validation import check_values
 from elips_torch.engines.faiss.descriptions import (
@@ -79,7 +79,9 @@ def restore_index(description: Description, device: torch.device | str) -> Index
         index.load_state_dict(parts.state, assign=True)
     except RuntimeError as error:
         _, _, faults = str(error).partition(":\n\t")
-        raise ConversionError(f"the index of faiss does not fit a {parts.kind.__name__}: {faults}") from error
+        raise DamagedIndexError(
+            f"the index of faiss does not fit a {parts.kind.__name__}: {faults}"
+        ) from error
     return index.to(device)
 
 
@@ -176,7 +178,7 @@ def _id_map(description: IDMapDescription, cosine: bool) -> IndexParts:
     labels = parts.state[parts.ids_key]
     n = len(description.ids)
     if len(labels) != n or (n and not 0 <= int(labels.min()) <= int(labels.max()) < n):
-        raise ConversionError(
+        raise DamagedIndexError(
             f"the map has {n} ids for an index of {len(labels)} vectors, expected one for each label"
         )
     return parts.with_ids(description.ids[labels])
@@ -250,7 +252,8 @@ def _refine(description: RefineDescription) -> IndexParts:
     if vectors is None or len(vectors) != n or metric != parts.metric:
         raise ConversionError(
             "index refines by other than the vectors in float32, fp16 or bf16 under its own metric, which "
-            "has no counterpart in this library; FaissIndex(index) serves it as it is"
+            "has no counterpart in this library; FaissIndex(index), or FaissIndex.read(path), serves it as "
+            "it is"
         )
     config = {"index": [parts.kind.__name__, parts.config], "k_factor": factor, "dtype": dtype}
     state = {f"index.{name}": tensor for name, tensor in parts.state.items()}

@@ -267,6 +267,28 @@ def test_files_of_faiss_are_written_and_read():
     assert [row["ids"] for row in read_found("found.jsonl")] == index.search(queries.numpy(), 4)[1].tolist()
 
 
+def test_a_family_that_only_faiss_has_is_served_by_it(capsys):
+    vectors, queries, relevant = write_npy()
+    documents, asked, _ = data()
+    graph = faiss.IndexHNSWFlat(D, 8)
+    graph.add(documents.numpy())
+    faiss.write_index(graph, "graph.faiss")
+    options = "--index", "graph.faiss", "--queries", queries
+    search = "--k", 4, "--parameters.efSearch", 50, "--output", "found.jsonl"
+    assert run("search", *options, *search) == 0
+    graph.hnsw.efSearch = 50
+    assert [row["ids"] for row in read_found("found.jsonl")] == graph.search(asked.numpy(), 4)[1].tolist()
+    goal = "--target-recall", 0.9, "--database", vectors
+    for output in ("tuned.index", "tuned.safetensors"):
+        assert run("tune", *options, *goal, "--output", output) == 0
+        assert run("evaluate", "--index", output, "--queries", queries, "--relevant", relevant) == 0
+    assert "r_precision" in capsys.readouterr().out
+    assert isinstance(faiss.read_index("tuned.index"), faiss.IndexHNSWFlat)
+    pathlib.Path("graph.faiss").write_bytes(pathlib.Path("graph.faiss").read_bytes()[:-5])
+    assert run("search", *options, *search) == 2
+    assert "graph.faiss" in capsys.readouterr().err
+
+
 def test_what_was_not_found_is_left_out():
     write_npy()
     np.save("few.npy", data()[0][:3].numpy())

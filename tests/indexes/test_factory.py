@@ -222,6 +222,7 @@ def test_options_reach_every_part_that_takes_them():
 TRANSFORM = "transform (PCA64, PCAR64, PCAW64, PCAWR64, OPQ32 or OPQ32_64, RR64, ITQ64, L2norm)"
 VECTORS = "stored vectors (Flat, SQ8, SQ6, SQ4, SQfp16, SQbf16, PQ32 or PQ32x4)"
 FIRST = f"expected {TRANSFORM}; lists (IVF1024); {VECTORS}; ids (IDMap or IDMap2)"
+OFFER = "FaissIndex.from_factory(dim, description) makes an index of faiss"
 LAST = "expected refinement (RFlat, Refine(SQfp16), Refine(SQbf16)); ids (IDMap or IDMap2); or the end"
 
 
@@ -246,8 +247,9 @@ LAST = "expected refinement (RFlat, Refine(SQfp16), Refine(SQbf16)); ids (IDMap 
         ("IVF16,PQ16x4fs", "part 2, 'PQ16x4fs':@6^8", "faiss' fast-scan layout is not here"),
         ("IVF16,PQ16+8", "part 2, 'PQ16+8':@6^6", "RFlat refines by the originals"),
         ("IVF16_HNSW32,Flat", "part 1, 'IVF16_HNSW32':@0^12", "pass coarse="),
-        ("HNSW32", "part 1, 'HNSW32':@0^6", "no graph indexes"),
-        ("IMI2x8,Flat", "part 1, 'IMI2x8':@0^6", "faiss has it, this library does not"),
+        ("HNSW32", "part 1, 'HNSW32':@0^6", f"no graph indexes here; {OFFER}"),
+        ("IVF16,RaBitQ", "part 2, 'RaBitQ':@6^6", OFFER),
+        ("IMI2x8,Flat", "part 1, 'IMI2x8':@0^6", f"faiss has it, this library does not; {OFFER}"),
         ("IVF16,SQ8_direct", "part 2, 'SQ8_direct':@6^10", "with a range for each feature"),
         ("Flat,Refine(SQ8)", "part 2, 'Refine(SQ8)':@5^11", "kept as numbers, in float32"),
         ("IVF16,PQ30", "part 2, 'PQ30':@6^4", "m is 30, which does not divide dim = 128"),

@@ -16,6 +16,7 @@ from elips_torch import (
     DeviceError,
     DtypeError,
     FlatIndex,
+    ImplementationError,
     Index,
     IVFFlatIndex,
     IVFPQIndex,
@@ -26,6 +27,7 @@ from elips_torch import (
     RefineIndex,
     SQIndex,
     from_faiss,
+    index_factory,
     read_faiss,
     write_faiss,
 )
@@ -283,6 +285,15 @@ def test_indexes_on_gpus_come_and_go():
     back = from_faiss(there, "cuda")
     assert back.vectors.is_cuda
     assert_same(back.search(uniform(9).cuda()), index.search(uniform(9).cuda()))
+
+
+@pytest.mark.parametrize("description", ["Flat", "SQ8", "IVF4,Flat", "PCA8,IVF4,SQ8"])
+def test_a_name_that_nothing_has_gets_all_that_there_are(description):
+    index = index_factory(DIM, description)
+    index = index if index.is_trained else index.fit(TRAINING)
+    index.add(uniform(50))
+    with pytest.raises(ImplementationError, match=r"implementation is 'fais', \w+ has 'auto', .*'faiss'"):
+        index.search(uniform(3), 2, implementation="fais")
 
 
 def test_threads_search_one_index_through_faiss():

@@ -14,8 +14,10 @@ from elips_torch import (
     ConversionError,
     DtypeError,
     ElipsError,
+    FaissIndex,
     FlatIndex,
     IndexFileError,
+    NonFiniteError,
     SQIndex,
     index_factory,
     read_faiss,
@@ -88,6 +90,65 @@ def test_numbers_that_contradict_each_other_are_noticed(tmp_path):
             read_faiss(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nprobe": 0}, "its nprobe is 0, expected at least 1"),
+        ({"nprobe": 2**63 + 1}, "its nprobe is 9223372036854775809"),
+    ],
+)
+def test_settings_that_no_index_has_are_noticed(change, message, tmp_path):
+    made = faiss.deserialize_index(np.frombuffer(written("IVF4,Flat"), np.uint8))
+    for name, value in change.items():
+        setattr(made, name, value)
+    faiss.write_index(made, str(tmp_path / "a.faiss"))
+    with pytest.raises(IndexFileError, match=message) as caught:
+        read_faiss(tmp_path / "a.faiss")
+    assert "a.faiss" in str(caught.value)
+
+
+def test_what_faiss_may_hold_and_no_index_here_names_the_file(tmp_path):
+    path = tmp_path / "a.faiss"
+    vectors = TRAINING[:3].clone()
+    vectors[1, 1] = torch.nan
+    made = faiss.IndexFlatL2(DIM)
+    made.add(vectors.numpy())
+    faiss.write_index(made, str(path))
+    with pytest.raises(NonFiniteError, match=r"a\.faiss.*row 1"):
+        read_faiss(path)
+    twice = faiss.index_factory(DIM, "IDMap,Flat")
+    twice.add_with_ids(TRAINING[:3].numpy(), np.array([1, 2, 1]))
+    faiss.write_index(twice, str(path))
+    for read in (read_faiss, FaissIndex.read):
+        with pytest.raises(IndexFileError, match=r"a\.faiss.*1"):
+            read(path)
+
+
+WHOLE = (
+    "HNSW8",
+    "LSH",
+    "IVF4,PQ4x4fs",
+    "PCA8,HNSW8",
+    "IDMap,SQ8",
+    "IVF4_HNSW8,RaBitQ",
+    "SQ8,RFlat",
+)
+
+
+@pytest.mark.parametrize("description", WHOLE)
+def test_parts_that_do_not_fit_are_noticed(description, tmp_path):
+    path = tmp_path / "a.faiss"
+    content = written(description)
+    path.write_bytes(content)
+    index = FaissIndex.read(path)
+    assert index.ntotal == 50
+    # After four letters come the dim, in four bytes, and the number of vectors, in eight.
+    for start, size, value in ((4, 4, DIM // 2), (4, 4, 0), (4, 4, 2**19), (8, 8, 49), (8, 8, 2**19)):
+        path.write_bytes(content[:start] + value.to_bytes(size, "little") + content[start + size :])
+        with pytest.raises(IndexFileError, match=r"a\.faiss.*(damaged|expected)"):
+            FaissIndex.read(path)
+
+
 @settings(
     max_examples=150,
     deadline=None,
@@ -100,8 +161,9 @@ def test_a_wrong_bit_gives_an_index_or_an_error_of_the_library(place, bit, descr
     content[place % len(content)] ^= 1 << bit
     path = tmp_path / "a.faiss"
     path.write_bytes(content)
+    said = None
     try:
         index = read_faiss(path)
-    except ElipsError:
-        return
-    assert len(index.ids) == index.ntotal
+    except ElipsError as error:
+        said = str(error)
+    assert len(index.ids) == index.ntotal if said is None else str(path) in said

@@ -89,6 +89,7 @@ FAMILIES = {
     "PQ8x4fs": {},
     "IVF4,PQ8x4fs": {"nprobe": 4},
     "RaBitQ": {},
+    "IVF4,RQ4x4": {"nprobe": 4},
     "IVF4_HNSW8,Flat": {"nprobe": 4},
     "PCA8,HNSW16": {"efSearch": 400},
     "IVF4,PQ8x4np,RFlat": {"nprobe": 4, "k_factor": 8},

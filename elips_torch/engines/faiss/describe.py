@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import ConversionError, DtypeError
+from elips_torch.core.errors import ConversionError, DamagedIndexError, DtypeError
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.descriptions import (
     BitsDescription,
@@ -41,7 +41,9 @@ METRICS = {
 }
 QTYPES = {"QT_8bit": "int8", "QT_6bit": "int6", "QT_4bit": "int4", "QT_fp16": "fp16", "QT_bf16": "bf16"}
 _NBITS = (4, 8)
-_OFFER = "FaissIndex(index) serves it as it is"
+# What no index has lists for.
+_MOST_PROBES = 2**31
+_OFFER = "FaissIndex(index), or FaissIndex.read(path), serves it as it is"
 _GROUPS_OF_GPU_INDEXES = ("IndexShards", "IndexReplicas", "IndexShardsIVF")
 
 
@@ -114,7 +116,7 @@ def _array(build: FaissBuild, vector: Any, *shape: int) -> Tensor:
     values = torch.from_numpy(build.module.vector_to_array(vector))
     if min(shape) < 0 or values.numel() != math.prod(shape):
         size = " x ".join(map(str, shape))
-        raise ConversionError(f"index is damaged: it holds {values.numel()} values where {size} belong")
+        raise DamagedIndexError(f"index is damaged: it holds {values.numel()} values where {size} belong")
     return values.view(shape)
 
 
@@ -126,7 +128,7 @@ def _flat(build: FaissBuild, index: Any) -> FlatDescription:
 
 def _bits(build: FaissBuild, index: Any) -> BitsDescription:
     if index.d % 8:
-        raise ConversionError(f"index is damaged: its vectors have {index.d} bits, which fill no bytes")
+        raise DamagedIndexError(f"index is damaged: its vectors have {index.d} bits, which fill no bytes")
     return BitsDescription(_array(build, index.xb, index.ntotal, index.d // 8))
 
 
@@ -183,6 +185,8 @@ def _ivf_product(build: FaissBuild, index: Any) -> IVFDescription:
 def _inverted_file(
     build: FaissBuild, index: Any, quantizer: ScalarDescription | ProductDescription | None
 ) -> IVFDescription:
+    if not 1 <= index.nprobe < _MOST_PROBES:
+        raise DamagedIndexError(f"index is damaged: its nprobe is {index.nprobe}, expected at least 1")
     if index.max_codes:
         raise _refuse(index, f"max_codes={index.max_codes}")
     metric, p = _metric(build, index) if quantizer is None else _metric(build, index, "l2", "ip")
@@ -209,7 +213,7 @@ def _lists(build: FaissBuild, index: Any) -> tuple[Tensor, Tensor, Tensor]:
         raise _refuse(index, "no inverted lists")
     lists = faiss.downcast_InvertedLists(index.invlists)
     if lists.nlist != index.nlist:
-        raise ConversionError(f"index is damaged: it holds {lists.nlist} lists where {index.nlist} belong")
+        raise DamagedIndexError(f"index is damaged: it holds {lists.nlist} lists where {index.nlist} belong")
     sizes = torch.tensor([lists.list_size(number) for number in range(index.nlist)], device="cpu")
     n = int(sizes.sum())
     ids = torch.empty(n, dtype=torch.int64, device="cpu")

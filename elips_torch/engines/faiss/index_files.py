@@ -8,6 +8,7 @@ from typing import Any
 from elips_torch.core.errors import DtypeError, IndexFileError
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.messages import reason_of
 
 # How every index of bits begins, and no index of floats.
 _BITS = b"IB"
@@ -50,7 +51,7 @@ def read_index(
     try:
         return read(where, build.module.IO_FLAG_MMAP if mmap else 0)
     except (RuntimeError, MemoryError) as error:
-        raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {_reason(error)}") from error
+        raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {reason_of(error)}") from error
 
 
 def write_index(build: FaissBuild, index: Any, path: str | os.PathLike[str]) -> None:
@@ -65,11 +66,6 @@ def write_index(build: FaissBuild, index: Any, path: str | os.PathLike[str]) -> 
         write(index, os.fspath(temporary))
         os.replace(temporary, target)
     except RuntimeError as error:
-        raise IndexFileError(f"faiss could not write {os.fspath(path)!r}: {_reason(error)}") from error
+        raise IndexFileError(f"faiss could not write {os.fspath(path)!r}: {reason_of(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _reason(error: BaseException) -> str:
-    """Return what faiss says, without where in its code."""
-    return str(error).rpartition("Error: ")[2].strip() or type(error).__name__

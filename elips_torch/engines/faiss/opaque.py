@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import (
+    ConversionError,
     DtypeError,
     FactoryError,
     ImplementationError,
@@ -16,6 +17,7 @@ from elips_torch.core.errors import (
 from elips_torch.core.metric import Metric, resolve_metric
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.messages import reason_of
 from elips_torch.engines.faiss.search import cuda_device, index_gpu, placed
 from elips_torch.engines.faiss.transfer import to_cpu
 
@@ -48,7 +50,7 @@ def build_index(build: FaissBuild, dim: int, description: str, metric: Metric) -
         index = build.module.index_factory(dim, description, kind)
     except RuntimeError as error:
         raise FactoryError(
-            f"faiss makes no index of {description!r} for dim {dim}: {_reason(error)}"
+            f"faiss makes no index of {description!r} for dim {dim}: {reason_of(error)}"
         ) from error
     if metric.name == "lp":
         index.metric_arg = metric.p
@@ -86,7 +88,8 @@ def without_labels(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
 
     Returns:
         An index whose labels are row numbers, and the label ``(N,)`` of each row, None where they were
-        that already. An index that keeps labels of its own in its lists is copied, any other is not.
+        that already. An index that keeps labels of its own in its lists, or behind transforms, is copied, any
+        other is not.
     """
     faiss = build.module
     if isinstance(index, faiss.IndexIDMap):
@@ -95,19 +98,52 @@ def without_labels(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
         # Whoever frees the map frees the index within. It takes no attribute but this.
         inner.referenced_objects = [index]
         return inner, labels
+    if isinstance(index, faiss.IndexPreTransform) and isinstance(
+        faiss.downcast_index(index.index), faiss.IndexIDMap
+    ):
+        index = copied(build, index)
+        id_map = faiss.downcast_index(index.index)
+        labels = torch.from_numpy(faiss.vector_to_array(id_map.id_map).copy())
+        # What it had goes to the transforms, and it is freed here.
+        id_map.own_fields, index.index = False, id_map.index
+        id_map.this.own(True)
+        return index, labels
     lists = None if index.ntotal == 0 else inverted_file(build, index)
     if lists is None:
         return index, None
-    labels = torch.cat([torch.as_tensor(each) for each in _list_labels(build, lists)]).sort().values
+    labels = torch.cat([torch.as_tensor(each) for each in list_labels(build, lists)]).sort().values
     rows = torch.arange(len(labels))
     if torch.equal(labels, rows):
         return index, None
-    index = faiss.clone_index(index)
+    index = copied(build, index)
     lists = inverted_file(build, index)
     lists.set_direct_map_type(faiss.DirectMap.NoMap)
-    for each in _list_labels(build, lists):
+    for each in list_labels(build, lists):
         each[:] = torch.searchsorted(labels, torch.as_tensor(each)).numpy()
     return index, labels
+
+
+def copied(build: FaissBuild, index: Any) -> Any:
+    """Return a copy of an index on the CPU.
+
+    Raises:
+        ConversionError: its inverted lists lie in a file, which a copy would share.
+    """
+    faiss = build.module
+    lists = inverted_file(build, index)
+    if lists is not None and lists.invlists is not None:
+        kind = faiss.downcast_InvertedLists(lists.invlists)
+        if not isinstance(kind, faiss.ArrayInvertedLists | faiss.BlockInvertedLists):
+            raise ConversionError(
+                f"index is a {type(index).__name__} with {type(kind).__name__}, which faiss does not copy; "
+                "read the index into memory first"
+            )
+    use_one_thread_if_forked(build)
+    try:
+        return faiss.clone_index(index)
+    except RuntimeError:
+        # Some families are written but not cloned.
+        return from_bytes(build, to_bytes(build, index))
 
 
 def prepare_to_reconstruct(build: FaissBuild, index: Any) -> None:
@@ -197,7 +233,7 @@ def from_bytes(build: FaissBuild, content: Tensor) -> Any:
     try:
         return build.module.deserialize_index(content.contiguous().cpu().numpy())
     except (RuntimeError, MemoryError) as error:
-        raise IndexFileError(f"faiss cannot read the index: {_reason(error)}") from error
+        raise IndexFileError(f"faiss cannot read the index: {reason_of(error)}") from error
 
 
 def count_bytes(build: FaissBuild, index: Any) -> int:
@@ -219,13 +255,7 @@ def describe_refusal(verb: str, index: Any, error: RuntimeError) -> Implementati
 
 
 def _refused(verb: str, index: Any, error: RuntimeError) -> ImplementationError:
-    return ImplementationError(f"faiss's {type(index).__name__} does not {verb}: {_reason(error)}")
-
-
-def _reason(error: BaseException) -> str:
-    """Return what faiss says without where in its sources it says so."""
-    text = str(error).strip()
-    return text.rpartition("Error: ")[2] or text
+    return ImplementationError(f"faiss's {type(index).__name__} does not {verb}: {reason_of(error)}")
 
 
 def _rows_for(index: Any, vectors: Tensor) -> Tensor:
@@ -235,7 +265,7 @@ def _rows_for(index: Any, vectors: Tensor) -> Tensor:
     return vectors.detach().to(device, torch.float32).contiguous()
 
 
-def _list_labels(build: FaissBuild, lists: Any) -> list[Any]:
+def list_labels(build: FaissBuild, lists: Any) -> list[Any]:
     """Return the labels of each list, as arrays on the memory of the index."""
     inverted = lists.invlists
     sizes = [int(inverted.list_size(number)) for number in range(inverted.nlist)]

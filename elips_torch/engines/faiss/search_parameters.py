@@ -160,6 +160,15 @@ class _Together:
             setattr(holder, name, value)
 
 
+def may_take_selectors(build: FaissBuild, index: Any) -> bool:
+    """Return whether a search with a selector can be tried: others say so, or end the process."""
+    # These throw between threads, where nothing catches it.
+    faiss = build.module
+    lists = faiss.try_extract_index_ivf(index)
+    kinds = (faiss.IndexIVFAdditiveQuantizer, faiss.IndexIVFSpectralHash)
+    return lists is None or not isinstance(faiss.downcast_index(lists), kinds)
+
+
 def bitmap_selector(build: FaissBuild, keep: Tensor) -> tuple[Any, Any]:
     """Return faiss's selector of rows where bool ``keep (N,)`` is True, and the memory it reads."""
     padded = torch.nn.functional.pad(keep.cpu(), (0, -len(keep) % 8)).view(-1, 8)

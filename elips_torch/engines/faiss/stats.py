@@ -79,8 +79,9 @@ def faiss_stats() -> EngineCounts:
     >>> import torch
     >>> from elips_torch import FaissIndex
     >>> index = FaissIndex.from_factory(2, "Flat")
+    >>> ids = index.add(torch.ones(1, 2))
     >>> before = faiss_stats().queries
-    >>> found = index.search(torch.zeros(3, 2))
+    >>> found = index.search(torch.zeros(3, 2), k=1)
     >>> faiss_stats().queries - before
     3
     """

@@ -8,6 +8,7 @@ from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.cuvs import cuvs_state
 from elips_torch.engines.faiss.gpu_options import GpuOptions, cloner_options, index_config
 from elips_torch.engines.faiss.gpu_resources import check_gpu, device_resources, on_current_stream
+from elips_torch.engines.faiss.messages import reason_of
 
 # What is made of which, where faiss does not copy by itself.
 _MADE_ONE_BY_ONE = {
@@ -68,8 +69,9 @@ def to_gpu(
                 list(devices),
             )
     except RuntimeError as error:
-        reason = str(error).rpartition("Error: ")[2].strip() or error
-        raise ImplementationError(f"faiss has no {type(index).__name__} on a GPU: {reason}") from error
+        raise ImplementationError(
+            f"faiss has no {type(index).__name__} on a GPU: {reason_of(error)}"
+        ) from error
     # What searches need to know, and faiss does not say of what it has made; some of its classes refuse
     # attributes that they do not know.
     made.__dict__.update(uses_cuvs=cuvs, lies_on=tuple(devices))

@@ -1,0 +1,71 @@
+"""Whether an index of faiss and those inside it agree on their sizes, which faiss takes on trust."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from elips_torch.core.errors import DamagedIndexError
+from elips_torch.engines.faiss.builds import FaissBuild
+
+
+def check_consistent(build: FaissBuild, index: Any) -> None:
+    """Check that the parts of an index on the CPU fit together.
+
+    Where they do not, searches read memory that is not theirs.
+
+    Args:
+        build: the faiss whose index it is.
+        index: of floats.
+
+    Raises:
+        DamagedIndexError: two sizes contradict each other; the message names them.
+    """
+    index = build.module.downcast_index(index)
+    for what, size, wanted in (("dim", index.d, max(1, index.d)), *_sizes(build, index)):
+        if size != wanted:
+            raise DamagedIndexError(
+                f"index is damaged: in its {type(index).__name__} {what} is {size}, expected {wanted}"
+            )
+    for _, inner in _inside(build, index):
+        check_consistent(build, inner)
+
+
+def _sizes(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, int]]:
+    """Yield what has a size, that, and what it must be."""
+    faiss = build.module
+    dim = index.d
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            transform = index.chain.at(number)
+            yield f"the dim before transform {number}", transform.d_in, dim
+            dim = transform.d_out
+    elif isinstance(index, faiss.IndexIDMap):
+        yield "the number of ids", index.id_map.size(), index.ntotal
+    elif isinstance(index, faiss.IndexHNSW):
+        yield "the number of nodes", index.hnsw.levels.size(), index.ntotal
+    elif isinstance(index, faiss.IndexFlatCodes):
+        yield "the size of the codes", index.codes.size(), index.ntotal * index.code_size
+    elif isinstance(index, faiss.IndexIVF) and index.invlists is not None:
+        yield "the number of lists", index.invlists.nlist, index.nlist
+        yield "the size of the lists", index.invlists.compute_ntotal(), index.ntotal
+    for name, inner in _inside(build, index):
+        yield f"the dim of the {name}", inner.d, dim
+        if name == "quantizer":
+            yield "the number of centroids", max(inner.ntotal, index.nlist), index.nlist
+        else:
+            yield f"the number of vectors of the {name}", inner.ntotal, index.ntotal
+
+
+def _inside(build: FaissBuild, index: Any) -> list[tuple[str, Any]]:
+    """Return the indexes inside, by name."""
+    faiss = build.module
+    names: tuple[str, ...] = ()
+    if isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap):
+        names = ("index",)
+    elif isinstance(index, faiss.IndexRefine):
+        names = ("base_index", "refine_index")
+    elif isinstance(index, faiss.IndexHNSW | faiss.IndexNSG):
+        names = ("storage",)
+    elif isinstance(index, faiss.IndexIVF):
+        names = ("quantizer",)
+    found = ((name, getattr(index, name)) for name in names)
+    return [(name, faiss.downcast_index(inner)) for name, inner in found if inner is not None]

@@ -1,0 +1,117 @@
+"""A copy of an index of faiss under labels of its users, without the rows that they removed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.errors import ConversionError
+from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.messages import reason_of
+from elips_torch.engines.faiss.opaque import copied, inverted_file, list_labels
+from elips_torch.engines.faiss.transfer import to_cpu
+
+# Whose lists alone know the number of a row; others look something up by it.
+_KNOWN_BY_LABEL = (
+    "IndexIVFFlat",
+    "IndexIVFLocalSearchQuantizer",
+    "IndexIVFPQ",
+    "IndexIVFPQFastScan",
+    "IndexIVFProductLocalSearchQuantizer",
+    "IndexIVFProductResidualQuantizer",
+    "IndexIVFRaBitQ",
+    "IndexIVFResidualQuantizer",
+    "IndexIVFScalarQuantizer",
+)
+
+
+def hand_over(
+    build: FaissBuild, index: Any, rows: Tensor, labels: Tensor, *, normalizes: bool = False
+) -> Any:
+    """Copy an index to the CPU, with some of its rows under other labels.
+
+    Args:
+        build: the faiss whose index it is.
+        index: one whose labels are the numbers of its rows, on the CPU or on GPUs.
+        rows: ``(N,)`` int64, different rows to hand over.
+        labels: ``(N,)`` int64, under which each is found.
+        normalizes: whether the copy brings queries and vectors to length 1 first.
+
+    Returns:
+        An index, under an ``IndexIDMap2`` where its lists do not keep the labels and these are not 0 to
+        N - 1; it shares no memory with the other one.
+
+    Raises:
+        ConversionError: rows are left out, and the family takes none out.
+    """
+    on_cpu = to_cpu(build, index)
+    copy = copied(build, index) if on_cpu is index else on_cpu
+    rows, order = rows.cpu().sort()
+    labels = labels.cpu()[order]
+    lists = _relabelled(build, copy)
+    total = int(copy.ntotal)
+    if len(rows) < total:
+        _take_out(build, copy, rows, in_lists=lists is not None)
+    if lists is not None:
+        label_of = torch.full((total,), -1, device="cpu")
+        label_of[rows] = labels
+        lists.set_direct_map_type(build.module.DirectMap.NoMap)
+        for each in list_labels(build, lists):
+            each[:] = label_of[torch.as_tensor(each)].numpy()
+    if normalizes:
+        copy = _behind_normalization(build, copy)
+    if lists is not None or torch.equal(labels, torch.arange(len(labels), device="cpu")):
+        return copy
+    return _in_id_map(build, copy, labels)
+
+
+def _relabelled(build: FaissBuild, index: Any) -> Any:
+    """Return the inverted file whose lists may hold any labels, None where there is none."""
+    inner = index
+    while isinstance(inner, build.module.IndexPreTransform):
+        inner = build.module.downcast_index(inner.index)
+    return inverted_file(build, index) if type(inner).__name__ in _KNOWN_BY_LABEL else None
+
+
+def _take_out(build: FaissBuild, index: Any, rows: Tensor, *, in_lists: bool) -> None:
+    """Remove all rows but some; those that stay keep their numbers in lists, and move up elsewhere."""
+    total = int(index.ntotal)
+    hidden = torch.ones(total, dtype=torch.bool, device="cpu").index_fill_(0, rows, False).nonzero()[:, 0]
+    lists = inverted_file(build, index)
+    reason = "its rows are known by their numbers"
+    if in_lists or lists is None:
+        if lists is not None:
+            lists.set_direct_map_type(build.module.DirectMap.NoMap)
+        try:
+            index.remove_ids(hidden.numpy())
+            return
+        except RuntimeError as error:
+            reason = reason_of(error)
+    raise ConversionError(
+        f"{len(hidden)} of {total} rows are hidden, and faiss's {type(index).__name__} takes none out "
+        f"({reason}); reset the index and add the others again"
+    )
+
+
+def _behind_normalization(build: FaissBuild, index: Any) -> Any:
+    faiss = build.module
+    first = faiss.NormalizationTransform(index.d, 2.0)
+    if not isinstance(index, faiss.IndexPreTransform):
+        index.this.disown()
+        index = faiss.IndexPreTransform(index)
+        index.own_fields = True
+    first.this.disown()
+    index.prepend_transform(first)
+    return index
+
+
+def _in_id_map(build: FaissBuild, index: Any, labels: Tensor) -> Any:
+    # Faiss takes an empty index only; what the inner one holds is said right after.
+    rows, index.ntotal = index.ntotal, 0
+    made = build.module.IndexIDMap2(index)
+    index.ntotal = made.ntotal = rows
+    index.this.disown()
+    made.own_fields = True
+    build.module.copy_array_to_vector(labels.numpy(), made.id_map)
+    made.construct_rev_map()
+    return made

@@ -1,0 +1,221 @@
+"""Indexes of faiss inside modules, handed over with the ids and the removals of these."""
+
+import faiss
+import pytest
+import torch
+from faiss_agreement import assert_agree, by_hand, uniform
+
+from elips_torch import (
+    ArgumentError,
+    ConversionError,
+    FaissIndex,
+    IndexFileError,
+    PreTransformIndex,
+    from_faiss,
+    read_faiss,
+    write_faiss,
+)
+
+DIM, N = 16, 300
+IDS = torch.arange(N).flip(0) * 3 + 5
+QUERIES = uniform(12, seed=2)
+# With settings under which a search sees all rows.
+HERE_TOO = {
+    "Flat": {},
+    "SQ6": {},
+    "PQ4x4np": {},
+    "PCA8,SQfp16": {},
+    "L2norm,Flat": {},
+    "IVF4,Flat": {"nprobe": 4},
+    "IVF4,SQ8": {"nprobe": 4},
+    "IVF4,PQ4x4np": {"nprobe": 4},
+    "PCA8,IVF4,SQ8": {"nprobe": 4},
+}
+TAKING_OUT = {
+    "LSH": {},
+    "RQ4x4": {},
+    "RaBitQ": {},
+    "PQ4x4fs": {},
+    "IVF4,PQ4x4fs": {"nprobe": 4},
+    "IVF4,RaBitQ": {"nprobe": 4},
+    "IVF4,RQ4x4": {"nprobe": 4},
+    "IVF4,PRQ2x2x4": {"nprobe": 4},
+    "IVF4_HNSW8,Flat": {"nprobe": 4},
+}
+KEEPING = {
+    "HNSW16": {"efSearch": 400},
+    "NSG16,Flat": {"search_L": 250},
+    "PCA8,HNSW16": {"efSearch": 400},
+    "SQ8,RFlat": {"k_factor": 8},
+    "IVF4,PQ4x4np,RFlat": {"nprobe": 4, "k_factor": 8},
+    "IVF4,PQ4+4": {"nprobe": 4, "k_factor": 8},
+}
+
+
+def filled(description, parameters, metric="l2"):
+    index = FaissIndex.from_factory(DIM, description, metric)
+    index.fit(uniform(700, seed=1))
+    index.add(uniform(N), ids=IDS)
+    for name, value in parameters.items():
+        setattr(index, name, value)
+    return index
+
+
+def expected(index, queries, k):
+    """Return what faiss finds in the index inside, under the ids of the rows that are not hidden."""
+    id_of = {int(place): int(label) for place, label in zip(index.places, index.ids, strict=True)}
+    scores, places = by_hand(index.faiss_index, queries, N if len(id_of) < index.faiss_index.ntotal else k)
+    kept = [
+        [(score, id_of[place]) for score, place in zip(*row, strict=True) if place in id_of][:k]
+        for row in zip(scores.tolist(), places.tolist(), strict=True)
+    ]
+    values = torch.tensor(kept, dtype=torch.float64)
+    return values[..., 0].float(), values[..., 1].long()
+
+
+@pytest.mark.parametrize("description", [*HERE_TOO, *TAKING_OUT, *KEEPING])
+def test_ids_go_to_faiss_and_into_files(description, tmp_path):
+    index = filled(description, {**HERE_TOO, **TAKING_OUT, **KEEPING}[description])
+    wanted = expected(index, QUERIES, 7)
+    assert_agree(by_hand(index.to_faiss(), QUERIES, 7), wanted)
+    write_faiss(index, tmp_path / "a.faiss")
+    assert_agree(by_hand(faiss.read_index(str(tmp_path / "a.faiss")), QUERIES, 7), wanted)
+    back = FaissIndex.read(tmp_path / "a.faiss")
+    assert back.ids.sort().values.tolist() == IDS.sort().values.tolist()
+    if description != "NSG16,Flat":  # faiss does not write its search_L
+        assert_agree(back.search(QUERIES, 7), wanted)
+
+
+@pytest.mark.parametrize("description", [*HERE_TOO, *TAKING_OUT])
+def test_what_was_removed_does_not_go_along(description):
+    index = filled(description, {**HERE_TOO, **TAKING_OUT}[description])
+    index.remove(IDS[::3])
+    # Their rows are new, and lie behind the others.
+    index.upsert(uniform(4, seed=8), IDS[[1, 100, 4, 200]])
+    made = index.to_faiss()
+    assert made.ntotal == index.ntotal == 200
+    assert_agree(by_hand(made, QUERIES, 9), expected(index, QUERIES, 9))
+    if description in HERE_TOO:
+        brought = from_faiss(index)
+        assert_agree(brought.search(QUERIES, 9), expected(index, QUERIES, 9))
+        assert brought.ids.sort().values.tolist() == index.ids.sort().values.tolist()
+
+
+@pytest.mark.parametrize("description", HERE_TOO)
+def test_ids_come_over_and_go_on(description):
+    index = filled(description, HERE_TOO[description])
+    brought = from_faiss(index)
+    assert_agree(brought.search(QUERIES, 7), expected(index, QUERIES, 7))
+    index.remove(IDS[:2])
+    assert from_faiss(index).add(uniform(2, seed=3)).tolist() == index.add(uniform(2, seed=3)).tolist()
+
+
+@pytest.mark.parametrize("description", KEEPING)
+def test_families_that_take_nothing_out_say_so(description, tmp_path):
+    index = filled(description, KEEPING[description])
+    index.remove(IDS[:100])
+    wanted = index.search(QUERIES, 5)
+    with pytest.raises(ConversionError, match=r"100 of 300 rows are hidden, and faiss's Index\w+ takes none"):
+        index.to_faiss()
+    with pytest.raises(ConversionError, match="hidden"):
+        write_faiss(index, tmp_path / "a.faiss")
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(index.search(QUERIES, 5).ids, wanted.ids)
+    index.reset()
+    index.add(uniform(N), ids=IDS)
+    assert index.to_faiss().ntotal == N
+
+
+@pytest.mark.parametrize("description", ["Flat", "SQ8", "IVF4,Flat", "HNSW16"])
+def test_the_cosine_goes_along(description):
+    index = filled(description, {"nprobe": 4} if "IVF" in description else {}, "cosine")
+    queries = 3 * QUERIES
+    wanted = expected(index, queries / queries.norm(dim=1, keepdim=True), 7)
+    assert_agree(by_hand(index.to_faiss(), queries, 7), wanted)
+    if description != "HNSW16":
+        brought = from_faiss(index)
+        assert_agree(brought.search(queries, 7), wanted)
+        assert isinstance(brought, PreTransformIndex) or brought.metric == "cosine"
+
+
+def test_numbers_of_rows_stay_numbers_of_rows():
+    index = FaissIndex.from_factory(DIM, "HNSW16")
+    index.add(uniform(N))
+    assert type(index.to_faiss()) is faiss.IndexHNSWFlat
+    index = FaissIndex.from_factory(DIM, "Flat")
+    index.add(uniform(N))
+    index.remove(list(range(1, N)))
+    assert isinstance(index.to_faiss(), faiss.IndexFlat)
+    assert from_faiss(index).ids.tolist() == [0]
+
+
+@pytest.mark.parametrize("description", ["Flat", "IVF4,Flat", "HNSW16"])
+def test_empty_and_untrained_indexes_go_along(description):
+    index = FaissIndex.from_factory(DIM, description)
+    assert index.to_faiss().ntotal == 0
+    assert index.to_faiss().is_trained == index.is_trained
+    if description != "HNSW16":
+        assert from_faiss(index).ntotal == 0
+        index = filled(description, {})
+        index.remove(IDS)
+        assert (index.to_faiss().ntotal, from_faiss(index).ntotal) == (0, 0)
+
+
+@pytest.mark.parametrize("description", ["Flat", "IVF4,Flat", "HNSW16"])
+def test_nothing_is_shared(description):
+    index = filled(description, {"nprobe": 4} if "IVF" in description else {})
+    made, wanted = index.to_faiss(), expected(index, QUERIES, 7)
+    index.reset()
+    index.add(uniform(5, seed=4))
+    assert_agree(by_hand(made, QUERIES, 7), wanted)
+    del index
+    assert_agree(by_hand(made, QUERIES, 7), wanted)
+
+
+def test_labels_behind_transforms_become_ids(tmp_path):
+    made = faiss.index_factory(DIM, "PCA8,IDMap2,Flat")
+    made.train(uniform(700, seed=1).numpy())
+    made.add_with_ids(uniform(N).numpy(), IDS.numpy())
+    index = FaissIndex(made)
+    assert torch.equal(index.ids, IDS)
+    wanted = by_hand(made, QUERIES, 7)
+    assert_agree(index.search(QUERIES, 7), wanted)
+    del made
+    assert_agree(by_hand(index.to_faiss(), QUERIES, 7), wanted)
+    assert_agree(from_faiss(index).search(QUERIES, 7), wanted)
+
+
+def test_lists_in_files_are_left_as_they_are(tmp_path):
+    made = faiss.index_factory(DIM, "IVF4,Flat")
+    made.train(uniform(700, seed=1).numpy())
+    lists = faiss.OnDiskInvertedLists(4, made.code_size, str(tmp_path / "lists"))
+    made.replace_invlists(lists)
+    made.add(uniform(N).numpy())
+    before = (tmp_path / "lists").read_bytes()
+    index = FaissIndex(made)
+    index.remove([0, 1])
+    with pytest.raises(ConversionError, match="OnDiskInvertedLists, which faiss does not copy"):
+        index.to_faiss()
+    assert (tmp_path / "lists").read_bytes() == before
+
+
+def test_tables_are_made_on_gpus_only():
+    with pytest.raises(ArgumentError, match="precomputed_tables"):
+        filled("IVF4,PQ4x4np", {}).to_faiss(precomputed_tables=True)
+    with pytest.raises(ConversionError, match="a FaissIndex holds no bits"):
+        filled("Flat", {}).to_faiss(binary=True)
+
+
+def test_a_family_without_counterpart_is_read_by_faiss(tmp_path):
+    path = tmp_path / "graph.faiss"
+    index = filled("HNSW16", {})
+    write_faiss(index, path)
+    with pytest.raises(ConversionError, match=r"graph.faiss.*IndexHNSWFlat.*FaissIndex\.read\(path\)"):
+        read_faiss(path)
+    read = FaissIndex.read(path, k=3, efSearch=400)
+    assert (read.k, read.efSearch, type(read.faiss_index)) == (3, 400, faiss.IndexHNSWFlat)
+    assert torch.equal(read.ids, IDS)
+    assert_agree(read.search(QUERIES), expected(read, QUERIES, 3))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(IndexFileError, match=r"graph\.faiss"):
+        FaissIndex.read(path)
