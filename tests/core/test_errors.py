@@ -20,6 +20,8 @@ BUILT_IN = {
     "NotEmptyError": RuntimeError,
     "ImplementationError": RuntimeError,
     "ConversionError": ValueError,
+    "DamagedIndexError": ValueError,
+    "ProcessError": RuntimeError,
     "IndexFileError": ValueError,
 }
 CLASSES = [

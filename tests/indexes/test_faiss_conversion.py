@@ -69,7 +69,8 @@ def test_what_faiss_makes_is_an_index_like_any_other(description, metric, tmp_pa
     kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
     made = faiss.index_factory(DIM, description, kind)
     made.train(TRAINING.numpy())
-    vectors, queries = uniform(200, seed=1), uniform(30, seed=2)
+    # Where codes are bf16, faiss 1.15 rounds queries to that.
+    vectors, queries = uniform(200, seed=1), uniform(30, seed=2).bfloat16().float()
     if description.startswith("IDMap"):
         made.add_with_ids(vectors.numpy(), np.arange(200)[::-1] * 3)
     else:
@@ -267,7 +268,8 @@ def test_what_no_index_may_hold_is_refused():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to ask for")
 def test_a_gpu_where_there_is_none_is_refused():
     index = FlatIndex(DIM)
-    with pytest.raises(DeviceError, match="GPU 0"):
+    # A build without code for GPUs says that.
+    with pytest.raises((DeviceError, ImplementationError), match=r"GPU 0|has no GPU code"):
         index.to_faiss("cuda")
     with pytest.raises(DeviceError, match="no CUDA device"):
         from_faiss(index.to_faiss(), device="cuda")

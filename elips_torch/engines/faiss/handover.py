@@ -84,9 +84,15 @@ def _take_out(build: FaissBuild, index: Any, rows: Tensor, *, in_lists: bool) ->
             lists.set_direct_map_type(build.module.DirectMap.NoMap)
         try:
             index.remove_ids(hidden.numpy())
-            return
         except RuntimeError as error:
             reason = reason_of(error)
+        else:
+            if lists is not None:
+                # Before 1.14 families of fast scan forget to count.
+                lists.ntotal = index.ntotal = lists.invlists.compute_ntotal()
+            if index.ntotal == len(rows):
+                return
+            reason = f"{index.ntotal} stay"
     raise ConversionError(
         f"{len(hidden)} of {total} rows are hidden, and faiss's {type(index).__name__} takes none out "
         f"({reason}); reset the index and add the others again"
