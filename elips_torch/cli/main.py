@@ -42,8 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(typed)
     except (ElipsError, ImportError, OSError) as error:
         # One line: what is wrong is in what the user gave or has installed.
-        print(f"elips-torch: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"elips-torch: {' '.join(_without_pointer(str(error)).split())}", file=sys.stderr)
         return 2
+
+
+def _without_pointer(message: str) -> str:
+    """Return a message without the lines that point at a place, which mean nothing within one line."""
+    lines = message.splitlines()
+    return "\n".join(lines[:-2]) if len(lines) > 2 and set(lines[-1].strip()) == {"^"} else message
 
 
 def _run(arguments: Sequence[str]) -> int:

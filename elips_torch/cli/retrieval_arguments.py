@@ -53,7 +53,8 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Jsonargparse reads the keywords of a class by a parser of its own.
-        nested = not self.prog.startswith("elips-torch")
+        # It is named after the program that runs, which may be elips-torch without a command.
+        nested = not self.prog.startswith("elips-torch ")
         prog = "elips-torch build" if nested else self.prog
         text = f"--index: {_one_line(message)}" if nested else _one_line(message)
         unknown = re.search(r"nrecognized arguments: (\S+)", text)

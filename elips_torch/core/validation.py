@@ -178,7 +178,9 @@ def as_ids(name: str, ids: Tensor | Sequence[int] | int, device: torch.device) -
         try:
             ids = torch.as_tensor(ids, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise DtypeError(f"{name} is a {type(ids).__name__}, expected one integer or several") from error
+            texts = isinstance(ids, Sequence) and any(isinstance(each, str) for each in ids)
+            got = type(ids).__name__ + (" of str" if texts and not isinstance(ids, str) else "")
+            raise DtypeError(f"{name} is a {got}, expected one integer or several") from error
         if ids.numel() == 0:
             ids = ids.to(torch.int64)
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import ArgumentError, ShapeError, UnknownIdError
+from elips_torch.core.errors import ArgumentError, DtypeError, ShapeError, UnknownIdError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, spans
 from elips_torch.core.validation import check_count, check_vectors
@@ -97,6 +97,8 @@ class ExactScores:
         sample: int | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(index, Index):
+            raise DtypeError(f"index is a {type(index).__name__}, expected an Index")
         check_vectors("queries", queries, dim=index.dim, device=index.device)
         if database is not None:
             check_vectors("database", database, dim=index.dim, device=index.device)

@@ -142,6 +142,8 @@ def tune(
     >>> curve.best.recall >= 0.9
     True
     """
+    if not isinstance(index, Index):
+        raise DtypeError(f"index is a {type(index).__name__}, expected an Index")
     if isinstance(target_recall, bool) or not isinstance(target_recall, (int, float)):
         raise DtypeError(f"target_recall is {target_recall!r}, expected a number")
     if not 0.0 < target_recall <= 1.0:

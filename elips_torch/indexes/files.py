@@ -75,4 +75,12 @@ def read_index_file(
     except IndexFileError:
         raise
     except (SafetensorError, KeyError, ValueError) as error:
-        raise IndexFileError(f"{os.fspath(path)!r} is no index file or is damaged: {error}") from error
+        hint = "; read_faiss reads files of faiss" if _may_be_of_faiss(path) else ""
+        raise IndexFileError(f"{os.fspath(path)!r} is no index file or is damaged: {error}{hint}") from error
+
+
+def _may_be_of_faiss(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins with four letters, the first of which faiss gives to its indexes."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    return len(start) == 4 and start[:1] == b"I" and start[1:].isalnum()

@@ -58,6 +58,8 @@ def fill(
     >>> len(fill(index, encoder, loader)), len(index)
     (10, 10)
     """
+    if not isinstance(index, Index):
+        raise DtypeError(f"index is a {type(index).__name__}, expected an Index")
     if not index.is_trained:
         raise NotFittedError(f"{type(index).__name__} must be fitted before it is filled; call fit(vectors)")
     place = _device_of(encoder, index) if device is None else torch.device(device)

@@ -172,6 +172,8 @@ class HardNegativeMiner:
             ArgumentError: a query has too few negatives, with ``on_shortage="error"``.
             ElipsError: an argument of wrong type, shape, dtype, device or value.
         """
+        if not isinstance(index, Index):
+            raise DtypeError(f"index is a {type(index).__name__}, expected an Index")
         check_vectors("queries", queries, dim=index.dim, device=index.device)
         n = len(queries)
         if positives is not None:

@@ -62,6 +62,15 @@ def test_a_wrong_command_is_one_line(capsys, arguments, expected):
     assert "--help" in line
 
 
+def test_a_message_in_one_line_points_at_nothing(capsys):
+    arguments = ["bench", "ann", "--synthetic", "100", "4", "--index", "IVF4,Flt"]
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "part 2, 'Flt': no such part" in line
+    assert "^" not in line
+    assert line.count("IVF4,Flt") == 1
+
+
 def test_the_console_script_is_this_function():
     scripts = entry_points(group="console_scripts", name="elips-torch")
     if not scripts:

@@ -494,6 +494,17 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys, prepared, tmp_path, co
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("program", ["elips-torch", "__main__.py"])
+def test_a_wrong_keyword_of_the_class_is_said_alike_by_every_program(capsys, monkeypatch, program):
+    monkeypatch.setattr("sys.argv", [program])
+    write_npy()
+    options = "--vectors", "documents.npy", "--output", "o.safetensors", "--index", "IVFFlatIndex"
+    assert run("build", *options, "--index.nlists", 4) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("elips-torch build: --index: ")
+    assert line.endswith("(see elips-torch build --help)")
+
+
 def test_a_failed_command_leaves_an_older_file_alone(prepared):
     shutil.copytree(prepared, ".", dirs_exist_ok=True)
     pathlib.Path("o.jsonl").write_text("older")

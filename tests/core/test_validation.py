@@ -147,6 +147,9 @@ def test_ids_are_taken_as_tensors_sequences_and_ints():
     for wrong in (1.5, [0.5], [True], "a", torch.tensor([1j])):
         with pytest.raises(DtypeError):
             as_ids("ids", wrong, CPU)
+    for wrong, kind in (("a", "str"), (["a", "b"], "list of str"), (object(), "object")):
+        with pytest.raises(DtypeError, match=f"ids is a {kind}, expected one integer or several"):
+            as_ids("ids", wrong, CPU)
     with pytest.raises(ArgumentError, match="negative id -2"):
         as_ids("ids", [4, -2], CPU)
     with pytest.raises(ShapeError):

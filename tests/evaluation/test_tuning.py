@@ -175,3 +175,11 @@ def test_values_double_up_to_the_limit(limit):
     assert values[0] == 1
     assert values[-1] == limit
     assert all(low < high <= 2 * low for low, high in itertools.pairwise(values))
+
+
+def test_what_is_no_index_is_refused():
+    vectors = torch.randn(5, 4)
+    with pytest.raises(DtypeError, match="index is a Tensor, expected an Index"):
+        tune(vectors, vectors, target_recall=0.9)
+    with pytest.raises(DtypeError, match="index is a Tensor, expected an Index"):
+        index_recall(vectors, vectors, 3)

@@ -20,6 +20,7 @@ from elips_torch import (
     NonFiniteError,
     SQIndex,
     index_factory,
+    load_index,
     read_faiss,
     write_faiss,
 )
@@ -61,6 +62,18 @@ def test_files_that_hold_no_index_are_refused(tmp_path):
     index.save(path)
     with pytest.raises(IndexFileError, match="load_index"):
         read_faiss(path)
+
+
+def test_a_file_of_faiss_given_to_load_index_is_told_apart(tmp_path):
+    index = index_factory(DIM, "Flat")
+    index.add(uniform(5))
+    write_faiss(index, tmp_path / "a.faiss")
+    with pytest.raises(IndexFileError, match="read_faiss reads files of faiss"):
+        load_index(tmp_path / "a.faiss")
+    (tmp_path / "text").write_bytes(b"In the beginning, there was no index here")
+    with pytest.raises(IndexFileError, match="is damaged") as refused:
+        load_index(tmp_path / "text")
+    assert "read_faiss" not in str(refused.value)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -9,7 +9,15 @@ import faiss
 import pytest
 import torch
 
-from elips_torch import ArgumentError, DeviceError, FaissIndex, GpuOptions, IVFPQIndex, ParameterError
+from elips_torch import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    FaissIndex,
+    GpuOptions,
+    IVFPQIndex,
+    ParameterError,
+)
 from elips_torch.engines.faiss import search
 from elips_torch.indexes import faiss_conversion, faiss_state
 
@@ -126,6 +134,9 @@ def test_gpus_that_are_not_there_are_refused():
     before = index.faiss_index
     with pytest.raises((DeviceError, RuntimeError), match=r"there are 0|no GPU code"):
         index.to_gpus([0])
+    assert index.faiss_index is before
+    with pytest.raises(DtypeError, match=r"devices is 0, expected the numbers of GPUs, such as \[0\]"):
+        index.to_gpus(0)
     assert index.faiss_index is before
 
 

@@ -283,6 +283,10 @@ def test_what_is_no_index_of_floats_is_refused():
         FaissIndex(faiss.IndexFlatL2(4), metric="cosine")
     with pytest.raises(FactoryError, match="'HNSF32'"):
         FaissIndex.from_factory(DIM, "HNSF32")
+    with pytest.raises(DtypeError, match="dim is 'Flat', expected an int"):
+        FaissIndex.from_factory("Flat", DIM)
+    with pytest.raises(DtypeError, match="description is None, expected a string"):
+        FaissIndex.from_factory(DIM, None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to move to")

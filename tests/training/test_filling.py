@@ -191,3 +191,8 @@ def test_a_bank_inside_another_index_comes_back_too():
 def test_an_index_must_be_fitted_first():
     with pytest.raises(NotFittedError, match="IVFFlatIndex must be fitted before it is filled"):
         fill(IVFFlatIndex(4, nlist=2), Encoder(), [samples()])
+
+
+def test_what_is_no_index_is_refused():
+    with pytest.raises(DtypeError, match="index is a Encoder, expected an Index"):
+        fill(Encoder(), FlatIndex(4), [samples()])

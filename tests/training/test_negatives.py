@@ -366,3 +366,9 @@ def test_a_copy_draws_what_the_miner_would_have_drawn(copied):
     assert not torch.equal(drawn, first)
     # What the copy has drawn leaves the miner where it was.
     assert torch.equal(miner.mine(index, queries).ids, drawn)
+
+
+def test_what_is_no_index_is_refused():
+    vectors, queries = data()[:2]
+    with pytest.raises(DtypeError, match="index is a Tensor, expected an Index"):
+        HardNegativeMiner(3).mine(vectors, queries)

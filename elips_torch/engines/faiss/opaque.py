@@ -15,6 +15,7 @@ from elips_torch.core.errors import (
     NotFittedError,
 )
 from elips_torch.core.metric import Metric, resolve_metric
+from elips_torch.core.validation import check_count
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.messages import reason_of
@@ -41,8 +42,12 @@ def build_index(build: FaissBuild, dim: int, description: str, metric: Metric) -
 
     Raises:
         FactoryError: faiss cannot make it; with what faiss says.
+        DtypeError: the dim is no int, or the description no string.
         MetricError: this faiss has no such metric.
     """
+    check_count("dim", dim)
+    if not isinstance(description, str):
+        raise DtypeError(f"description is {description!r}, expected a string such as 'HNSW32'")
     kind = getattr(build.module, _METRICS[metric.name], None)
     if kind is None:
         raise MetricError(f"metric is {metric.name!r}, which {build} does not have")

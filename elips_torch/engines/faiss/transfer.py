@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from elips_torch.core.errors import ArgumentError, ImplementationError
+from elips_torch.core.errors import ArgumentError, DtypeError, ImplementationError
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.cuvs import cuvs_state
 from elips_torch.engines.faiss.gpu_options import GpuOptions, cloner_options, index_config
@@ -42,6 +42,8 @@ def to_gpu(
     Raises:
         ElipsError: no such GPU, no GPU code, or an index or options that faiss does not take.
     """
+    if not isinstance(devices, Sequence):
+        raise DtypeError(f"devices is {devices!r}, expected the numbers of GPUs, such as [0]")
     if not devices or len(set(devices)) != len(devices):
         raise ArgumentError(f"devices is {list(devices)}, expected the numbers of different GPUs")
     for device in devices:
