@@ -75,7 +75,7 @@ class IVFPQIndex(IVFCodedIndex):
         nprobe: int = 8,
         k: int = 10,
         coarse: Index | None = None,
-        niter: int = 20,
+        niter: int = 25,
         seed: int = 0,
         max_points_per_centroid: int | None = 256,
         min_points_per_centroid: int = 39,
