@@ -14,6 +14,8 @@ SLOT_ALIGNMENT = 16
 _LIST_GROWTH = 1.5
 # The arena is compacted when abandoned slots are this share of those that lists own.
 _HOLES_ALLOWED = 0.5
+# Lists that have lost rows are made anew where there are so many slots for each that they need.
+_SLOTS_PER_NEEDED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,8 @@ class InvertedLists:
     The order of the rows within a list means nothing. A list without a free slot moves to larger space
     at the end of the arena; the space that it leaves is won back by compaction when too much of the
     arena is abandoned. Adding therefore costs time in proportion to the new rows, on average. A row
-    that goes is replaced by one from the end of its list.
+    that goes is replaced by one from the end of its list. Where most slots come to stand empty, all lists
+    are made anew.
 
     The lists are no state: they are made from the assignments when first asked for and when somebody
     else has written into these. Verbs return what they did to the slots, so that payload can be kept in the
@@ -124,17 +127,19 @@ class InvertedLists:
         with durable():
             device = assignments.device
             lists, rows = assignments.long().sort(stable=True)
-            self.sizes = torch.bincount(lists, minlength=nlist)
-            self.capacities = _aligned(self.sizes)
-            ends = self.capacities.cumsum(0)
-            self.starts = ends - self.capacities
-            self.used = int(ends[-1])
-            self.slots = torch.full((self.used,), -1, dtype=torch.int64, device=device)
-            filled = concatenated_ranges(self.starts, self.sizes)
-            self.slots[filled] = rows
-            self.places = torch.empty_like(rows)
-            self.places[rows] = filled
-            self._places_reserve = None
+            sizes = torch.bincount(lists, minlength=nlist)
+            capacities = _aligned(sizes)
+            ends = capacities.cumsum(0)
+            starts, used = ends - capacities, int(ends[-1])
+            slots = torch.full((used,), -1, dtype=torch.int64, device=device)
+            filled = concatenated_ranges(starts, sizes)
+            slots[filled] = rows
+            places = torch.empty_like(rows)
+            places[rows] = filled
+        # Only now: another thread may be searching the same lists, which it has made before.
+        self.slots, self.places, self.used = slots, places, used
+        self.starts, self.sizes, self.capacities = starts, sizes, capacities
+        self._places_reserve = None
         self.accept(assignments)
         return SlotChange(self.capacity, filled[:0], filled[:0], filled)
 
@@ -172,6 +177,8 @@ class InvertedLists:
                 changes.append(dataclasses.replace(change, filled=filled[:0]))
             nothing = slots[:0]
             changes.append(SlotChange(self.capacity, nothing, nothing, self.places[rows]))
+            if self._is_sparse():
+                changes = [self.rebuild(assignments, self.sizes.shape[0])]
         self.accept(assignments)
         return changes
 
@@ -183,8 +190,13 @@ class InvertedLists:
             self.places = self.places[keep]
             self._places_reserve = None
             self.slots[self.places] = rows[self.slots[self.places]]
+            if self._is_sparse():
+                change = self.rebuild(assignments, self.sizes.shape[0])
         self.accept(assignments)
         return change
+
+    def _is_sparse(self) -> bool:
+        return self.capacity > _SLOTS_PER_NEEDED * int(_aligned(self.sizes).sum())
 
     def _lists_of(self, slots: Tensor) -> Tensor:
         """Return the list that owns each slot."""

@@ -1,5 +1,6 @@
 """Search of the nearest lists, over vectors stored as they are."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -145,6 +146,10 @@ class IVFFlatIndex(ScreenedVectors, IVFIndex):
 
     def _slots_changed(self, change: SlotChange) -> None:
         self.plane.carry(change, self._lists.places)
+
+    def _follow_vectors(self, known: bool, change: Callable[..., None], *what: Tensor) -> None:
+        # A plane does not know where rows lie in lists that nobody has followed.
+        super()._follow_vectors(known and self._lists.knows(self.assignments), change, *what)
 
     def memory_bytes(self) -> int:
         """Return the bytes of the stored tensors, the lists and the plane; see `Index.memory_bytes`."""

@@ -44,21 +44,26 @@ class ListedPlane(ScreeningPlane):
     def carry(self, change: SlotChange, places: Tensor) -> None:
         """Follow a change of the slots, after which the rows have ``places (N,)``."""
         before, self._places, self._capacity = self._capacity, places, change.capacity
-        if self._seen is None or not self.in_slots:
-            return
-        if self.terms.shape[0] != before or change.filled.shape[0] == places.shape[0]:
-            # All of it is to be made from the rows.
-            self.forget()
-            return
-        with durable():
-            self._assign_rows({name: change.carry(getattr(self, name)) for name in self.row_tensors})
+        # Known again when all of it has been carried: memory may run out before.
+        seen, self._seen = self._seen, None
+        if not self.in_slots:
+            self._seen = seen
+        elif seen is not None and self.terms.shape[0] == before and len(change.filled) < len(places):
+            with durable():
+                self._assign_rows({name: change.carry(getattr(self, name)) for name in self.row_tensors})
+            self._seen = seen
+
+    # What the slots have not brought along is made from the rows, at the next search.
 
     def append(self, new: Tensor, vectors: Tensor) -> None:
-        """Follow ``new (M, D)`` rows that now end the vectors ``(N, D)``, if the lists have."""
-        if self._n_places(vectors) < 0:
-            self.forget()
-        else:
+        """Follow ``new (M, D)`` rows that now end the vectors ``(N, D)``."""
+        if self._seen is not None:
             super().append(new, vectors)
+
+    def overwrite(self, where: Tensor, new: Tensor, vectors: Tensor) -> None:
+        """Follow ``new (M, D)`` rows that were written to rows ``where (M,)`` of the vectors."""
+        if self._seen is not None:
+            super().overwrite(where, new, vectors)
 
     # Row tensors: one row per slot.
 

@@ -28,7 +28,8 @@ def estimate_memory_bytes(index: Index, n: int) -> int:
     """Return what `memory_bytes` of an index would give with N vectors, which were added at once.
 
     Exact but for the lists, whose ends are padded by what is usual, and but for room for growth: lists
-    that have grown in many steps take up to 12 bytes more per vector, and tensors on a GPU twice as much.
+    that have grown in many steps have about two slots per vector, each of 8 bytes and, in an
+    `IVFFlatIndex`, a code of its plane; and tensors on a GPU take twice as much.
 
     Args:
         index: trained or not, with any vectors or none.

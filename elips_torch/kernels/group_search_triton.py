@@ -70,11 +70,14 @@ class GroupBounds:
             groups, owners = where.t().nonzero().unbind(1)
             return groups, owners
         owners, columns = where.nonzero().unbind(1)
-        own = self.columns[owners]
-        # Probes without rows begin where the next one does.
-        probe = (own <= columns[:, None]).sum(1)[:, None] - 1
-        groups = self.first_groups[owners].gather(1, probe) + columns[:, None] - own.gather(1, probe)
-        groups, order = groups[:, 0].sort(stable=True)
+        # One ascending sequence of all queries' probes; those without rows begin where the next one does,
+        # at most behind the last column.
+        width = where.shape[1] + 1
+        begins = self.columns + width * torch.arange(len(where), device=where.device)[:, None]
+        places = width * owners + columns
+        probes = torch.searchsorted(begins.flatten(), places, right=True) - 1
+        groups = self.first_groups.flatten()[probes] + places - begins.flatten()[probes]
+        groups, order = groups.sort(stable=True)
         return groups, owners[order]
 
 

@@ -98,3 +98,30 @@ def test_a_search_stays_within_the_workspace(name, metric, decoded):
         wanted = ivf_search_eager(queries, probes, layout, decode, 10, kind, None, selection, 2**26)
         assert torch.equal(rows[certified], wanted[1][certified])
         assert torch.equal(scores[certified], wanted[0][certified])
+
+
+def test_many_probes_stay_within_the_workspace():
+    n_probes, k, workspace = 400, 100, 2 * WORKSPACE
+    generator = torch.Generator().manual_seed(0)
+    database = torch.randn(N_ROWS, DIM, generator=generator)
+    # Alike enough for many groups to survive.
+    database = database[:1] + 1e-3 * database
+    queries = database[:N_QUERIES] + 1e-3
+    lists = InvertedLists()
+    lists.rebuild(torch.randint(0, n_probes, (N_ROWS,), generator=generator), n_probes)
+    probes = torch.arange(n_probes).expand(N_QUERIES, -1).contiguous()
+    kind = resolve_metric("l2")
+    plane = make_plane(kind, database, "int8")
+    codes, terms = (
+        rows.new_zeros(len(lists.layout.slots), rows.shape[1]) for rows in (plane.codes, plane.terms)
+    )
+    codes[lists.places], terms[lists.places] = plane.codes, plane.terms
+    decode = StoredRows(database, Plane(codes, terms, plane.mean), in_slots=True)
+    with MemoryMeter() as meter:
+        step = ivf_triton.triton_lists(lists.layout, decode, kind, k, n_probes, 0, workspace)
+        scores, rows, certified = step.run(queries, probes, k, None, Selection(), workspace)
+    assert bool(certified.any())
+    assert meter.peak <= workspace
+    wanted = ivf_search_eager(queries, probes, lists.layout, decode, k, kind, None, Selection(), 2**26)
+    assert torch.equal(rows[certified], wanted[1][certified])
+    assert torch.equal(scores[certified], wanted[0][certified])
