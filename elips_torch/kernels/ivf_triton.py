@@ -7,24 +7,17 @@ Codes that lie in the order of the slots are scanned where they are. Of other ro
 are decoded, as many as fit the workspace at a time, and screen themselves.
 """
 
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import even_cuts
 from elips_torch.kernels.group_search_triton import GroupBounds, GroupSearch
+from elips_torch.kernels.ivf_decoded import DecodedLists, nothing_found
 from elips_torch.kernels.ivf_scan_triton import ivf_scan_triton
-from elips_torch.kernels.list_layout import (
-    ListLayout,
-    RowDecoder,
-    StoredRows,
-    concatenated_ranges,
-    list_parts,
-)
+from elips_torch.kernels.ivf_search_eager import Step
+from elips_torch.kernels.list_layout import ListLayout, RowDecoder, StoredRows, concatenated_ranges
 from elips_torch.kernels.plane import Plane, plain_plane
-from elips_torch.kernels.ranking import merge_ranked
 from elips_torch.kernels.screen import code_queries
 from elips_torch.kernels.selection import Selection
 
@@ -35,12 +28,9 @@ _SLOT_BYTES = 32
 # Bytes per query: counts of digits; per feature of it: float64 copies while it is coded; per probe: the pair
 # of query and list, sorted; and per group of slots: the bound and what it is made of.
 _QUERY_BYTES, _FEATURE_BYTES, _PROBE_BYTES, _GROUP_BYTES = 4096, 64, 160, 16
-# Share of the workspace for vectors that are decoded, and bytes of each beside its features: its number, its
-# slot and the terms of its bound, with temporaries; and what decoding takes per feature.
-_DECODED_SHARE, _ROW_BYTES, _DECODED_BYTES = 0.5, 120, 16
-
-# Scores (Q, K), rows (Q, K) and which queries are certified (Q,).
-Found: TypeAlias = tuple[Tensor, Tensor, Tensor]
+# Bytes beside its features that a decoded row takes: its number, its slot and the terms of its bound, with
+# temporaries.
+_ROW_BYTES = 120
 
 
 def triton_lists(
@@ -61,7 +51,17 @@ def triton_lists(
             return None
         search = ScannedLists(vectors, metric, plane, layout, k + n_excluded, n_probes, workspace_bytes)
         return search if search.step else None
-    return DecodedLists(layout, decode, metric, k, n_excluded)
+
+    def search_part(part: ListLayout, workspace_bytes: int) -> Step | None:
+        local, names = _aligned(part)
+        vectors = decode(names).contiguous()
+        plane = plain_plane(metric, vectors)
+        if plane is None:
+            return None
+        search = ScannedLists(vectors, metric, plane, local, k + n_excluded, n_probes, workspace_bytes, names)
+        return search if search.step else None
+
+    return DecodedLists(layout, decode, metric, _ROW_BYTES, search_part)
 
 
 class ScannedLists(GroupSearch):
@@ -113,7 +113,7 @@ class ScannedLists(GroupSearch):
         ranks: Tensor | None,
         selection: Selection,
         workspace_bytes: int,
-    ) -> Found:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
         results = []
         for start, stop in even_cuts(queries.shape[0], self.step):
@@ -122,7 +122,7 @@ class ScannedLists(GroupSearch):
             if bounds.upper.shape[1]:
                 results += self.answers(part, bounds, k, ranks, seen)
             else:
-                results.append(_nothing(self.metric, part, k))
+                results.append(nothing_found(self.metric, part, k))
         scores, rows, certified = (torch.cat(each) for each in zip(*results, strict=True))
         return scores, rows, certified
 
@@ -155,66 +155,6 @@ class ScannedLists(GroupSearch):
         )
 
 
-class DecodedLists:
-    """Decode the rows of the probed lists, as many as fit the workspace at a time, and search these.
-
-    Args:
-        layout: the rows of each list.
-        decode: gives the vectors of rows.
-        metric: "l2", "ip" or "cosine".
-        k: number of neighbours.
-        n_excluded: rows that are left out for each query, at most.
-    """
-
-    def __init__(
-        self, layout: ListLayout, decode: RowDecoder, metric: Metric, k: int, n_excluded: int
-    ) -> None:
-        self.layout = layout
-        self.decode = decode
-        self.metric = metric
-        self.k = k
-        self.n_excluded = n_excluded
-
-    def queries_at_once(self, k: int, workspace_bytes: int) -> int:
-        """Return how many queries share what is decoded for them."""
-        return max(1, int(workspace_bytes * (1 - _DECODED_SHARE) / 4) // (32 * k + 64 * self.decode.dim))
-
-    def run(
-        self,
-        queries: Tensor,
-        probes: Tensor,
-        k: int,
-        ranks: Tensor | None,
-        selection: Selection,
-        workspace_bytes: int,
-    ) -> Found:
-        """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
-        scores, rows, certified = _nothing(self.metric, queries, k)
-        rest = int(workspace_bytes * (1 - _DECODED_SHARE) * 0.75)
-        row_bytes = _DECODED_BYTES * self.decode.dim + _ROW_BYTES
-        step = max(1, int(workspace_bytes * _DECODED_SHARE) // row_bytes)
-        for lists, part in list_parts(self.layout, probes, step):
-            local, names = _aligned(part)
-            vectors = self.decode(names).contiguous()
-            plane = plain_plane(self.metric, vectors)
-            search = None
-            if plane is not None:
-                search = ScannedLists(
-                    *(vectors, self.metric, plane, local),
-                    *(self.k + self.n_excluded, probes.shape[1], rest, names),
-                )
-            if search is None or not search.step:
-                return scores, rows, certified.fill_(False)
-            number = torch.full((self.layout.nlist + 1,), -1, dtype=torch.int64, device=probes.device)
-            number[lists] = torch.arange(lists.numel(), device=probes.device)
-            # -1 is the last entry, which stays -1.
-            more = search.run(queries, number[probes], k, ranks, selection, rest)
-            certified &= more[2]
-            both = torch.cat([scores, more[0]], 1), torch.cat([rows, more[1]], 1)
-            scores, rows = merge_ranked(self.metric, *both, k, ranks)
-        return scores, rows, certified
-
-
 def _aligned(part: ListLayout) -> tuple[ListLayout, Tensor]:
     """Return the lists of a part with starts at multiples of a group, and the row to decode for each slot."""
     capacities = (part.sizes + GROUP - 1) // GROUP * GROUP
@@ -227,9 +167,3 @@ def _aligned(part: ListLayout) -> tuple[ListLayout, Tensor]:
     names = torch.zeros_like(own)
     names[filled] = part.slots
     return ListLayout(own, starts, part.sizes, own), names
-
-
-def _nothing(metric: Metric, queries: Tensor, k: int) -> Found:
-    scores = torch.full((queries.shape[0], k), metric.worst, dtype=torch.float32, device=queries.device)
-    rows = torch.full_like(scores, -1, dtype=torch.int64)
-    return scores, rows, torch.ones(queries.shape[0], dtype=torch.bool, device=queries.device)

@@ -8,7 +8,7 @@ from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.native import native_reasons
 from elips_torch.indexes.inverted_lists import InvertedLists
-from elips_torch.kernels import ivf_native, knn_native
+from elips_torch.kernels import ivf_decoded, knn_native
 from elips_torch.kernels.ivf_native import native_lists
 from elips_torch.kernels.list_layout import DecodedRows, StoredRows
 from elips_torch.kernels.plane import Plane, make_plane, plain_plane
@@ -124,14 +124,14 @@ def test_what_does_not_fit_is_decoded_in_parts(monkeypatch):
     lists.rebuild(assignments, 17)
     layout = lists.layout
     decoded = []
-    parts = ivf_native.list_parts
+    parts = ivf_decoded.list_parts
 
     def spy(*args):
         for lists, part in parts(*args):
             decoded.append(part.n_rows)
             yield lists, part
 
-    monkeypatch.setattr(ivf_native, "list_parts", spy)
+    monkeypatch.setattr(ivf_decoded, "list_parts", spy)
     found = search("decoded", "l2", queries, database, probes, layout, 10, workspace=4 * 2**20)
     assert len(decoded) > 3
     assert max(decoded) * 64 * 4 < 2 * 2**20

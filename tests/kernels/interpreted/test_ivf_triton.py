@@ -4,8 +4,9 @@ import torch
 from elips_torch.core.metric import resolve_metric
 from elips_torch.indexes.inverted_lists import InvertedLists
 from elips_torch.kernels import ivf_scan_triton as scan
+from elips_torch.kernels.ivf_decoded import DecodedLists
 from elips_torch.kernels.ivf_search_eager import ivf_search_eager
-from elips_torch.kernels.ivf_triton import DecodedLists, ScannedLists, triton_lists
+from elips_torch.kernels.ivf_triton import ScannedLists, triton_lists
 from elips_torch.kernels.list_layout import DecodedRows, StoredRows
 from elips_torch.kernels.plane import Plane, make_plane, plain_plane
 from elips_torch.kernels.selection import Selection
