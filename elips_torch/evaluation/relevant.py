@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DeviceError, DtypeError, NonFiniteError, ShapeError
+from elips_torch.core.results import SearchResult
 
 RelevantIds = Tensor | Sequence[Tensor]
 
@@ -117,7 +118,8 @@ def read_relevant(ids: RelevantIds, lims: Tensor | None, relevance: RelevantIds 
 def check_integers(name: str, tensor: Tensor | Sequence[Tensor], ndim: int, expected: str = "") -> None:
     """Check type, dtype and number of dimensions of ids or labels."""
     if not isinstance(tensor, Tensor):
-        raise DtypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+        hint = "; pass its ids" if isinstance(tensor, SearchResult) else ""
+        raise DtypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor{hint}")
     if tensor.dtype not in _INTEGERS:
         raise DtypeError(f"{name} has dtype {tensor.dtype}, expected int64")
     if tensor.ndim != ndim:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import MetricCollection, retrieval
 
-from elips_torch import FlatIndex
+from elips_torch import FlatIndex, SearchResult
 from elips_torch.core.errors import (
     ArgumentError,
     DeviceError,
@@ -346,6 +346,12 @@ def test_bad_input_is_refused_and_changes_nothing(relevant, options, error, word
         metrics.update(IDS, relevant, **options)
     assert isinstance(caught.value, ElipsError)
     assert metrics.queries == 0
+
+
+def test_the_whole_result_of_a_search_is_no_ids():
+    found = SearchResult(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(DtypeError, match=r"SearchResult, expected a torch.Tensor; pass its ids"):
+        RetrievalMetrics(2).update(found, IDS[:2])
 
 
 @pytest.mark.parametrize(
