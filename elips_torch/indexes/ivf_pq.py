@@ -140,5 +140,5 @@ class IVFPQIndex(IVFCodedIndex):
             lambda rows: quantizer.entries(codes.index_select(0, rows)),
             quantizer.codebooks,
             self._centroids_of if self.by_residual else None,
-            self._packed(),
+            self._screened(),
         )

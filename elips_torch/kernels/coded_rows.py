@@ -60,6 +60,35 @@ class PackedTable:
     low: Tensor | None = None
     bits: int = 8
 
+    @property
+    def dim(self) -> int:
+        """D, size of a vector."""
+        if self.low is not None:
+            return self.low.shape[0]
+        return self.table.shape[0] * self.table.shape[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeGrid:
+    """What turns stored codes into int8 codes, and these into vectors; see `elips_torch.kernels.code_grid`.
+
+    Attributes:
+        steps: ``(D,)`` float32, s, above zero.
+        zero: ``(D,)`` float64, z less the mean.
+        mean: ``(D,)`` float32, what queries are centred about; zeros but for "l2".
+        table: ``(m, ksub, D / m)`` int8 codes of the centroids of parts; None for scalars.
+        scalars: ``(2, D)`` uint8, which bits of a scalar's code count, and what is taken off these; None for
+            parts.
+        residual: at least ``|y - u|`` of every row.
+    """
+
+    steps: Tensor
+    zero: Tensor
+    mean: Tensor
+    table: Tensor | None
+    scalars: Tensor | None
+    residual: float
+
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
@@ -70,12 +99,17 @@ class PackedRows:
         table: what they stand for.
         centroids: ``(L, D)`` float32, added to the rows of each list; None where nothing is.
         assignments: ``(N,)`` int32, the list of each row; None without centroids.
+        grid: makes int8 codes of the codes, where that is possible.
+        terms: ``(S, 2)`` float32, of the row in each slot at least ``|y|`` and close to the bias; None without
+            a grid.
     """
 
     codes: Tensor
     table: PackedTable
     centroids: Tensor | None = None
     assignments: Tensor | None = None
+    grid: CodeGrid | None = None
+    terms: Tensor | None = None
 
     def contiguous(self) -> "PackedRows":
         """Return the rows with every tensor contiguous; a copy only of those that are not."""
@@ -85,7 +119,9 @@ class PackedRows:
         )
         centroids = None if self.centroids is None else self.centroids.contiguous()
         assignments = None if self.assignments is None else self.assignments.contiguous()
-        return PackedRows(self.codes.contiguous(), table, centroids, assignments)
+        return dataclasses.replace(
+            self, codes=self.codes.contiguous(), table=table, centroids=centroids, assignments=assignments
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ _FEATURE_BYTES = 28
 # Bytes that a thread takes for the terms of rows.
 THREAD_BYTES = 2**18
 # A step of the product reads so many int8 codes of a row at once.
-_LEAST_INT8_DIM = 4
+LEAST_INT8_DIM = 4
 # Bytes of a row number that is left out, sorted beside the others.
 _EXCLUDED_BYTES = 24
 # Fewer rows per neighbour than this leave nothing to screen; a few rows are all kept.
@@ -116,7 +116,7 @@ def native_serves(database: Tensor, plane: Plane, n_places: int | None = None) -
         return False
     if plane.codes.dtype != torch.int8:
         return True
-    fits = database.shape[1] >= _LEAST_INT8_DIM and device_facts("cpu").vnni
+    fits = database.shape[1] >= LEAST_INT8_DIM and device_facts("cpu").vnni
     return fits and int8_products_are_right()
 
 

@@ -6,16 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import Metric
-from elips_torch.kernels.coded_rows import PackedRows
+from elips_torch.core.native import native_threads
+from elips_torch.kernels.coded_rows import CodeGrid, PackedRows
 from elips_torch.kernels.definition import score_pairs
-from elips_torch.kernels.knn_native import NativeSearch
+from elips_torch.kernels.knn_native import LEAST_INT8_DIM, NativeSearch
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.search_facts import ProbedLists
-from elips_torch.kernels.search_native import BYTES, NIBBLES, SCALAR, Packed
+from elips_torch.kernels.search_native import (
+    BYTES,
+    METRICS,
+    NIBBLES,
+    SCALAR,
+    Grid,
+    Packed,
+    int8_products_are_right,
+    native_terms,
+)
 
 # What the code unpacks at a time: so many bytes, or rows where these take more.
-_UNPACKED_BYTES, _UNPACKED_ROWS = 768 * 2**10, 48
+_UNPACKED_BYTES, _UNPACKED_ROWS = 96 * 2**10, 48
+# Features of rows whose terms repay a second thread.
+_WORTH_THREADS = 2**16
 
 
 class PackedSearch(NativeSearch):
@@ -41,7 +54,11 @@ class PackedSearch(NativeSearch):
     ) -> None:
         # Stands for vectors that are made where they are needed.
         nothing = torch.empty(0, dim, dtype=torch.float32, device="cpu")
-        plane = Plane(nothing, nothing[:, :4], torch.zeros(dim, dtype=torch.float32, device="cpu"))
+        self.grid = packed.grid if packed.grid is not None and grid_serves(dim) else None
+        if self.grid is None:
+            plane = Plane(nothing, nothing[:, :4], torch.zeros(dim, dtype=torch.float32, device="cpu"))
+        else:
+            plane = Plane(nothing.to(torch.int8), nothing[:, :4], self.grid.mean)
         super().__init__(nothing, metric, plane, k, n_excluded)
         self.n_rows = packed.codes.shape[0]
         # Each thread unpacks a chunk of rows.
@@ -53,24 +70,77 @@ class PackedSearch(NativeSearch):
         """Whether threads take queries of their own: no, or each would decode every row."""
         return threads == 1
 
+    def _queries(self, queries: Tensor) -> dict[str, Any]:
+        # On a grid, every row says by how much its bias may err.
+        return super()._queries(queries) | ({} if self.grid is None else {"slack": 0.0})
+
     def _rows(self) -> dict[str, Any]:
-        packed, table = self.packed, self.packed.table
-        is_scalar = table.low is not None
-        facts = Packed(
-            codes=packed.codes.data_ptr(),
-            table=table.table.data_ptr(),
-            low=table.low.data_ptr() if table.low is not None else None,
-            centroids=None if packed.centroids is None else packed.centroids.data_ptr(),
-            assignments=None if packed.assignments is None else packed.assignments.data_ptr(),
-            packing=SCALAR if is_scalar else BYTES if table.bits == 8 else NIBBLES,
-            code_size=packed.codes.shape[1],
-            parts=0 if is_scalar else table.table.shape[0],
-            ksub=0 if is_scalar else table.table.shape[1],
-        )
-        return {"packed": facts}
+        facts: dict[str, Any] = {"packed": packed_facts(self.packed)}
+        if self.grid is not None:
+            facts["grid"] = grid_facts(self.grid, self.packed.terms)
+        return facts
 
     def _scores(self, queries: Tensor, owners: Tensor, rows: Tensor, workspace_bytes: int) -> Tensor:
         vectors = self.decode(rows)
         return score_pairs(
             self.metric, queries, vectors, owners, torch.arange(rows.numel(), device="cpu"), workspace_bytes
         )
+
+
+def grid_serves(dim: int) -> bool:
+    """Whether rows of so many features are searched on a grid here: where int8 products are fast."""
+    return dim >= LEAST_INT8_DIM and device_facts("cpu").vnni and int8_products_are_right()
+
+
+def fill_terms(
+    metric: Metric,
+    packed: PackedRows,  # with a grid
+    rows: Tensor,  # (M,) int64
+    places: Tensor,  # (M,) int64
+    terms: Tensor,  # (S, 2) float32
+) -> bool:
+    """Write the terms of rows to their places; False where there was no memory for it."""
+    grid = packed.grid
+    assert grid is not None
+    packed = packed.contiguous()
+    return native_terms(
+        packed=packed_facts(packed),
+        grid=grid_facts(grid),
+        mean=grid.mean,
+        rows=rows,
+        places=places,
+        terms=terms,
+        n=rows.shape[0],
+        dim=grid.steps.shape[0],
+        metric=METRICS[metric.name],
+        n_threads=native_threads() if rows.shape[0] * grid.steps.shape[0] > _WORTH_THREADS else 1,
+    )
+
+
+def packed_facts(packed: PackedRows) -> Packed:
+    """Return what the code is to know of rows that are contiguous."""
+    table = packed.table
+    is_scalar = table.low is not None
+    return Packed(
+        codes=packed.codes.data_ptr(),
+        table=table.table.data_ptr(),
+        low=table.low.data_ptr() if table.low is not None else None,
+        centroids=None if packed.centroids is None else packed.centroids.data_ptr(),
+        assignments=None if packed.assignments is None else packed.assignments.data_ptr(),
+        packing=SCALAR if is_scalar else BYTES if table.bits == 8 else NIBBLES,
+        code_size=packed.codes.shape[1],
+        parts=0 if is_scalar else table.table.shape[0],
+        ksub=0 if is_scalar else table.table.shape[1],
+    )
+
+
+def grid_facts(grid: CodeGrid, terms: Tensor | None = None) -> Grid:
+    """Return what the code is to know of a grid, and of the terms ``(S, 2)`` of rows on it."""
+    return Grid(
+        steps=grid.steps.data_ptr(),
+        zero=grid.zero.data_ptr(),
+        table=None if grid.table is None else grid.table.data_ptr(),
+        scalars=None if grid.scalars is None else grid.scalars.data_ptr(),
+        terms=None if terms is None else terms.data_ptr(),
+        residual=grid.residual,
+    )

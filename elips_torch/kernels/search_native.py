@@ -115,6 +115,36 @@ class Packed(ctypes.Structure):
     )
 
 
+class Grid(ctypes.Structure):
+    """`struct Grid` of grid.h; the default is no grid."""
+
+    _fields_ = (
+        ("steps", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("scalars", ctypes.c_void_p),
+        ("terms", ctypes.c_void_p),
+        ("residual", ctypes.c_float),
+    )
+
+
+class GridTerms(ctypes.Structure):
+    """`struct GridTerms` of grid.h."""
+
+    _fields_ = (
+        ("packed", Packed),
+        ("grid", Grid),
+        ("mean", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("terms", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("dim", ctypes.c_int32),
+        ("metric", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+    )
+
+
 class Arguments(ctypes.Structure):
     """`struct Arguments` of arguments.h, field by field; tensors go in as their addresses."""
 
@@ -148,6 +178,7 @@ class Arguments(ctypes.Structure):
         ("n_excluded", ctypes.c_int64),
         ("vectors", ctypes.c_void_p),
         ("packed", Packed),
+        ("grid", Grid),
         ("queries", ctypes.c_void_p),
         ("ranks", ctypes.c_void_p),
         ("memory", ctypes.c_void_p),
@@ -176,6 +207,7 @@ class Coding(ctypes.Structure):
     _fields_ = (
         ("queries", ctypes.c_void_p),
         ("mean", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("terms", ctypes.c_void_p),
         ("rounding", ctypes.c_void_p),
@@ -249,6 +281,18 @@ def native_code(**arguments: Tensor | float | None) -> bool:
     return _call("elips_code", Coding(**_addresses(arguments))) == DONE
 
 
+def native_terms(**arguments: Tensor | float | ctypes.Structure | None) -> bool:
+    """Run `elips_terms`, which writes into the terms of rows on a grid.
+
+    Args:
+        **arguments: the fields of `GridTerms`; tensors are contiguous.
+
+    Returns:
+        Whether there was memory enough; else the terms mean nothing.
+    """
+    return _call("elips_terms", GridTerms(**_addresses(arguments))) == DONE
+
+
 def native_assign(**arguments: Tensor | float | None) -> bool:
     """Run `elips_assign`, which writes into the labels.
 
@@ -288,7 +332,7 @@ def _function(name: str) -> Callable[..., int]:
 @functools.cache
 def _check_sizes(library: ctypes.CDLL) -> None:
     """Compare the structures here with those of the code."""
-    for which, structure in enumerate((Arguments, Coding, Packed, Assigning)):
+    for which, structure in enumerate((Arguments, Coding, Packed, Grid, GridTerms, Assigning)):
         size = library.elips_size(which)
         if size != ctypes.sizeof(structure):
             raise ImplementationError(

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "unpack.h"
+#include "grid.h"
 
 extern "C" {
 
@@ -49,6 +49,7 @@ struct Arguments {
     // The vectors: (N, D) float32, float16 or bfloat16; (Q, D) float64; order of ties by name, or null.
     const void* vectors;
     Packed packed;
+    Grid grid;
     const double* queries;
     const int64_t* ranks;
     void* memory;  // (3, T, Q, C + SPARE) numbers of four bytes; null where nobody reads it after

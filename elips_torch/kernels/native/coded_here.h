@@ -56,6 +56,7 @@ class CodedHere {
         Coding c;
         c.queries = wide;
         c.mean = a.mean;
+        c.steps = a.grid.steps;
         c.codes = codes_.get();
         c.terms = terms_.get();
         c.rounding = wide + n;

@@ -12,6 +12,7 @@ extern "C" {
 struct Coding {
     const double* queries;  // (Q, D)
     const float* mean;      // (D,)
+    const float* steps;     // (D,), queries are multiplied by them before they are coded; or null
     // Results: (Q, D) codes, float32 or int8; (3, Q) scale and factors of residual and norm; (Q,) each.
     void* codes;
     float* terms;
@@ -56,12 +57,17 @@ static void code_query(const Coding& c, int64_t q, double mean_length, double* w
             wide[i] = c.metric == L2 ? query[i] - c.mean[i] : query[i];
     }
     double square = 0.0, product = 0.0, largest = 0.0;
+#pragma omp simd reduction(+ : square, product)
+    for (int i = 0; i < dim; ++i) {
+        product += wide[i] * c.mean[i];
+        square += wide[i] * wide[i];
+    }
+    if (c.steps)
+        for (int i = 0; i < dim; ++i) wide[i] *= c.steps[i];
     int unusable = 0;
-#pragma omp simd reduction(+ : square, product, unusable) reduction(max : largest)
+#pragma omp simd reduction(+ : unusable) reduction(max : largest)
     for (int i = 0; i < dim; ++i) {
         const double value = std::fabs(wide[i]);
-        product += wide[i] * c.mean[i];
-        square += value * value;
         largest = value > largest ? value : largest;
         unusable += value < c.largest ? 0 : 1;  // NaN is not below
     }

@@ -9,12 +9,9 @@
 #include "memory.h"
 #include "products.h"
 #include "reservoir.h"
+#include "rows.h"
 
-// Rows at a time: for many queries as many as stay in cache, for few long stretches of memory.
-constexpr int64_t CHUNK_BYTES = 96 * 1024, LONG_CHUNK_BYTES = 768 * 1024;
-constexpr int64_t MOST_CHUNK_ROWS = 12 * 1024;
 constexpr int MOST_VECTORS = 4;
-constexpr int FEW_QUERIES = 4;
 
 // Up to 4 vectors of queries as the product takes them, and what bounds their products.
 template <class Code>
@@ -26,24 +23,21 @@ struct Block {
     float scale[MOST_VECTORS * LANES];
     float residual[MOST_VECTORS * LANES];
     float norm[MOST_VECTORS * LANES];
+    // Bounds of rows on a grid lack what all rows of the list have in common, and so do these limits.
     float limit[MOST_VECTORS * LANES];
-};
+    Origin::Offset offset[MOST_VECTORS * LANES];
 
-// Rows of a chunk: what the bounds need of each, one array a term.
-struct Chunk {
-    int64_t first;         // the place of the first codes; those of the others follow
-    const int64_t* slots;  // rows, from the chunk's first on; null where these are the places
-    bool scattered;        // the rows are the places, which do not follow each other
-    int n;
-    float* scale;
-    float* residual;
-    float* norm;
-    float* bias;  // with what every bound of the row contains
-    int* correction;
-    const float* unpacked;  // (n, D), or null
+    float own_limit(int i, float limit) const {
+        if (offset[i].margin == 0.0 || std::fabs(limit) == HIGHEST) return limit;
+        return std::nextafter(static_cast<float>(limit - offset[i].value - offset[i].margin), LOWEST);
+    }
 
-    int64_t row(int r) const { return slots ? slots[r] : first + r; }
-    int64_t place(int r) const { return scattered ? slots[r] : first + r; }
+    // Add what the bounds of a row lack.
+    void move(int i, float& upper, float& lower) const {
+        if (offset[i].margin == 0.0) return;
+        upper = std::nextafter(static_cast<float>(upper + offset[i].value + offset[i].margin), HIGHEST);
+        lower = std::nextafter(static_cast<float>(lower + offset[i].value - offset[i].margin), LOWEST);
+    }
 };
 
 // The queries of each list, ascending.
@@ -77,9 +71,7 @@ class Scan {
     Scan(const Arguments& a, int part, float* limits)
         : a_(a),
           limits_(limits),
-          chunk_rows_(std::clamp<int64_t>((a.n_queries <= FEW_QUERIES ? LONG_CHUNK_BYTES : CHUNK_BYTES) /
-                                              (a.dim * int64_t(sizeof(Code))) / ROWS_STEP * ROWS_STEP,
-                                          ROWS_STEP, MOST_CHUNK_ROWS)),
+          source_(a),
           packed_dim_(steps_of(a.dim, Product<Code>::PER_STEP) * Product<Code>::PER_STEP) {
         const int64_t q = a.n_queries, c = a.capacity + SPARE;
         rows_ = static_cast<int32_t*>(a.memory) + part * q * c;
@@ -87,22 +79,17 @@ class Scan {
         lower_ = static_cast<float*>(a.memory) + (2 * a.n_parts + part) * q * c;
     }
 
-    int64_t n_chunks() const { return (a_.n_rows + chunk_rows_ - 1) / chunk_rows_; }
+    int64_t n_chunks() const { return (a_.n_rows + source_.most() - 1) / source_.most(); }
 
     // Make ready for the queries from `first` to `last`.
     bool prepare(Reservoir* reservoirs, int first, int last) {
         reservoirs_ = reservoirs;
         const int64_t vectors = (last - first + LANES - 1) / LANES;
-        terms_ = allocate<float>(4 * chunk_rows_);
-        corrections_ = allocate<int>(chunk_rows_ + MOST_ROWS);
-        if (a_.packed.packing) {
-            unpacked_ = allocate<float>(chunk_rows_ * a_.dim);
-            if (!unpacked_) return false;
-        }
         tail_ = allocate<Code>(packed_dim_ + 64);
         blocks_ = allocate<Block<Code>>(vectors + 1);
         packed_ = allocate<typename Product<Code>::Packed>(vectors * LANES * packed_dim_);
-        if (!terms_ || !corrections_ || !tail_ || !blocks_ || !packed_) return false;
+        if (!source_.prepare() || !tail_ || !blocks_ || !packed_) return false;
+        if (a_.grid.steps && !origin_.make(a_.dim)) return false;
         for (int q = first; q < last; ++q) {
             Reservoir& r = reservoirs_[q];
             const int64_t place = int64_t(q) * (a_.capacity + SPARE);
@@ -118,8 +105,9 @@ class Scan {
         return true;
     }
 
-    // Take the queries that are to meet the rows that follow: n numbers, or n in a row from `first`.
-    void take(const int32_t* queries, int first, int n) {
+    // Take the queries that are to meet the rows of a list, or all: n numbers, or n in a row from `first`.
+    void take(const int32_t* queries, int first, int n, int64_t list) {
+        if (a_.grid.steps) origin_.take(a_.packed, a_.grid, list, a_.dim);
         auto* packed = packed_.get();
         n_blocks_ = 0;
         const bool few = n <= FEW_QUERIES;
@@ -136,8 +124,8 @@ class Scan {
     }
 
     void chunk(int64_t number) {
-        const int64_t first = number * chunk_rows_;
-        chunk(first, nullptr, static_cast<int>(std::min(chunk_rows_, a_.n_rows - first)));
+        const int64_t first = number * source_.most();
+        chunk(first, nullptr, static_cast<int>(std::min(source_.most(), a_.n_rows - first)));
     }
 
     void list(int64_t number) {
@@ -146,41 +134,15 @@ class Scan {
         if (start < 0 || size < 0 || start + size > a_.n_slots) return;
         for (int64_t slot = start; slot < start + size; ++slot)
             if (a_.slots[slot] < 0 || a_.slots[slot] >= a_.n_rows) return;
-        for (int64_t done = 0; done < size; done += chunk_rows_)
-            chunk(start + done, a_.slots + start + done, static_cast<int>(std::min(chunk_rows_, size - done)));
+        for (int64_t done = 0; done < size; done += source_.most())
+            chunk(start + done, a_.slots + start + done, static_cast<int>(std::min(source_.most(), size - done)));
     }
 
    private:
     static constexpr int WIDE_ROWS = LANES == 16 ? 6 : 2;
-    static constexpr int MOST_ROWS = 12;
-    static constexpr int ROWS_AHEAD = 8;
-    static constexpr int64_t ROWS_STEP = 48;  // a multiple of every tile's rows
 
     void chunk(int64_t first, const int64_t* slots, int n) {
-        Chunk c;
-        c.first = first;
-        c.slots = slots;
-        c.scattered = slots && !a_.codes_in_slots;
-        c.n = n;
-        c.scale = terms_.get();
-        c.residual = c.scale + chunk_rows_;
-        c.norm = c.residual + chunk_rows_;
-        c.bias = c.norm + chunk_rows_;
-        c.correction = corrections_.get();
-        c.unpacked = nullptr;
-        if (a_.packed.packing) unpack_rows(c);
-        else if (c.scattered) {
-            // Rows of a list lie anywhere.
-            for (int r = 0; r < n; ++r) _mm_prefetch(reinterpret_cast<const char*>(a_.terms + 4 * slots[r]), _MM_HINT_T0);
-            for (int r = 0; r < std::min(n, ROWS_AHEAD); ++r) prefetch_row(slots[r]);
-            take_terms(c, [&](int r) { return a_.terms + 4 * slots[r]; });
-        } else
-            take_terms(c, [&](int r) { return a_.terms + 4 * (first + r); });
-        if (n_blocks_ && blocks_[0].vectors)
-            for (int r = 0; r < n; ++r) {
-                if (c.scattered && r + ROWS_AHEAD < n) prefetch_row(slots[r + ROWS_AHEAD]);
-                c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
-            }
+        const Chunk<Code> c = source_.take(first, slots, n, n_blocks_ && blocks_[0].vectors);
         for (int b = 0; b < n_blocks_; ++b) {
             Block<Code>& block = blocks_[b];
             refresh(block);
@@ -192,67 +154,6 @@ class Scan {
                 default: tiles<WIDE_ROWS, 4>(c, block);
             }
         }
-    }
-
-    void prefetch_row(int64_t number) const {
-        const char* codes = reinterpret_cast<const char*>(row(number));
-        for (int64_t i = 0; i < a_.dim * int64_t(sizeof(Code)); i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
-    }
-
-    void prefetch_packed(int64_t number) const {
-        const char* codes = reinterpret_cast<const char*>(a_.packed.codes + number * a_.packed.code_size);
-        for (int i = 0; i < a_.packed.code_size; i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
-    }
-
-    template <class Place>
-    void take_terms(Chunk& c, Place terms_of) {
-        const float slack = a_.slack;
-        float *scale = c.scale, *residual = c.residual, *norm = c.norm, *bias = c.bias;
-#pragma omp simd
-        for (int r = 0; r < c.n; ++r) {
-            const float* terms = terms_of(r);
-            scale[r] = terms[0];
-            residual[r] = terms[1];
-            norm[r] = terms[2];
-            // Without slack an infinite norm would make this NaN.
-            const float rest = slack == 0.0f ? 0.0f : terms[2] * terms[2] * slack;
-            bias[r] = terms[3] + (rest + FLOOR);
-        }
-    }
-
-    const Code* row(int64_t number) const {
-        return static_cast<const Code*>(a_.codes) + number * a_.dim;
-    }
-
-    const Code* codes_of(const Chunk& c, int r) const {
-        if (c.unpacked) return reinterpret_cast<const Code*>(c.unpacked) + int64_t(r) * a_.dim;
-        return row(c.place(r));
-    }
-
-    // The rows' vectors and the terms of their bounds, as `plane.plain_plane` makes them.
-    void unpack_rows(Chunk& c) {
-        const double slack = (a_.dim + 8) * UNIT, lost = std::sqrt(double(a_.dim)) / (1ull << 63);
-        for (int r = 0; r < c.n; ++r) {
-            if (r + ROWS_AHEAD < c.n) prefetch_packed(c.row(r + ROWS_AHEAD));
-            float* vector = unpacked_.get() + int64_t(r) * a_.dim;
-            unpack(a_.packed, c.row(r), a_.dim, vector);
-            const double square = square_of(vector, a_.dim);
-            const double norm = std::sqrt(square);
-            const bool known = norm < double(1ull << 60);
-            c.scale[r] = 1.0f;
-            c.residual[r] = 0.0f;
-            c.norm[r] = known ? static_cast<float>(norm * (1.0 + slack) + lost) : HIGHEST;
-            c.bias[r] = FLOOR;
-            if (a_.metric == COSINE) {
-                const bool bounded = norm > 1.0 / (1ull << 50) || square == 0.0;
-                c.scale[r] = norm > 0.0 ? static_cast<float>(1.0 / norm) : 1.0f;
-                c.residual[r] = static_cast<float>(2.0 * slack);
-                c.norm[r] = known && bounded ? static_cast<float>(1.0 + 2.0 * slack) : HIGHEST;
-            } else if (a_.metric == L2 && known) {
-                c.bias[r] = static_cast<float>(-0.5 * square) + (c.norm[r] * c.norm[r] * a_.slack + FLOOR);
-            }
-        }
-        c.unpacked = unpacked_.get();
     }
 
     void fill(Block<Code>& block) {
@@ -271,7 +172,10 @@ class Scan {
             block.scale[i] = real ? a_.query_terms[q] : 0.0f;
             block.residual[i] = real ? a_.query_terms[a_.n_queries + q] : 0.0f;
             block.norm[i] = real ? a_.query_terms[2 * int64_t(a_.n_queries) + q] : 0.0f;
-            block.limit[i] = real ? reservoirs_[q].limit : HIGHEST;
+            block.offset[i] = {0.0, 0.0};
+            if (real && a_.grid.steps)
+                block.offset[i] = origin_.of(a_.queries + q * a_.dim, a_.mean, a_.dim, a_.metric);
+            block.limit[i] = real ? block.own_limit(i, reservoirs_[q].limit) : HIGHEST;
         }
     }
 
@@ -282,7 +186,8 @@ class Scan {
             float other;
             __atomic_load(limits_ + block.queries[i], &other, __ATOMIC_RELAXED);
             Reservoir& r = reservoirs_[block.queries[i]];
-            if (other > r.limit) block.limit[i] = r.limit = other;
+            if (other > r.limit) r.limit = other;
+            block.limit[i] = block.own_limit(i, r.limit);
         }
     }
 
@@ -293,19 +198,20 @@ class Scan {
         return !std::binary_search(out, out + a_.n_excluded, row);
     }
 
-    void keep(const Chunk& c, int r, Block<Code>& block, int i, float upper) {
+    void keep(const Chunk<Code>& c, int r, Block<Code>& block, int i, float upper) {
         if (i >= block.n) return;
         const int64_t q = block.queries[i], row = c.row(r);
         if (!sees(q, name_of(a_, row))) return;
-        const float rest = a_.slack == 0.0f ? 0.0f : c.norm[r] * c.norm[r] * a_.slack;
         const float error =
-            (block.residual[i] * c.residual[r] + block.norm[i] * c.norm[r] + (rest + FLOOR)) * (1.0f + 1e-6f);
+            (block.residual[i] * c.residual[r] + block.norm[i] * c.norm[r] + (source_.rest(c, r) + FLOOR)) *
+            (1.0f + 1e-6f);
         float lower = upper - 2.0f * error;
+        block.move(i, upper, lower);
         if (!(lower > LOWEST)) lower = LOWEST;
         Reservoir& reservoir = reservoirs_[q];
         if (reservoir.failed) return;
         if (reservoir.push(static_cast<int32_t>(row), upper, lower)) {
-            block.limit[i] = reservoir.limit;
+            block.limit[i] = block.own_limit(i, reservoir.limit);
             if (limits_) {
                 float other;
                 __atomic_load(limits_ + q, &other, __ATOMIC_RELAXED);
@@ -319,14 +225,14 @@ class Scan {
     }
 
     template <int ROWS, int VECTORS>
-    void tiles(const Chunk& c, Block<Code>& block) {
+    void tiles(const Chunk<Code>& c, Block<Code>& block) {
         for (int first = 0; first < c.n; first += ROWS) {
             const Code* rows[ROWS];
             int corrections[ROWS];
             const int n = std::min(ROWS, c.n - first);
             for (int r = 0; r < ROWS; ++r) {
                 const int place = first + std::min(r, n - 1);
-                rows[r] = codes_of(c, place);
+                rows[r] = source_.codes_of(c, place);
                 corrections[r] = c.correction[place];
             }
             if (a_.dim % Product<Code>::PER_STEP) copy_last(rows, ROWS);
@@ -353,7 +259,7 @@ class Scan {
         }
     }
 
-    __attribute__((noinline)) void keep_all(const Chunk& c, int r, Block<Code>& block, int v,
+    __attribute__((noinline)) void keep_all(const Chunk<Code>& c, int r, Block<Code>& block, int v,
                                             unsigned reached, Floats bound) {
         alignas(64) float bounds[LANES];
         store(bounds, bound);
@@ -366,7 +272,7 @@ class Scan {
 
     // The last step of the last row would read past the end of the codes.
     void copy_last(const Code** rows, int n) {
-        const Code* last = row((a_.codes_in_slots ? a_.n_slots : a_.n_rows) - 1);
+        const Code* last = source_.row((a_.codes_in_slots ? a_.n_slots : a_.n_rows) - 1);
         for (int r = 0; r < n; ++r) {
             if (rows[r] != last) continue;
             std::memcpy(tail_.get(), last, a_.dim * sizeof(Code));
@@ -374,7 +280,7 @@ class Scan {
         }
     }
 
-    void dots(const Chunk& c, Block<Code>& block) {
+    void dots(const Chunk<Code>& c, Block<Code>& block) {
         for (int i = 0; i < block.n; ++i) {
             const Code* query = static_cast<const Code*>(a_.query_codes) + int64_t(block.queries[i]) * a_.dim;
             const int correction = Product<Code>::query_correction(query, a_.dim);
@@ -383,12 +289,10 @@ class Scan {
             const Floats norm = all(block.norm[i]);
             for (int first = 0; first < c.n; first += LANES) {
                 const int n = std::min(LANES, c.n - first);
-                if (c.scattered && !c.unpacked && i == 0)
-                    for (int r = first + ROWS_AHEAD; r < std::min(first + ROWS_AHEAD + LANES, c.n); ++r)
-                        prefetch_row(c.slots[r]);
+                if (i == 0) source_.prefetch_ahead(c, first, LANES);
                 for (int r = 0; r < LANES; r += FEW) {
                     const Code* rows[FEW];
-                    for (int i = 0; i < FEW; ++i) rows[i] = codes_of(c, first + std::min(r + i, n - 1));
+                    for (int i = 0; i < FEW; ++i) rows[i] = source_.codes_of(c, first + std::min(r + i, n - 1));
                     Product<Code>::dots(rows, query, a_.dim, correction, products + r);
                 }
                 Floats bound = times(load(products), scale);
@@ -411,15 +315,14 @@ class Scan {
 
     const Arguments& a_;
     float* limits_;
-    const int64_t chunk_rows_;
+    Rows<Code> source_;
+    Origin origin_;
     const int packed_dim_;
     int32_t* rows_;
     float* upper_;
     float* lower_;
     int n_blocks_ = 0;
     Reservoir* reservoirs_ = nullptr;
-    Memory<float> terms_, unpacked_;
-    Memory<int> corrections_;
     Memory<Code> tail_;
     Memory<Block<Code>> blocks_;
     Memory<typename Product<Code>::Packed> packed_;

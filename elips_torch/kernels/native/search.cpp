@@ -74,7 +74,7 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
             ready = false;
         }
         const int64_t n = a.probes ? a.n_lists : work.n_chunks(), stride = stride_of(n);
-        if (prepared && mine && !a.probes) work.take(nullptr, first, last - first);
+        if (prepared && mine && !a.probes) work.take(nullptr, first, last - first, 0);
         for (int64_t i = 0; prepared && mine; ++i) {
             int64_t number = i;
             if (splits_rows) {
@@ -93,7 +93,7 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
                 end = std::lower_bound(begin, end, last);
             }
             if (begin == end || !a.list_sizes[number]) continue;
-            work.take(begin, 0, static_cast<int>(end - begin));
+            work.take(begin, 0, static_cast<int>(end - begin), number);
             work.list(number);
         }
     }
@@ -109,7 +109,7 @@ int outcome_of(const Arguments& a) {
 }
 
 int search(Arguments a) {
-    if (a.packed.packing && a.code_type != 0) return UNKNOWN_TYPE;
+    if (a.packed.packing && a.code_type != (a.grid.steps ? 1 : 0)) return UNKNOWN_TYPE;
     CodedHere coded;
     if (a.source) {
         const int outcome = coded.make(a);
@@ -179,12 +179,17 @@ int elips_size(int which) {
         case 0: return static_cast<int>(sizeof(Arguments));
         case 1: return static_cast<int>(sizeof(Coding));
         case 2: return static_cast<int>(sizeof(Packed));
+        case 3: return static_cast<int>(sizeof(Grid));
+        case 4: return static_cast<int>(sizeof(GridTerms));
         default: return static_cast<int>(sizeof(Assigning));
     }
 }
 
 // Fills the codes of queries and their terms, as elips_search does where it is given none.
 int elips_code(const Coding* coding) { return code_queries(*coding); }
+
+// Fills the terms of rows on a grid.
+int elips_terms(const GridTerms* terms) { return make_terms(*terms); }
 
 // Fills the labels.
 int elips_assign(const Assigning* assigning) {

@@ -1,0 +1,81 @@
+"""Rows that are stored as codes, on a grid of whole steps, so that int8 products screen them.
+
+A row decodes to ``x = c + z + s * y``, feature by feature: c is the centroid of its list, z and s are the
+same for all rows, and y is close to a vector u of int8, which a few instructions make of the row's code.
+So
+
+    q . x = q . (c + z) + (q * s) . y
+
+where the first term belongs to a query and a list, and the second is screened as in `screen`: q * s is
+coded, u is the row's code of scale 1, |y| its norm and |y - u| its residual. For "l2" queries and
+centroids are first centred about a mean, and the similarity ``q . x - |x|**2 / 2`` has the bias
+``-(c + z) . (s * y) - |s * y|**2 / 2``.
+
+Every code of a feature of a scalar quantizer is a whole number of steps already: y is u but for rounding.
+The centroids of a product quantizer are rounded to the grid, which takes a byte a feature of the codebooks.
+"""
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.metric import Metric
+from elips_torch.kernels.coded_rows import CodeGrid, PackedTable
+from elips_torch.kernels.plane import UNIT
+
+# A scalar's code of 128 is 0 on the grid.
+_SCALAR_ZERO = 128
+# The largest code on the grid that a centroid of a part gets.
+_LARGEST = 127.0
+
+
+def make_grid(metric: Metric, table: PackedTable, centroids: Tensor | None) -> CodeGrid | None:
+    """Return the grid of rows of a table about centroids ``(L, D)``; None where there is none.
+
+    There is none for "cosine", under which what a list adds differs from row to row, and where values are
+    not finite.
+    """
+    if metric.name not in ("l2", "ip"):
+        return None
+    make = _scalar_grid if table.low is not None else _part_grid
+    steps, zero, codes, scalars, off = make(table)
+    dim = zero.shape[0]
+    mean = torch.zeros(dim, dtype=torch.float32, device=zero.device)
+    if metric.name == "l2":
+        mean = (zero if centroids is None else centroids.double().mean(0) + zero).float()
+    # Decoding rounds a product and up to two sums, none of which is larger than this.
+    largest = zero.abs() + (_SCALAR_ZERO + _LARGEST + 1) * steps.double()
+    if centroids is not None:
+        largest += centroids.double().abs().amax(0)
+    rounded = 4 * UNIT * largest / steps.double()
+    residual = (off + float(torch.linalg.vector_norm(rounded))) * (1 + 4 * UNIT)
+    if not residual < torch.inf:
+        return None
+    return CodeGrid(steps, zero - mean.double(), mean, codes, scalars, residual)
+
+
+def _scalar_grid(table: PackedTable) -> tuple[Tensor, Tensor, None, Tensor, float]:
+    assert table.low is not None
+    steps, low = table.table.contiguous(), table.low.double()
+    # A feature that does not vary is the same whatever its code is.
+    varies = steps > 0
+    scalars = torch.where(varies, torch.tensor([[255], [_SCALAR_ZERO]], dtype=torch.int64, device=low.device), 0)
+    steps = _positive(steps)
+    return steps, low + scalars[1] * steps.double(), None, scalars.to(torch.uint8), 0.0
+
+
+def _part_grid(table: PackedTable) -> tuple[Tensor, Tensor, Tensor, None, float]:
+    centroids = table.table.double()  # (m, ksub, D / m)
+    low, high = centroids.amin(1), centroids.amax(1)
+    zero = (low + high) / 2
+    steps = _positive(((high - low) / (2 * _LARGEST)).float())
+    places = (centroids - zero[:, None]) / steps.double()[:, None]
+    codes = places.round().clamp_(-_LARGEST, _LARGEST)
+    # The furthest centroid of each part stands for all of them.
+    off = torch.linalg.vector_norm(places - codes, dim=2).amax(1)
+    return steps.flatten(), zero.flatten(), codes.to(torch.int8), None, float(torch.linalg.vector_norm(off))
+
+
+def _positive(steps: Tensor) -> Tensor:
+    """Return steps with those that are not above zero, which any number serves, as large as is usual."""
+    usual = steps.sum() / (steps > 0).sum().clamp_min(1)
+    return torch.where(steps > 0, steps, torch.where(usual > 0, usual, 1.0))

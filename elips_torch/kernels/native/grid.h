@@ -1,0 +1,170 @@
+// Rows that are stored as codes, on a grid of whole steps: what exact int8 products need of them.
+//
+// A row is x = c + z + s * y, feature by feature: c is the centroid of its list, z and s are the same for
+// all rows, and y is close to an int8 code u. So q . x = q . (c + z) + (q * s) . y, where the first term
+// belongs to the query and the list, and the second is a product of codes once q * s is coded, too.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "lanes.h"
+#include "memory.h"
+#include "outcome.h"
+#include "rescore.h"
+#include "unpack.h"
+
+extern "C" {
+
+struct Grid {
+    const float* steps;      // (D,) s, above zero; null where rows are not searched on a grid
+    const double* zero;      // (D,) z, less the mean that queries are centred about
+    const int8_t* table;     // (m, ksub, D / m), the codes of the centroids of parts; null for scalars
+    const uint8_t* scalars;  // (2, D), which bits of a scalar count, and what is taken off these; null for parts
+    const float* terms;      // (S, 2), at least |y| and close to the bias of the row in each slot
+    float residual;          // at least |y - u| of every row
+};
+
+// What `elips_terms` takes.
+struct GridTerms {
+    Packed packed;
+    Grid grid;
+    const float* mean;      // (D,)
+    const int64_t* rows;    // (M,)
+    const int64_t* places;  // (M,), where in the terms those of each row go
+    float* terms;           // (S, 2)
+    int64_t n;              // M
+    int32_t dim;
+    int32_t metric;  // L2 or IP
+    int32_t n_threads;
+};
+}
+
+// The codes (D,) of a row.
+static inline void code_scalars(const Grid& g, const uint8_t* codes, int dim, int8_t* out) {
+    const uint8_t *counts = g.scalars, *shift = counts + dim;
+    for (int i = 0; i < dim; ++i) out[i] = static_cast<int8_t>((codes[i] & counts[i]) - shift[i]);
+}
+
+template <int SIZE, bool NIBBLE>
+static inline void code_parts(const Grid& g, const Packed& p, const uint8_t* codes, int dim, int8_t* out) {
+    const int size = SIZE ? SIZE : dim / p.parts;
+    const int64_t stride = int64_t(p.ksub) * size;
+    const int8_t* table = g.table;
+    for (int part = 0; part < p.parts; ++part, out += size, table += stride) {
+        const int number = NIBBLE ? codes[part / 2] >> (4 * (part % 2)) & 15 : codes[part];
+        std::memcpy(out, table + int64_t(number) * size, size);
+    }
+}
+
+template <bool NIBBLE>
+static void code_parts(const Grid& g, const Packed& p, const uint8_t* codes, int dim, int8_t* out) {
+    switch (dim / p.parts) {
+        case 2: return code_parts<2, NIBBLE>(g, p, codes, dim, out);
+        case 4: return code_parts<4, NIBBLE>(g, p, codes, dim, out);
+        case 8: return code_parts<8, NIBBLE>(g, p, codes, dim, out);
+        case 12: return code_parts<12, NIBBLE>(g, p, codes, dim, out);
+        case 16: return code_parts<16, NIBBLE>(g, p, codes, dim, out);
+        default: return code_parts<0, NIBBLE>(g, p, codes, dim, out);
+    }
+}
+
+static inline void code_row(const Grid& g, const Packed& p, int64_t row, int dim, int8_t* out) {
+    const uint8_t* codes = p.codes + row * p.code_size;
+    if (p.packing == SCALAR)
+        code_scalars(g, codes, dim, out);
+    else if (p.packing == NIBBLES)
+        code_parts<true>(g, p, codes, dim, out);
+    else
+        code_parts<false>(g, p, codes, dim, out);
+}
+
+// The point that the rows of a list are coded from, less the mean; and its products with queries.
+class Origin {
+   public:
+    bool make(int dim) {
+        point_ = allocate<double>(dim);
+        return static_cast<bool>(point_);
+    }
+
+    // Take the point of a list; of all rows where there are no centroids.
+    void take(const Packed& p, const Grid& g, int64_t list, int dim) {
+        const float* centroid = p.centroids ? p.centroids + list * dim : nullptr;
+        double square = 0.0;
+        double* point = point_.get();
+        for (int i = 0; i < dim; ++i) point[i] = centroid ? centroid[i] + g.zero[i] : g.zero[i];
+#pragma omp simd reduction(+ : square)
+        for (int i = 0; i < dim; ++i) square += point[i] * point[i];
+        square_ = square;
+        length_ = std::sqrt(square);
+    }
+
+    struct Offset {
+        double value;   // to be added to what bounds say of the list
+        double margin;  // at least what float64 may lose
+    };
+
+    Offset of(const double* query, const float* mean, int dim, int32_t metric) const {
+        const double* point = point_.get();
+        double product = 0.0, square = 0.0;
+#pragma omp simd reduction(+ : product, square)
+        for (int i = 0; i < dim; ++i) {
+            const double q = query[i] - mean[i];
+            product += q * point[i];
+            square += q * q;
+        }
+        const double half = metric == L2 ? 0.5 * square_ : 0.0;
+        constexpr double LOST = 1.0 / (1ull << 38);
+        return {product - half, LOST * length_ * (std::sqrt(square) + length_)};
+    }
+
+    double at(int i) const { return point_[i]; }
+
+   private:
+    Memory<double> point_;
+    double square_ = 0.0, length_ = 0.0;
+};
+
+static int make_terms(const GridTerms& t) {
+    bool ready = true;
+#pragma omp parallel num_threads(t.n_threads) if (t.n_threads > 1)
+    {
+        Memory<float> vector = allocate<float>(t.dim);
+        Origin origin;
+        if (!vector || !origin.make(t.dim)) {
+#pragma omp atomic write
+            ready = false;
+        }
+        int64_t list = -1;
+        // Neighbouring slots belong to one list.
+#pragma omp for
+        for (int64_t i = 0; i < t.n; ++i) {
+            if (!ready) continue;
+            const int64_t row = t.rows[i];
+            const int64_t own = t.packed.centroids ? t.packed.assignments[row] : 0;
+            if (own != list) origin.take(t.packed, t.grid, list = own, t.dim);
+            const float* x = vector.get();
+            unpack(t.packed, row, t.dim, vector.get());
+            double norm = 0.0, square = 0.0, product = 0.0, lost = 0.0;
+#pragma omp simd reduction(+ : norm, square, product, lost)
+            for (int j = 0; j < t.dim; ++j) {
+                const double point = origin.at(j), away = double(x[j]) - t.mean[j] - point;
+                const double y = away / t.grid.steps[j];
+                const double size = (std::fabs(x[j]) + std::fabs(t.mean[j]) + std::fabs(point)) / t.grid.steps[j];
+                norm += y * y;
+                square += away * away;
+                product += point * away;
+                lost += size * size;
+            }
+            constexpr double ROUNDED = 1.0 / (1ull << 50), WIDER = 1.0 + 4.0 / 16777216.0;
+            float* terms = t.terms + 2 * t.places[i];
+            terms[0] = static_cast<float>((std::sqrt(norm) + ROUNDED * std::sqrt(lost)) * WIDER);
+            terms[1] = t.metric == L2 ? static_cast<float>(-product - 0.5 * square) : 0.0f;
+        }
+    }
+    return ready ? DONE : NO_MEMORY;
+}

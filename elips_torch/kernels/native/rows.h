@@ -1,0 +1,193 @@
+// The rows that a scan meets, a chunk at a time: their codes and the terms of their bounds.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "arguments.h"
+#include "grid.h"
+#include "memory.h"
+#include "products.h"
+#include "reservoir.h"
+
+// Rows at a time: for many queries as many as stay in cache, for few long stretches of memory.
+constexpr int64_t CHUNK_BYTES = 96 * 1024, LONG_CHUNK_BYTES = 768 * 1024;
+constexpr int64_t MOST_CHUNK_ROWS = 12 * 1024;
+constexpr int FEW_QUERIES = 4;
+
+// One array a term.
+template <class Code>
+struct Chunk {
+    int64_t first;         // the place of the first codes; those of the others follow
+    const int64_t* slots;  // rows, from the chunk's first on; null where these are the places
+    bool scattered;        // the rows are the places, which do not follow each other
+    int n;
+    float* scale;
+    float* residual;
+    float* norm;
+    float* bias;  // with what every bound of the row contains
+    int* correction;
+    const Code* unpacked;  // (n, D), or null
+
+    int64_t row(int r) const { return slots ? slots[r] : first + r; }
+    int64_t place(int r) const { return scattered ? slots[r] : first + r; }
+};
+
+template <class Code>
+class Rows {
+   public:
+    static constexpr int MOST_TILE = 12;       // rows of a tile, at most
+    static constexpr int64_t TILE_STEP = 48;  // a multiple of every tile's rows
+
+    explicit Rows(const Arguments& a)
+        : a_(a),
+          most_(std::clamp<int64_t>((a.n_queries <= FEW_QUERIES && !a.packed.packing ? LONG_CHUNK_BYTES : CHUNK_BYTES) /
+                                        (a.dim * int64_t(sizeof(Code))) / TILE_STEP * TILE_STEP,
+                                    TILE_STEP, MOST_CHUNK_ROWS)) {}
+
+    // Rows of a chunk, at most.
+    int64_t most() const { return most_; }
+
+    bool prepare() {
+        terms_ = allocate<float>(4 * most_);
+        corrections_ = allocate<int>(most_ + MOST_TILE);
+        if (a_.packed.packing) unpacked_ = allocate<Code>(most_ * a_.dim + 64);
+        return terms_ && corrections_ && (unpacked_ || !a_.packed.packing);
+    }
+
+    // Take n rows, at most so many as a chunk has; with what products of many queries need, if asked.
+    Chunk<Code> take(int64_t first, const int64_t* slots, int n, bool with_corrections) {
+        Chunk<Code> c;
+        c.first = first;
+        c.slots = slots;
+        c.scattered = slots && !a_.codes_in_slots;
+        c.n = n;
+        c.scale = terms_.get();
+        c.residual = c.scale + most_;
+        c.norm = c.residual + most_;
+        c.bias = c.norm + most_;
+        c.correction = corrections_.get();
+        c.unpacked = nullptr;
+        if (a_.packed.packing) {
+            unpack_rows(c);
+        } else if (c.scattered) {
+            // Rows of a list lie anywhere.
+            for (int r = 0; r < n; ++r) _mm_prefetch(reinterpret_cast<const char*>(a_.terms + 4 * slots[r]), _MM_HINT_T0);
+            for (int r = 0; r < std::min(n, AHEAD); ++r) prefetch_row(slots[r]);
+            take_terms(c, [&](int r) { return a_.terms + 4 * slots[r]; });
+        } else {
+            take_terms(c, [&](int r) { return a_.terms + 4 * (first + r); });
+        }
+        for (int r = 0; with_corrections && r < n; ++r) {
+            prefetch_ahead(c, r);
+            c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
+        }
+        return c;
+    }
+
+    const Code* row(int64_t number) const { return static_cast<const Code*>(a_.codes) + number * a_.dim; }
+
+    const Code* codes_of(const Chunk<Code>& c, int r) const {
+        return c.unpacked ? c.unpacked + int64_t(r) * a_.dim : row(c.place(r));
+    }
+
+    // Ask for the rows that follow n rows of a chunk soon.
+    void prefetch_ahead(const Chunk<Code>& c, int r, int n = 1) const {
+        if (!c.scattered || c.unpacked) return;
+        for (int i = r + AHEAD; i < std::min(r + AHEAD + n, c.n); ++i) prefetch_row(c.slots[i]);
+    }
+
+    // By how much float32 may err in a bound, beside what residual and norm say.
+    float rest(const Chunk<Code>& c, int r) const {
+        if (a_.grid.steps) return 8.0f * float(UNIT) * std::fabs(c.bias[r]);
+        return a_.slack == 0.0f ? 0.0f : c.norm[r] * c.norm[r] * a_.slack;
+    }
+
+   private:
+    static constexpr int AHEAD = 8;
+
+    void prefetch_row(int64_t number) const {
+        const char* codes = reinterpret_cast<const char*>(row(number));
+        for (int64_t i = 0; i < a_.dim * int64_t(sizeof(Code)); i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
+    }
+
+    void prefetch_packed(int64_t number) const {
+        const char* codes = reinterpret_cast<const char*>(a_.packed.codes + number * a_.packed.code_size);
+        for (int i = 0; i < a_.packed.code_size; i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
+    }
+
+    template <class Place>
+    void take_terms(Chunk<Code>& c, Place terms_of) {
+        const float slack = a_.slack;
+        float *scale = c.scale, *residual = c.residual, *norm = c.norm, *bias = c.bias;
+#pragma omp simd
+        for (int r = 0; r < c.n; ++r) {
+            const float* terms = terms_of(r);
+            scale[r] = terms[0];
+            residual[r] = terms[1];
+            norm[r] = terms[2];
+            // Without slack an infinite norm would make this NaN.
+            const float rest = slack == 0.0f ? 0.0f : terms[2] * terms[2] * slack;
+            bias[r] = terms[3] + (rest + FLOOR);
+        }
+    }
+
+    void unpack_rows(Chunk<Code>& c) {
+        for (int r = 0; r < std::min(c.n, AHEAD); ++r) prefetch_packed(c.row(r));
+        if constexpr (std::is_same_v<Code, int8_t>)
+            code_rows(c);
+        else
+            decode_rows(c);
+        c.unpacked = unpacked_.get();
+    }
+
+    // The rows' codes on a grid.
+    void code_rows(Chunk<Code>& c) {
+        for (int r = 0; r < c.n; ++r) {
+            if (r + AHEAD < c.n) prefetch_packed(c.row(r + AHEAD));
+            code_row(a_.grid, a_.packed, c.row(r), a_.dim, unpacked_.get() + int64_t(r) * a_.dim);
+        }
+        const float* terms = a_.grid.terms + 2 * c.first;
+        float *scale = c.scale, *residual = c.residual, *norm = c.norm, *bias = c.bias;
+        const float every = a_.grid.residual;
+#pragma omp simd
+        for (int r = 0; r < c.n; ++r) {
+            scale[r] = 1.0f;
+            residual[r] = every;
+            norm[r] = terms[2 * r];
+            bias[r] = terms[2 * r + 1] + (8.0f * float(UNIT) * std::fabs(terms[2 * r + 1]) + FLOOR);
+        }
+    }
+
+    // The rows' vectors and the terms of their bounds, as `plane.plain_plane` makes them.
+    void decode_rows(Chunk<Code>& c) {
+        const double slack = (a_.dim + 8) * UNIT, lost = std::sqrt(double(a_.dim)) / (1ull << 63);
+        for (int r = 0; r < c.n; ++r) {
+            if (r + AHEAD < c.n) prefetch_packed(c.row(r + AHEAD));
+            Code* vector = unpacked_.get() + int64_t(r) * a_.dim;
+            unpack(a_.packed, c.row(r), a_.dim, vector);
+            const double square = square_of(vector, a_.dim);
+            const double norm = std::sqrt(square);
+            const bool known = norm < double(1ull << 60);
+            c.scale[r] = 1.0f;
+            c.residual[r] = 0.0f;
+            c.norm[r] = known ? static_cast<float>(norm * (1.0 + slack) + lost) : HIGHEST;
+            c.bias[r] = FLOOR;
+            if (a_.metric == COSINE) {
+                const bool bounded = norm > 1.0 / (1ull << 50) || square == 0.0;
+                c.scale[r] = norm > 0.0 ? static_cast<float>(1.0 / norm) : 1.0f;
+                c.residual[r] = static_cast<float>(2.0 * slack);
+                c.norm[r] = known && bounded ? static_cast<float>(1.0 + 2.0 * slack) : HIGHEST;
+            } else if (a_.metric == L2 && known) {
+                c.bias[r] = static_cast<float>(-0.5 * square) + (c.norm[r] * c.norm[r] * a_.slack + FLOOR);
+            }
+        }
+    }
+
+    const Arguments& a_;
+    const int64_t most_;
+    Memory<float> terms_;
+    Memory<int> corrections_;
+    Memory<Code> unpacked_;
+};
