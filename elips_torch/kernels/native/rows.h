@@ -27,6 +27,7 @@ struct Chunk {
     float* residual;
     float* norm;
     float* bias;  // with what every bound of the row contains
+    float* rest;  // by how much float32 may err in a bound, beside what residual and norm say
     int* correction;
     const Code* unpacked;  // (n, D), or null
 
@@ -50,7 +51,7 @@ class Rows {
     int64_t most() const { return most_; }
 
     bool prepare() {
-        terms_ = allocate<float>(4 * most_);
+        terms_ = allocate<float>(5 * most_);
         corrections_ = allocate<int>(most_ + MOST_TILE);
         if (a_.packed.packing) unpacked_ = allocate<Code>(most_ * a_.dim + 64);
         return terms_ && corrections_ && (unpacked_ || !a_.packed.packing);
@@ -67,6 +68,7 @@ class Rows {
         c.residual = c.scale + most_;
         c.norm = c.residual + most_;
         c.bias = c.norm + most_;
+        c.rest = c.bias + most_;
         c.correction = corrections_.get();
         c.unpacked = nullptr;
         if (a_.packed.packing) {
@@ -98,12 +100,6 @@ class Rows {
         for (int i = r + AHEAD; i < std::min(r + AHEAD + n, c.n); ++i) prefetch_row(c.slots[i]);
     }
 
-    // By how much float32 may err in a bound, beside what residual and norm say.
-    float rest(const Chunk<Code>& c, int r) const {
-        if (a_.grid.steps) return 8.0f * float(UNIT) * std::fabs(c.bias[r]);
-        return a_.slack == 0.0f ? 0.0f : c.norm[r] * c.norm[r] * a_.slack;
-    }
-
    private:
     static constexpr int AHEAD = 8;
 
@@ -120,7 +116,7 @@ class Rows {
     template <class Place>
     void take_terms(Chunk<Code>& c, Place terms_of) {
         const float slack = a_.slack;
-        float *scale = c.scale, *residual = c.residual, *norm = c.norm, *bias = c.bias;
+        float *scale = c.scale, *residual = c.residual, *norm = c.norm, *bias = c.bias, *rest = c.rest;
 #pragma omp simd
         for (int r = 0; r < c.n; ++r) {
             const float* terms = terms_of(r);
@@ -128,8 +124,8 @@ class Rows {
             residual[r] = terms[1];
             norm[r] = terms[2];
             // Without slack an infinite norm would make this NaN.
-            const float rest = slack == 0.0f ? 0.0f : terms[2] * terms[2] * slack;
-            bias[r] = terms[3] + (rest + FLOOR);
+            rest[r] = slack == 0.0f ? 0.0f : terms[2] * terms[2] * slack;
+            bias[r] = terms[3] + (rest[r] + FLOOR);
         }
     }
 
@@ -149,14 +145,15 @@ class Rows {
             code_row(a_.grid, a_.packed, c.row(r), a_.dim, unpacked_.get() + int64_t(r) * a_.dim);
         }
         const float* terms = a_.grid.terms + 2 * c.first;
-        float *scale = c.scale, *residual = c.residual, *norm = c.norm, *bias = c.bias;
+        float *scale = c.scale, *residual = c.residual, *norm = c.norm, *bias = c.bias, *rest = c.rest;
         const float every = a_.grid.residual;
 #pragma omp simd
         for (int r = 0; r < c.n; ++r) {
             scale[r] = 1.0f;
             residual[r] = every;
             norm[r] = terms[2 * r];
-            bias[r] = terms[2 * r + 1] + (8.0f * float(UNIT) * std::fabs(terms[2 * r + 1]) + FLOOR);
+            rest[r] = 8.0f * float(UNIT) * std::fabs(terms[2 * r + 1]);
+            bias[r] = terms[2 * r + 1] + (rest[r] + FLOOR);
         }
     }
 
@@ -173,6 +170,7 @@ class Rows {
             c.scale[r] = 1.0f;
             c.residual[r] = 0.0f;
             c.norm[r] = known ? static_cast<float>(norm * (1.0 + slack) + lost) : HIGHEST;
+            c.rest[r] = 0.0f;
             c.bias[r] = FLOOR;
             if (a_.metric == COSINE) {
                 const bool bounded = norm > 1.0 / (1ull << 50) || square == 0.0;
@@ -180,7 +178,8 @@ class Rows {
                 c.residual[r] = static_cast<float>(2.0 * slack);
                 c.norm[r] = known && bounded ? static_cast<float>(1.0 + 2.0 * slack) : HIGHEST;
             } else if (a_.metric == L2 && known) {
-                c.bias[r] = static_cast<float>(-0.5 * square) + (c.norm[r] * c.norm[r] * a_.slack + FLOOR);
+                c.rest[r] = c.norm[r] * c.norm[r] * a_.slack;
+                c.bias[r] = static_cast<float>(-0.5 * square) + (c.rest[r] + FLOOR);
             }
         }
     }

@@ -23,20 +23,18 @@ struct Block {
     float scale[MOST_VECTORS * LANES];
     float residual[MOST_VECTORS * LANES];
     float norm[MOST_VECTORS * LANES];
-    // Bounds of rows on a grid lack what all rows of the list have in common, and so do these limits.
+    // What bounds of rows on a grid lack, and the limits for these; and by how much that may be off.
     float limit[MOST_VECTORS * LANES];
-    Origin::Offset offset[MOST_VECTORS * LANES];
+    float offset[MOST_VECTORS * LANES];
+    float margin[MOST_VECTORS * LANES];
 
-    float own_limit(int i, float limit) const {
-        if (offset[i].margin == 0.0 || std::fabs(limit) == HIGHEST) return limit;
-        return std::nextafter(static_cast<float>(limit - offset[i].value - offset[i].margin), LOWEST);
-    }
-
-    // Add what the bounds of a row lack.
-    void move(int i, float& upper, float& lower) const {
-        if (offset[i].margin == 0.0) return;
-        upper = std::nextafter(static_cast<float>(upper + offset[i].value + offset[i].margin), HIGHEST);
-        lower = std::nextafter(static_cast<float>(lower + offset[i].value - offset[i].margin), LOWEST);
+    // Compare with a limit from now on.
+    void set_limit(int i, float least) {
+        if (margin[i] != 0.0f && std::fabs(least) != HIGHEST) {
+            const double own = double(least) - offset[i] - margin[i];
+            least = static_cast<float>(own - (4.0 * UNIT * std::fabs(own) + FLOOR));
+        }
+        limit[i] = least;
     }
 };
 
@@ -72,6 +70,7 @@ class Scan {
         : a_(a),
           limits_(limits),
           source_(a),
+          is_selective_((a.mask && a.mask_rows) || a.n_excluded > 0),
           packed_dim_(steps_of(a.dim, Product<Code>::PER_STEP) * Product<Code>::PER_STEP) {
         const int64_t q = a.n_queries, c = a.capacity + SPARE;
         rows_ = static_cast<int32_t*>(a.memory) + part * q * c;
@@ -172,10 +171,13 @@ class Scan {
             block.scale[i] = real ? a_.query_terms[q] : 0.0f;
             block.residual[i] = real ? a_.query_terms[a_.n_queries + q] : 0.0f;
             block.norm[i] = real ? a_.query_terms[2 * int64_t(a_.n_queries) + q] : 0.0f;
-            block.offset[i] = {0.0, 0.0};
-            if (real && a_.grid.steps)
-                block.offset[i] = origin_.of(a_.queries + q * a_.dim, a_.mean, a_.dim, a_.metric);
-            block.limit[i] = real ? block.own_limit(i, reservoirs_[q].limit) : HIGHEST;
+            block.offset[i] = block.margin[i] = 0.0f;
+            if (real && a_.grid.steps) {
+                const auto offset = origin_.of(a_.queries + q * a_.dim, a_.mean, a_.dim, a_.metric);
+                block.offset[i] = static_cast<float>(offset.value);
+                block.margin[i] = static_cast<float>(offset.margin + 2.0 * UNIT * std::fabs(offset.value)) + FLOOR;
+            }
+            block.set_limit(i, real ? reservoirs_[q].limit : HIGHEST);
         }
     }
 
@@ -187,7 +189,7 @@ class Scan {
             __atomic_load(limits_ + block.queries[i], &other, __ATOMIC_RELAXED);
             Reservoir& r = reservoirs_[block.queries[i]];
             if (other > r.limit) r.limit = other;
-            block.limit[i] = block.own_limit(i, r.limit);
+            block.set_limit(i, r.limit);
         }
     }
 
@@ -198,20 +200,14 @@ class Scan {
         return !std::binary_search(out, out + a_.n_excluded, row);
     }
 
-    void keep(const Chunk<Code>& c, int r, Block<Code>& block, int i, float upper) {
+    void keep(int64_t row, Block<Code>& block, int i, float upper, float lower) {
         if (i >= block.n) return;
-        const int64_t q = block.queries[i], row = c.row(r);
-        if (!sees(q, name_of(a_, row))) return;
-        const float error =
-            (block.residual[i] * c.residual[r] + block.norm[i] * c.norm[r] + (source_.rest(c, r) + FLOOR)) *
-            (1.0f + 1e-6f);
-        float lower = upper - 2.0f * error;
-        block.move(i, upper, lower);
-        if (!(lower > LOWEST)) lower = LOWEST;
+        const int64_t q = block.queries[i];
+        if (is_selective_ && !sees(q, name_of(a_, row))) return;
         Reservoir& reservoir = reservoirs_[q];
         if (reservoir.failed) return;
         if (reservoir.push(static_cast<int32_t>(row), upper, lower)) {
-            block.limit[i] = block.own_limit(i, reservoir.limit);
+            block.set_limit(i, reservoir.limit);
             if (limits_) {
                 float other;
                 __atomic_load(limits_ + q, &other, __ATOMIC_RELAXED);
@@ -219,6 +215,27 @@ class Scan {
             }
         }
     }
+
+    // Bounds from above and below, given the one that was compared, by how much it may be off to either side,
+    // and what the block says that it lacks.
+    struct Bounds {
+        alignas(64) float upper[LANES];
+        alignas(64) float lower[LANES];
+
+        Bounds(Floats bound, Floats error, Floats offset, Floats margin, bool on_grid) {
+            Floats low = times_plus(error, all(-2.0f * (1.0f + 1e-6f)), bound);
+            if (on_grid) {
+                const Floats more = plus(bound, offset), less = plus(low, offset);
+                bound = plus(more, times_plus(size(more), all(4.0f * float(UNIT)), margin));
+                low = plus(less, times(times_plus(size(less), all(4.0f * float(UNIT)), margin), all(-1.0f)));
+            }
+            store(upper, bound);
+            // Where that is NaN, nothing is known.
+            store(lower, larger(low, all(LOWEST)));
+        }
+
+        static Floats size(Floats x) { return larger(x, times(x, all(-1.0f))); }
+    };
 
     bool hidden(int64_t row) const {
         return a_.mask && !a_.mask_rows && !a_.mask[name_of(a_, row) * a_.mask_step];
@@ -261,12 +278,17 @@ class Scan {
 
     __attribute__((noinline)) void keep_all(const Chunk<Code>& c, int r, Block<Code>& block, int v,
                                             unsigned reached, Floats bound) {
-        alignas(64) float bounds[LANES];
-        store(bounds, bound);
+        const int first = v * LANES;
+        // Limits rise while rows of a tile are kept.
+        reached &= not_below(bound, load(block.limit + first));
+        if (!reached) return;
+        Floats error = times(load(block.residual + first), all(c.residual[r]));
+        error = times_plus(load(block.norm + first), all(c.norm[r]), error);
+        error = plus(error, all(c.rest[r] + FLOOR));
+        const Bounds bounds(bound, error, load(block.offset + first), load(block.margin + first), a_.grid.steps);
         for (; reached; reached &= reached - 1) {
             const int lane = __builtin_ctz(reached);
-            const int i = v * LANES + lane;
-            if (!(bounds[lane] < block.limit[i])) keep(c, r, block, i, bounds[lane]);
+            keep(c.row(r), block, first + lane, bounds.upper[lane], bounds.lower[lane]);
         }
     }
 
@@ -302,12 +324,16 @@ class Scan {
                 unsigned reached = not_below(bound, all(block.limit[i]));
                 reached &= (1u << n) - 1;
                 if (!reached) continue;
-                alignas(64) float bounds[LANES];
-                store(bounds, bound);
+                Floats error = times(residual, load_first(c.residual + first, n));
+                error = times_plus(norm, load_first(c.norm + first, n), error);
+                error = plus(error, plus(load_first(c.rest + first, n), all(FLOOR)));
+                const Bounds bounds(bound, error, all(block.offset[i]), all(block.margin[i]), a_.grid.steps);
+                alignas(64) float compared[LANES];
+                store(compared, bound);
                 for (; reached; reached &= reached - 1) {
                     const int r = __builtin_ctz(reached);
-                    if (!(bounds[r] < block.limit[i]) && !hidden(c.row(first + r)))
-                        keep(c, first + r, block, i, bounds[r]);
+                    if (!(compared[r] < block.limit[i]) && !hidden(c.row(first + r)))
+                        keep(c.row(first + r), block, i, bounds.upper[r], bounds.lower[r]);
                 }
             }
         }
@@ -316,6 +342,7 @@ class Scan {
     const Arguments& a_;
     float* limits_;
     Rows<Code> source_;
+    const bool is_selective_;
     Origin origin_;
     const int packed_dim_;
     int32_t* rows_;
