@@ -44,43 +44,93 @@ struct GridTerms {
 };
 }
 
-// The codes (D,) of a row.
-static inline void code_scalars(const Grid& g, const uint8_t* codes, int dim, int8_t* out) {
-    const uint8_t *counts = g.scalars, *shift = counts + dim;
-    for (int i = 0; i < dim; ++i) out[i] = static_cast<int8_t>((codes[i] & counts[i]) - shift[i]);
+// Writes the codes (n, D) of n rows; `place(r)` is where the stored ones of a row begin.
+template <class Place>
+static void code_scalars(const Grid& g, int dim, int n, Place place, int8_t* out) {
+    const uint8_t* counts = g.scalars;
+    const uint8_t* shift = counts + dim;
+    for (int r = 0; r < n; ++r, out += dim) {
+        const uint8_t* __restrict codes = place(r);
+        int8_t* __restrict to = out;
+        for (int i = 0; i < dim; ++i) to[i] = static_cast<int8_t>((codes[i] & counts[i]) - shift[i]);
+    }
 }
 
-template <int SIZE, bool NIBBLE>
-static inline void code_parts(const Grid& g, const Packed& p, const uint8_t* codes, int dim, int8_t* out) {
+template <int SIZE, bool NIBBLE, class Place>
+static void code_parts(const Grid& g, const Packed& p, int dim, int n, Place place, int8_t* out) {
     const int size = SIZE ? SIZE : dim / p.parts;
     const int64_t stride = int64_t(p.ksub) * size;
-    const int8_t* table = g.table;
-    for (int part = 0; part < p.parts; ++part, out += size, table += stride) {
-        const int number = NIBBLE ? codes[part / 2] >> (4 * (part % 2)) & 15 : codes[part];
-        std::memcpy(out, table + int64_t(number) * size, size);
+    for (int r = 0; r < n; ++r) {
+        const uint8_t* codes = place(r);
+        const int8_t* table = g.table;
+        for (int part = 0; part < p.parts; ++part, out += size, table += stride) {
+            const int number = NIBBLE ? codes[part / 2] >> (4 * (part % 2)) & 15 : codes[part];
+            std::memcpy(out, table + int64_t(number) * size, size);
+        }
     }
 }
 
-template <bool NIBBLE>
-static void code_parts(const Grid& g, const Packed& p, const uint8_t* codes, int dim, int8_t* out) {
+#if defined(__AVX512VNNI__)
+
+// Eight parts of 8 features, or sixteen of 4, at a time.
+template <class Place>
+static void gather_eights(const Grid& g, int parts, int n, Place place, int8_t* out) {
+    const __m512i first = _mm512_slli_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), 8);
+    for (int r = 0; r < n; ++r, out += 8 * parts) {
+        const uint8_t* codes = place(r);
+        for (int part = 0; part < parts; part += 8) {
+            const __mmask8 there = parts - part < 8 ? (1u << (parts - part)) - 1 : 255;
+            const __m128i bytes = _mm_maskz_loadu_epi8(there, codes + part);
+            const __m512i places = _mm512_add_epi64(_mm512_cvtepu8_epi64(bytes), first);
+            const void* from = g.table + int64_t(part) * 256 * 8;
+            const __m512i found = _mm512_mask_i64gather_epi64(_mm512_setzero_si512(), there, places, from, 8);
+            _mm512_mask_storeu_epi64(out + part * 8, there, found);
+        }
+    }
+}
+
+template <class Place>
+static void gather_fours(const Grid& g, int parts, int n, Place place, int8_t* out) {
+    const __m512i first = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 8);
+    for (int r = 0; r < n; ++r, out += 4 * parts) {
+        const uint8_t* codes = place(r);
+        for (int part = 0; part < parts; part += 16) {
+            const __mmask16 there = parts - part < 16 ? (1u << (parts - part)) - 1 : 65535;
+            const __m128i bytes = _mm_maskz_loadu_epi8(there, codes + part);
+            const __m512i places = _mm512_add_epi32(_mm512_cvtepu8_epi32(bytes), first);
+            const void* from = g.table + int64_t(part) * 256 * 4;
+            const __m512i found = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places, from, 4);
+            _mm512_mask_storeu_epi32(out + part * 4, there, found);
+        }
+    }
+}
+
+#endif
+
+template <bool NIBBLE, class Place>
+static void code_parts(const Grid& g, const Packed& p, int dim, int n, Place place, int8_t* out) {
+#if defined(__AVX512VNNI__)
+    if (!NIBBLE && p.ksub == 256 && dim == 8 * p.parts) return gather_eights(g, p.parts, n, place, out);
+    if (!NIBBLE && p.ksub == 256 && dim == 4 * p.parts) return gather_fours(g, p.parts, n, place, out);
+#endif
     switch (dim / p.parts) {
-        case 2: return code_parts<2, NIBBLE>(g, p, codes, dim, out);
-        case 4: return code_parts<4, NIBBLE>(g, p, codes, dim, out);
-        case 8: return code_parts<8, NIBBLE>(g, p, codes, dim, out);
-        case 12: return code_parts<12, NIBBLE>(g, p, codes, dim, out);
-        case 16: return code_parts<16, NIBBLE>(g, p, codes, dim, out);
-        default: return code_parts<0, NIBBLE>(g, p, codes, dim, out);
+        case 2: return code_parts<2, NIBBLE>(g, p, dim, n, place, out);
+        case 4: return code_parts<4, NIBBLE>(g, p, dim, n, place, out);
+        case 8: return code_parts<8, NIBBLE>(g, p, dim, n, place, out);
+        case 12: return code_parts<12, NIBBLE>(g, p, dim, n, place, out);
+        case 16: return code_parts<16, NIBBLE>(g, p, dim, n, place, out);
+        default: return code_parts<0, NIBBLE>(g, p, dim, n, place, out);
     }
 }
 
-static inline void code_row(const Grid& g, const Packed& p, int64_t row, int dim, int8_t* out) {
-    const uint8_t* codes = p.codes + row * p.code_size;
+template <class Place>
+static void code_rows(const Grid& g, const Packed& p, int dim, int n, Place place, int8_t* out) {
     if (p.packing == SCALAR)
-        code_scalars(g, codes, dim, out);
+        code_scalars(g, dim, n, place, out);
     else if (p.packing == NIBBLES)
-        code_parts<true>(g, p, codes, dim, out);
+        code_parts<true>(g, p, dim, n, place, out);
     else
-        code_parts<false>(g, p, codes, dim, out);
+        code_parts<false>(g, p, dim, n, place, out);
 }
 
 // The point that the rows of a list are coded from, less the mean; and its products with queries.

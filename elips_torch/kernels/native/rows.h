@@ -132,18 +132,23 @@ class Rows {
     void unpack_rows(Chunk<Code>& c) {
         for (int r = 0; r < std::min(c.n, AHEAD); ++r) prefetch_packed(c.row(r));
         if constexpr (std::is_same_v<Code, int8_t>)
-            code_rows(c);
+            take_codes(c);
         else
             decode_rows(c);
         c.unpacked = unpacked_.get();
     }
 
     // The rows' codes on a grid.
-    void code_rows(Chunk<Code>& c) {
-        for (int r = 0; r < c.n; ++r) {
-            if (r + AHEAD < c.n) prefetch_packed(c.row(r + AHEAD));
-            code_row(a_.grid, a_.packed, c.row(r), a_.dim, unpacked_.get() + int64_t(r) * a_.dim);
-        }
+    void take_codes(Chunk<Code>& c) {
+        const uint8_t* codes = a_.packed.codes;
+        const int64_t size = a_.packed.code_size;
+        const int last = c.n - 1;
+        auto place = [&](int r) {
+            const uint8_t* soon = codes + c.row(std::min(r + AHEAD, last)) * size;
+            for (int64_t i = 0; i < size; i += 64) _mm_prefetch(reinterpret_cast<const char*>(soon + i), _MM_HINT_T0);
+            return codes + c.row(r) * size;
+        };
+        code_rows(a_.grid, a_.packed, a_.dim, c.n, place, unpacked_.get());
         const float* terms = a_.grid.terms + 2 * c.first;
         float *scale = c.scale, *residual = c.residual, *norm = c.norm, *bias = c.bias, *rest = c.rest;
         const float every = a_.grid.residual;

@@ -38,25 +38,34 @@ struct Block {
     }
 };
 
-// The queries of each list, ascending.
+// The lists that are probed, and the queries of each, ascending.
 struct ListQueries {
-    Memory<int64_t> starts;  // (L + 1,)
+    int64_t n = 0;             // lists
+    Memory<int64_t> lists;     // (n,)
+    Memory<int64_t> starts;    // (n + 1,)
     Memory<int32_t> queries;
 
     bool fill(const Arguments& a) {
-        const int64_t pairs = int64_t(a.n_queries) * a.n_probes;
-        starts = allocate<int64_t>(a.n_lists + 1);
+        const int64_t pairs = int64_t(a.n_queries) * a.n_probes, most = std::min(pairs, a.n_lists);
+        Memory<int64_t> places = allocate<int64_t>(a.n_lists);
+        lists = allocate<int64_t>(most);
+        starts = allocate<int64_t>(most + 1);
         queries = allocate<int32_t>(pairs);
-        if (!starts || !queries) return false;
-        std::fill(starts.get(), starts.get() + a.n_lists + 1, 0);
+        if (!places || !lists || !starts || !queries) return false;
+        std::fill(places.get(), places.get() + a.n_lists, 0);
         for (int64_t i = 0; i < pairs; ++i)
-            if (is_list(a, a.probes[i])) ++starts[a.probes[i] + 1];
-        for (int64_t list = 0; list < a.n_lists; ++list) starts[list + 1] += starts[list];
-        for (int64_t i = pairs - 1; i >= 0; --i)
-            if (is_list(a, a.probes[i])) queries[--starts[a.probes[i] + 1]] = static_cast<int32_t>(i / a.n_probes);
-        // Filled from behind, each start has come to be that of the list before.
-        for (int64_t list = 0; list < a.n_lists; ++list) starts[list] = starts[list + 1];
-        starts[a.n_lists] = std::count_if(a.probes, a.probes + pairs, [&](int64_t list) { return is_list(a, list); });
+            if (is_list(a, a.probes[i])) ++places[a.probes[i]];
+        int64_t total = 0;
+        for (int64_t list = 0; list < a.n_lists; ++list) {
+            const int64_t count = places[list];
+            if (!count) continue;
+            lists[n] = list;
+            starts[n++] = places[list] = total;
+            total += count;
+        }
+        starts[n] = total;
+        for (int64_t i = 0; i < pairs; ++i)
+            if (is_list(a, a.probes[i])) queries[places[a.probes[i]]++] = static_cast<int32_t>(i / a.n_probes);
         return true;
     }
 
@@ -131,8 +140,11 @@ class Scan {
         const int64_t start = a_.list_starts[number], size = a_.list_sizes[number];
         // Nobody may change lists while they are searched; where somebody has, most wrong slots are seen here.
         if (start < 0 || size < 0 || start + size > a_.n_slots) return;
+        const uint64_t n_rows = a_.n_rows;
+        bool is_wrong = false;
         for (int64_t slot = start; slot < start + size; ++slot)
-            if (a_.slots[slot] < 0 || a_.slots[slot] >= a_.n_rows) return;
+            is_wrong |= static_cast<uint64_t>(a_.slots[slot]) >= n_rows;
+        if (is_wrong) return;
         for (int64_t done = 0; done < size; done += source_.most())
             chunk(start + done, a_.slots + start + done, static_cast<int>(std::min(source_.most(), size - done)));
     }

@@ -73,7 +73,7 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
 #pragma omp atomic write
             ready = false;
         }
-        const int64_t n = a.probes ? a.n_lists : work.n_chunks(), stride = stride_of(n);
+        const int64_t n = a.probes ? lists.n : work.n_chunks(), stride = stride_of(n);
         if (prepared && mine && !a.probes) work.take(nullptr, first, last - first, 0);
         for (int64_t i = 0; prepared && mine; ++i) {
             int64_t number = i;
@@ -92,9 +92,10 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
                 begin = std::lower_bound(begin, end, first);
                 end = std::lower_bound(begin, end, last);
             }
-            if (begin == end || !a.list_sizes[number]) continue;
-            work.take(begin, 0, static_cast<int>(end - begin), number);
-            work.list(number);
+            const int64_t list = lists.lists[number];
+            if (begin == end || !a.list_sizes[list]) continue;
+            work.take(begin, 0, static_cast<int>(end - begin), list);
+            work.list(list);
         }
     }
     return ready;
