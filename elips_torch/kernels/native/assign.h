@@ -295,7 +295,7 @@ class Worker {
                 corrections[r] = c_.correction[row];
             }
             typename Product<Code>::Sums sums[ROWS][VECTORS];
-            multiply<Code, ROWS, VECTORS>(rows, corrections, block.packed, a_.dim, sums);
+            multiply<Code, ROWS, VECTORS>(rows, corrections, nullptr, block.packed, a_.dim, sums);
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; ++v) {
                 const Floats scale = load(block.terms + v * LANES);

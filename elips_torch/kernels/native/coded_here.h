@@ -75,10 +75,19 @@ class CodedHere {
         a.rounding = c.rounding;
         a.offsets = c.offsets;
         a.usable = c.usable;
-        return code_queries(c);
+        const int outcome = code_queries(c);
+        if (outcome == DONE && a.grid.scalars) ignore(a.grid.scalars, q, a.dim);
+        return outcome;
     }
 
    private:
+    // Features of scalars that do not count add nothing to products.
+    void ignore(const uint8_t* counts, int64_t n_queries, int dim) {
+        auto* codes = reinterpret_cast<uint8_t*>(codes_.get());
+        for (int64_t q = 0; q < n_queries; ++q, codes += dim)
+            for (int i = 0; i < dim; ++i) codes[i] &= counts[i];
+    }
+
     template <class Value>
     static void widen(const void* source, int64_t n, double* out) {
         const Value* values = static_cast<const Value*>(source);

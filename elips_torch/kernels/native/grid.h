@@ -44,18 +44,7 @@ struct GridTerms {
 };
 }
 
-// Writes the codes (n, D) of n rows; `place(r)` is where the stored ones of a row begin.
-template <class Place>
-static void code_scalars(const Grid& g, int dim, int n, Place place, int8_t* out) {
-    const uint8_t* counts = g.scalars;
-    const uint8_t* shift = counts + dim;
-    for (int r = 0; r < n; ++r, out += dim) {
-        const uint8_t* __restrict codes = place(r);
-        int8_t* __restrict to = out;
-        for (int i = 0; i < dim; ++i) to[i] = static_cast<int8_t>((codes[i] & counts[i]) - shift[i]);
-    }
-}
-
+// Writes the codes (n, D) of n rows of parts; `place(r)` is where the stored ones of a row begin.
 template <int SIZE, bool NIBBLE, class Place>
 static void code_parts(const Grid& g, const Packed& p, int dim, int n, Place place, int8_t* out) {
     const int size = SIZE ? SIZE : dim / p.parts;
@@ -125,9 +114,7 @@ static void code_parts(const Grid& g, const Packed& p, int dim, int n, Place pla
 
 template <class Place>
 static void code_rows(const Grid& g, const Packed& p, int dim, int n, Place place, int8_t* out) {
-    if (p.packing == SCALAR)
-        code_scalars(g, dim, n, place, out);
-    else if (p.packing == NIBBLES)
+    if (p.packing == NIBBLES)
         code_parts<true>(g, p, dim, n, place, out);
     else
         code_parts<false>(g, p, dim, n, place, out);

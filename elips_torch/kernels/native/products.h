@@ -29,13 +29,14 @@ struct Product;
 
 template <>
 struct Product<float> {
+    using Query = float;
     using Packed = float;
     using Sums = Floats;
     static constexpr int PER_STEP = 1;  // features in a step
 
     static float pack(float code) { return code; }
     static int correction(const float*, int) { return 0; }
-    static Sums start(int) { return all(0.0f); }
+    static Sums start(int, const int*, int) { return all(0.0f); }
     static Sums step(Sums sums, const Packed* queries, const float* row) {
         return times_plus(load(queries), all(*row), sums);
     }
@@ -68,6 +69,7 @@ struct Product<float> {
 
 template <>
 struct Product<int8_t> {
+    using Query = int8_t;
     using Packed = uint8_t;
     using Sums = __m512i;
     static constexpr int PER_STEP = 4;
@@ -79,7 +81,7 @@ struct Product<int8_t> {
         for (int i = 0; i < dim; i += 64) sums = _mm512_dpbusd_epi32(sums, ones, bytes(row + i, dim - i));
         return static_cast<int>(-128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(sums)));
     }
-    static Sums start(int correction) { return _mm512_set1_epi32(correction); }
+    static Sums start(int correction, const int*, int) { return _mm512_set1_epi32(correction); }
     static Sums step(Sums sums, const Packed* queries, const int8_t* row) {
         int four;
         std::memcpy(&four, row, 4);
@@ -106,7 +108,10 @@ struct Product<int8_t> {
             for (int r = 0; r < FEW; ++r)
                 sums[r] = _mm512_dpbusd_epi32(sums[r], _mm512_xor_si512(bytes(rows[r] + i, dim - i), high), q);
         }
-        // Four sums across the lanes together. They may wrap around on the way.
+        store_sums(sums, correction, out);
+    }
+    // Four sums across the lanes together. They may wrap around on the way.
+    static void store_sums(const __m512i (&sums)[FEW], int correction, float* out) {
         const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[0], sums[1]),
                                              _mm512_unpackhi_epi32(sums[0], sums[1]));
         const __m512i top = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[2], sums[3]),
@@ -117,10 +122,49 @@ struct Product<int8_t> {
         _mm_storeu_ps(out, _mm_cvtepi32_ps(_mm_add_epi32(quarter, _mm_set1_epi32(correction))));
     }
 
-   private:
-    static __m512i bytes(const int8_t* p, int left) {
+    static __m512i bytes(const void* p, int left) {
         if (left >= 64) return _mm512_loadu_si512(p);
         return _mm512_maskz_loadu_epi8((1ull << left) - 1, p);
+    }
+};
+
+// Rows of unsigned codes, by signed ones of queries. What they are too large by is known of each query.
+template <>
+struct Product<uint8_t> {
+    using Query = int8_t;
+    using Packed = int8_t;
+    using Sums = __m512i;
+    static constexpr int PER_STEP = 4;
+
+    static int8_t pack(int8_t code) { return code; }
+    static int correction(const uint8_t*, int) { return 0; }
+    static Sums start(int, const int* corrections, int first) { return _mm512_loadu_si512(corrections + first); }
+    static Sums step(Sums sums, const Packed* queries, const uint8_t* row) {
+        int four;
+        std::memcpy(&four, row, 4);
+        return _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(four), _mm512_loadu_si512(queries));
+    }
+    static Floats floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+
+    // The product of a query with a row.
+    static int product(const int8_t* query, const uint8_t* row, int dim) {
+        __m512i sums = _mm512_setzero_si512();
+        for (int i = 0; i < dim; i += 64) {
+            const __m512i q = Product<int8_t>::bytes(query + i, dim - i);
+            sums = _mm512_dpbusd_epi32(sums, Product<int8_t>::bytes(row + i, dim - i), q);
+        }
+        return _mm512_reduce_add_epi32(sums);
+    }
+    // The products of FEW rows with one query.
+    static void dots(const uint8_t* const (&rows)[FEW], const int8_t* query, int dim, int correction, float* out) {
+        __m512i sums[FEW];
+        for (int r = 0; r < FEW; ++r) sums[r] = _mm512_setzero_si512();
+        for (int i = 0; i < dim; i += 64) {
+            const __m512i q = Product<int8_t>::bytes(query + i, dim - i);
+            for (int r = 0; r < FEW; ++r)
+                sums[r] = _mm512_dpbusd_epi32(sums[r], Product<int8_t>::bytes(rows[r] + i, dim - i), q);
+        }
+        Product<int8_t>::store_sums(sums, correction, out);
     }
 };
 
@@ -131,13 +175,13 @@ static inline int steps_of(int dim, int per_step) { return (dim + per_step - 1) 
 // Packed codes of VECTORS * LANES queries: (step, vector, lane, feature of the step). A feature or a
 // query that does not exist is 0 after packing, and adds nothing whatever it is multiplied with.
 template <class Code, int VECTORS>
-static void pack_queries(const Code* const* queries, int n, int dim, typename Product<Code>::Packed* out) {
+static void pack_queries(const typename Product<Code>::Query* const* queries, int n, int dim, typename Product<Code>::Packed* out) {
     constexpr int PER_STEP = Product<Code>::PER_STEP;
     const int steps = steps_of(dim, PER_STEP);
     std::memset(out, 0, sizeof(*out) * steps * VECTORS * LANES * PER_STEP);
     constexpr int STRIDE = VECTORS * LANES * PER_STEP;
     for (int q = 0; q < n; ++q) {
-        const Code* query = queries[q];
+        const auto* query = queries[q];
         auto* place = out + q * PER_STEP;
         int i = 0;
         for (; i + PER_STEP <= dim; i += PER_STEP, place += STRIDE)
@@ -146,9 +190,9 @@ static void pack_queries(const Code* const* queries, int n, int dim, typename Pr
     }
 }
 
-// Sums of ROWS rows with VECTORS vectors of queries.
+// Sums of ROWS rows with VECTORS vectors of queries, each row or each query with its correction.
 template <class Code, int ROWS, int VECTORS>
-static inline void multiply(const Code* const* rows, const int* corrections,
+static inline void multiply(const Code* const* rows, const int* corrections, const int* query_corrections,
                             const typename Product<Code>::Packed* queries, int dim,
                             typename Product<Code>::Sums (&sums)[ROWS][VECTORS]) {
     using P = Product<Code>;
@@ -157,7 +201,7 @@ static inline void multiply(const Code* const* rows, const int* corrections,
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v) local[r][v] = P::start(corrections[r]);
+        for (int v = 0; v < VECTORS; ++v) local[r][v] = P::start(corrections[r], query_corrections, v * LANES);
     const int features = steps_of(dim, PER_STEP) * PER_STEP;
     for (int i = 0; i < features; i += PER_STEP, queries += VECTORS * LANES * PER_STEP) {
 #pragma GCC unroll 16

@@ -38,6 +38,8 @@ struct Chunk {
 template <class Code>
 class Rows {
    public:
+    // Scalars on a grid are searched as they are stored.
+    static constexpr bool UNPACKS = !std::is_same_v<Code, uint8_t>;
     static constexpr int MOST_TILE = 12;       // rows of a tile, at most
     static constexpr int64_t TILE_STEP = 48;  // a multiple of every tile's rows
 
@@ -53,8 +55,8 @@ class Rows {
     bool prepare() {
         terms_ = allocate<float>(5 * most_);
         corrections_ = allocate<int>(most_ + MOST_TILE);
-        if (a_.packed.packing) unpacked_ = allocate<Code>(most_ * a_.dim + 64);
-        return terms_ && corrections_ && (unpacked_ || !a_.packed.packing);
+        if (UNPACKS && a_.packed.packing) unpacked_ = allocate<Code>(most_ * a_.dim + 64);
+        return terms_ && corrections_ && (unpacked_ || !UNPACKS || !a_.packed.packing);
     }
 
     // Take n rows, at most so many as a chunk has; with what products of many queries need, if asked.
@@ -62,7 +64,7 @@ class Rows {
         Chunk<Code> c;
         c.first = first;
         c.slots = slots;
-        c.scattered = slots && !a_.codes_in_slots;
+        c.scattered = slots && (!UNPACKS || !a_.codes_in_slots);
         c.n = n;
         c.scale = terms_.get();
         c.residual = c.scale + most_;
@@ -71,7 +73,9 @@ class Rows {
         c.rest = c.bias + most_;
         c.correction = corrections_.get();
         c.unpacked = nullptr;
-        if (a_.packed.packing) {
+        if (!UNPACKS) {
+            take_grid_terms(c);
+        } else if (a_.packed.packing) {
             unpack_rows(c);
         } else if (c.scattered) {
             // Rows of a list lie anywhere.
@@ -81,14 +85,16 @@ class Rows {
         } else {
             take_terms(c, [&](int r) { return a_.terms + 4 * (first + r); });
         }
-        for (int r = 0; with_corrections && r < n; ++r) {
+        for (int r = 0; UNPACKS && with_corrections && r < n; ++r) {
             prefetch_ahead(c, r);
             c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
         }
         return c;
     }
 
-    const Code* row(int64_t number) const { return static_cast<const Code*>(a_.codes) + number * a_.dim; }
+    const Code* row(int64_t number) const {
+        return static_cast<const Code*>(UNPACKS ? a_.codes : a_.packed.codes) + number * a_.dim;
+    }
 
     const Code* codes_of(const Chunk<Code>& c, int r) const {
         return c.unpacked ? c.unpacked + int64_t(r) * a_.dim : row(c.place(r));
@@ -131,10 +137,12 @@ class Rows {
 
     void unpack_rows(Chunk<Code>& c) {
         for (int r = 0; r < std::min(c.n, AHEAD); ++r) prefetch_packed(c.row(r));
-        if constexpr (std::is_same_v<Code, int8_t>)
+        if constexpr (std::is_same_v<Code, int8_t>) {
             take_codes(c);
-        else
+            take_grid_terms(c);
+        } else if constexpr (std::is_same_v<Code, float>) {
             decode_rows(c);
+        }
         c.unpacked = unpacked_.get();
     }
 
@@ -149,6 +157,9 @@ class Rows {
             return codes + c.row(r) * size;
         };
         code_rows(a_.grid, a_.packed, a_.dim, c.n, place, unpacked_.get());
+    }
+
+    void take_grid_terms(Chunk<Code>& c) {
         const float* terms = a_.grid.terms + 2 * c.first;
         float *scale = c.scale, *residual = c.residual, *norm = c.norm, *bias = c.bias, *rest = c.rest;
         const float every = a_.grid.residual;

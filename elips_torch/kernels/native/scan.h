@@ -27,6 +27,7 @@ struct Block {
     float limit[MOST_VECTORS * LANES];
     float offset[MOST_VECTORS * LANES];
     float margin[MOST_VECTORS * LANES];
+    int correction[MOST_VECTORS * LANES];  // of scalars on a grid, which are not made signed
 
     // Compare with a limit from now on.
     void set_limit(int i, float least) {
@@ -150,6 +151,7 @@ class Scan {
     }
 
    private:
+    using Query = typename Product<Code>::Query;
     static constexpr int WIDE_ROWS = LANES == 16 ? 6 : 2;
 
     void chunk(int64_t first, const int64_t* slots, int n) {
@@ -168,8 +170,8 @@ class Scan {
     }
 
     void fill(Block<Code>& block) {
-        const auto* codes = static_cast<const Code*>(a_.query_codes);
-        const Code* queries[MOST_VECTORS * LANES];
+        const auto* codes = static_cast<const Query*>(a_.query_codes);
+        const Query* queries[MOST_VECTORS * LANES];
         for (int i = 0; i < block.n; ++i) queries[i] = codes + int64_t(block.queries[i]) * a_.dim;
         switch (block.vectors) {
             case 4: pack_queries<Code, 4>(queries, block.n, a_.dim, block.packed); break;
@@ -190,6 +192,8 @@ class Scan {
                 block.margin[i] = static_cast<float>(offset.margin + 2.0 * UNIT * std::fabs(offset.value)) + FLOOR;
             }
             block.set_limit(i, real ? reservoirs_[q].limit : HIGHEST);
+            if constexpr (!Rows<Code>::UNPACKS)
+                block.correction[i] = real ? -Product<Code>::product(queries[i], a_.grid.scalars + a_.dim, a_.dim) : 0;
         }
     }
 
@@ -259,6 +263,7 @@ class Scan {
             const Code* rows[ROWS];
             int corrections[ROWS];
             const int n = std::min(ROWS, c.n - first);
+            if (!Rows<Code>::UNPACKS && &block == blocks_.get()) source_.prefetch_ahead(c, first, ROWS);
             for (int r = 0; r < ROWS; ++r) {
                 const int place = first + std::min(r, n - 1);
                 rows[r] = source_.codes_of(c, place);
@@ -266,7 +271,7 @@ class Scan {
             }
             if (a_.dim % Product<Code>::PER_STEP) copy_last(rows, ROWS);
             typename Product<Code>::Sums sums[ROWS][VECTORS];
-            multiply<Code, ROWS, VECTORS>(rows, corrections, block.packed, a_.dim, sums);
+            multiply<Code, ROWS, VECTORS>(rows, corrections, block.correction, block.packed, a_.dim, sums);
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; ++v) {
                 const Floats scale = load(block.scale + v * LANES);
@@ -306,7 +311,7 @@ class Scan {
 
     // The last step of the last row would read past the end of the codes.
     void copy_last(const Code** rows, int n) {
-        const Code* last = source_.row((a_.codes_in_slots ? a_.n_slots : a_.n_rows) - 1);
+        const Code* last = source_.row((Rows<Code>::UNPACKS && a_.codes_in_slots ? a_.n_slots : a_.n_rows) - 1);
         for (int r = 0; r < n; ++r) {
             if (rows[r] != last) continue;
             std::memcpy(tail_.get(), last, a_.dim * sizeof(Code));
@@ -316,8 +321,12 @@ class Scan {
 
     void dots(const Chunk<Code>& c, Block<Code>& block) {
         for (int i = 0; i < block.n; ++i) {
-            const Code* query = static_cast<const Code*>(a_.query_codes) + int64_t(block.queries[i]) * a_.dim;
-            const int correction = Product<Code>::query_correction(query, a_.dim);
+            const Query* query = static_cast<const Query*>(a_.query_codes) + int64_t(block.queries[i]) * a_.dim;
+            int correction;
+            if constexpr (Rows<Code>::UNPACKS)
+                correction = Product<Code>::query_correction(query, a_.dim);
+            else
+                correction = block.correction[i];
             alignas(64) float products[LANES];
             const Floats scale = all(block.scale[i]), residual = all(block.residual[i]);
             const Floats norm = all(block.norm[i]);

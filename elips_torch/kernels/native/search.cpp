@@ -133,7 +133,10 @@ int search(Arguments a) {
         ready = scan<float>(a, reservoirs.get(), shared);
     } else if (a.code_type == 1 && HAS_INT8) {
 #if defined(__AVX512VNNI__)
-        ready = scan<int8_t>(a, reservoirs.get(), shared);
+        if (a.packed.packing == SCALAR)
+            ready = scan<uint8_t>(a, reservoirs.get(), shared);
+        else
+            ready = scan<int8_t>(a, reservoirs.get(), shared);
 #endif
     } else {
         return UNKNOWN_TYPE;
