@@ -46,11 +46,15 @@ def make_grid(metric: Metric, table: PackedTable, centroids: Tensor | None) -> C
     largest = zero.abs() + (_SCALAR_ZERO + _LARGEST + 1) * steps.double()
     if centroids is not None:
         largest += centroids.double().abs().amax(0)
-    rounded = 4 * UNIT * largest / steps.double()
-    residual = (off + float(torch.linalg.vector_norm(rounded))) * (1 + 4 * UNIT)
+    rounded = float(torch.linalg.vector_norm(4 * UNIT * largest / steps.double())) * (1 + 4 * UNIT)
+    residual = off * (1 + 4 * UNIT) + rounded
     if not residual < torch.inf:
         return None
-    return CodeGrid(steps, zero - mean.double(), mean, codes, scalars, residual)
+    features = None
+    if table.low is None:
+        middle = zero.view(codes.shape[0], 1, codes.shape[2])
+        features = (table.table.double() - middle).float().transpose(1, 2).contiguous()
+    return CodeGrid(steps, zero - mean.double(), mean, codes, scalars, residual, rounded, features)
 
 
 def _scalar_grid(table: PackedTable) -> tuple[Tensor, Tensor, None, Tensor, float]:

@@ -80,6 +80,8 @@ class CodeGrid:
         scalars: ``(2, D)`` uint8, which bits of a scalar's code count, and what is taken off these; None for
             parts.
         residual: at least ``|y - u|`` of every row.
+        rounded: the part of it that decoding loses by rounding.
+        features: ``(m, D / m, ksub)`` float32, the centroids of parts less z; None for scalars.
     """
 
     steps: Tensor
@@ -88,6 +90,8 @@ class CodeGrid:
     table: Tensor | None
     scalars: Tensor | None
     residual: float
+    rounded: float
+    features: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,9 @@ class PackedSearch(NativeSearch):
         else:
             plane = Plane(nothing.to(torch.int8), nothing[:, :4], self.grid.mean)
         super().__init__(nothing, metric, plane, k, n_excluded)
+        if self.grid is not None and self.grid.features is not None:
+            # Bytes of the tables of a query.
+            self.query_bytes += self.grid.features.shape[0] * self.grid.features.shape[2]
         self.n_rows = packed.codes.shape[0]
         # Each thread unpacks a chunk of rows.
         self.thread_bytes += max(_UNPACKED_BYTES, _UNPACKED_ROWS * dim * 4)
@@ -142,5 +145,7 @@ def grid_facts(grid: CodeGrid, terms: Tensor | None = None) -> Grid:
         table=None if grid.table is None else grid.table.data_ptr(),
         scalars=None if grid.scalars is None else grid.scalars.data_ptr(),
         terms=None if terms is None else terms.data_ptr(),
+        features=None if grid.features is None else grid.features.data_ptr(),
         residual=grid.residual,
+        rounded=grid.rounded,
     )

@@ -124,7 +124,9 @@ class Grid(ctypes.Structure):
         ("table", ctypes.c_void_p),
         ("scalars", ctypes.c_void_p),
         ("terms", ctypes.c_void_p),
+        ("features", ctypes.c_void_p),
         ("residual", ctypes.c_float),
+        ("rounded", ctypes.c_float),
     )
 
 

@@ -26,7 +26,9 @@ struct Grid {
     const int8_t* table;     // (m, ksub, D / m), the codes of the centroids of parts; null for scalars
     const uint8_t* scalars;  // (2, D), which bits of a scalar count, and what is taken off these; null for parts
     const float* terms;      // (S, 2), at least |y| and close to the bias of the row in each slot
+    const float* features;   // (m, D / m, 256), the centroids of parts, less z and the centroid; or null
     float residual;          // at least |y - u| of every row
+    float rounded;           // the part of that which decoding loses by rounding
 };
 
 // What `elips_terms` takes.

@@ -18,6 +18,9 @@ static inline Floats load_first(const float* p, int n) {
 static inline Floats load_bytes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+static inline Floats load_shorts(const uint16_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
 static inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 static inline Floats all(float x) { return _mm512_set1_ps(x); }
 static inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
@@ -45,6 +48,9 @@ static inline Floats load_first(const float* p, int n) {
 }
 static inline Floats load_bytes(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+static inline Floats load_shorts(const uint16_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 static inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 static inline Floats all(float x) { return _mm256_set1_ps(x); }

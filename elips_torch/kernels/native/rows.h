@@ -59,8 +59,9 @@ class Rows {
         return terms_ && corrections_ && (unpacked_ || !UNPACKS || !a_.packed.packing);
     }
 
-    // Take n rows, at most so many as a chunk has; with what products of many queries need, if asked.
-    Chunk<Code> take(int64_t first, const int64_t* slots, int n, bool with_corrections) {
+    // Take n rows, at most so many as a chunk has; with what products of many queries need, and with the codes
+    // that products need, if asked.
+    Chunk<Code> take(int64_t first, const int64_t* slots, int n, bool with_corrections, bool with_codes = true) {
         Chunk<Code> c;
         c.first = first;
         c.slots = slots;
@@ -73,7 +74,8 @@ class Rows {
         c.rest = c.bias + most_;
         c.correction = corrections_.get();
         c.unpacked = nullptr;
-        if (!UNPACKS) {
+        if (!UNPACKS || !with_codes) {
+            prefetch_packed(c, 0, UNPACKS ? FIRST_ROWS : AHEAD);
             take_grid_terms(c);
         } else if (a_.packed.packing) {
             unpack_rows(c);
@@ -85,7 +87,7 @@ class Rows {
         } else {
             take_terms(c, [&](int r) { return a_.terms + 4 * (first + r); });
         }
-        for (int r = 0; UNPACKS && with_corrections && r < n; ++r) {
+        for (int r = 0; UNPACKS && with_codes && with_corrections && r < n; ++r) {
             prefetch_ahead(c, r);
             c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
         }
@@ -100,6 +102,14 @@ class Rows {
         return c.unpacked ? c.unpacked + int64_t(r) * a_.dim : row(c.place(r));
     }
 
+    // Where the codes of a row of parts begin.
+    const uint8_t* packed(const Chunk<Code>& c, int r) const { return a_.packed.codes + c.row(r) * a_.packed.code_size; }
+
+    // Ask for the codes of n rows of a chunk, as far as there are so many.
+    void prefetch_packed(const Chunk<Code>& c, int first, int n) const {
+        for (int r = first; r < std::min(first + n, c.n); ++r) prefetch_packed(c.row(r));
+    }
+
     // Ask for the rows that follow n rows of a chunk soon.
     void prefetch_ahead(const Chunk<Code>& c, int r, int n = 1) const {
         if (!c.scattered || c.unpacked) return;
@@ -107,7 +117,7 @@ class Rows {
     }
 
    private:
-    static constexpr int AHEAD = 8;
+    static constexpr int AHEAD = 8, FIRST_ROWS = 64;
 
     void prefetch_row(int64_t number) const {
         const char* codes = reinterpret_cast<const char*>(row(number));

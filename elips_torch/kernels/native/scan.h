@@ -10,6 +10,7 @@
 #include "products.h"
 #include "reservoir.h"
 #include "rows.h"
+#include "tables.h"
 
 constexpr int MOST_VECTORS = 4;
 
@@ -76,9 +77,10 @@ struct ListQueries {
 template <class Code>
 class Scan {
    public:
-    Scan(const Arguments& a, int part, float* limits)
+    Scan(const Arguments& a, int part, float* limits, const ByteTables* tables)
         : a_(a),
           limits_(limits),
+          tables_(tables),
           source_(a),
           is_selective_((a.mask && a.mask_rows) || a.n_excluded > 0),
           packed_dim_(steps_of(a.dim, Product<Code>::PER_STEP) * Product<Code>::PER_STEP) {
@@ -99,6 +101,7 @@ class Scan {
         packed_ = allocate<typename Product<Code>::Packed>(vectors * LANES * packed_dim_);
         if (!source_.prepare() || !tail_ || !blocks_ || !packed_) return false;
         if (a_.grid.steps && !origin_.make(a_.dim)) return false;
+        if (tables_ && !(turned_ = allocate<uint8_t>(int64_t(a_.packed.parts) * TURNED_ROWS))) return false;
         for (int q = first; q < last; ++q) {
             Reservoir& r = reservoirs_[q];
             const int64_t place = int64_t(q) * (a_.capacity + SPARE);
@@ -119,7 +122,8 @@ class Scan {
         if (a_.grid.steps) origin_.take(a_.packed, a_.grid, list, a_.dim);
         auto* packed = packed_.get();
         n_blocks_ = 0;
-        const bool few = n <= FEW_QUERIES;
+        looks_up_ = tables_ && n <= LOOKING_UP;
+        const bool few = n <= FEW_QUERIES || looks_up_;
         for (int i = 0; i < n;) {
             Block<Code>& block = blocks_[n_blocks_++];
             block.vectors = few ? 0 : std::min((n - i + LANES - 1) / LANES, MOST_VECTORS);
@@ -152,10 +156,17 @@ class Scan {
 
    private:
     using Query = typename Product<Code>::Query;
+    // Up to so many queries of a list look their rows up (measured).
+    static constexpr int LOOKING_UP = 16;
     static constexpr int WIDE_ROWS = LANES == 16 ? 6 : 2;
 
     void chunk(int64_t first, const int64_t* slots, int n) {
-        const Chunk<Code> c = source_.take(first, slots, n, n_blocks_ && blocks_[0].vectors);
+        const Chunk<Code> c = source_.take(first, slots, n, n_blocks_ && blocks_[0].vectors, !looks_up_);
+        if (looks_up_) {
+            for (int b = 0; b < n_blocks_; ++b) refresh(blocks_[b]);
+            for (int first = 0; first < c.n; first += TURNED_ROWS) look_up(c, first);
+            return;
+        }
         for (int b = 0; b < n_blocks_; ++b) {
             Block<Code>& block = blocks_[b];
             refresh(block);
@@ -187,7 +198,8 @@ class Scan {
             block.norm[i] = real ? a_.query_terms[2 * int64_t(a_.n_queries) + q] : 0.0f;
             block.offset[i] = block.margin[i] = 0.0f;
             if (real && a_.grid.steps) {
-                const auto offset = origin_.of(a_.queries + q * a_.dim, a_.mean, a_.dim, a_.metric);
+                auto offset = origin_.of(a_.queries + q * a_.dim, a_.mean, a_.dim, a_.metric);
+                if (looks_up_) offset.value += tables_->facts(q).base;
                 block.offset[i] = static_cast<float>(offset.value);
                 block.margin[i] = static_cast<float>(offset.margin + 2.0 * UNIT * std::fabs(offset.value)) + FLOOR;
             }
@@ -340,28 +352,54 @@ class Scan {
                 }
                 Floats bound = times(load(products), scale);
                 bound = times_plus(bound, load_first(c.scale + first, n), load_first(c.bias + first, n));
-                bound = times_plus(residual, load_first(c.residual + first, n), bound);
-                bound = times_plus(norm, load_first(c.norm + first, n), bound);
-                unsigned reached = not_below(bound, all(block.limit[i]));
-                reached &= (1u << n) - 1;
-                if (!reached) continue;
                 Floats error = times(residual, load_first(c.residual + first, n));
                 error = times_plus(norm, load_first(c.norm + first, n), error);
-                error = plus(error, plus(load_first(c.rest + first, n), all(FLOOR)));
-                const Bounds bounds(bound, error, all(block.offset[i]), all(block.margin[i]), a_.grid.steps);
-                alignas(64) float compared[LANES];
-                store(compared, bound);
-                for (; reached; reached &= reached - 1) {
-                    const int r = __builtin_ctz(reached);
-                    if (!(compared[r] < block.limit[i]) && !hidden(c.row(first + r)))
-                        keep(c.row(first + r), block, i, bounds.upper[r], bounds.lower[r]);
-                }
+                keep_rows(c, first, n, block, i, plus(bound, error), error);
             }
+        }
+    }
+
+    // Rows of parts, 64 from `first` on, by what tables say of their codes.
+    void look_up(const Chunk<Code>& c, int first) {
+        turn([&](int r) { return source_.packed(c, std::min(first + r, c.n - 1)); }, a_.packed.parts, turned_.get());
+        source_.prefetch_packed(c, first + TURNED_ROWS, TURNED_ROWS);
+        for (int b = 0; b < n_blocks_; ++b)
+            for (int i = 0; i < blocks_[b].n; ++i) look_up(c, first, blocks_[b], i);
+    }
+
+    void look_up(const Chunk<Code>& c, int first, Block<Code>& block, int i) {
+        const ByteTables::Facts& facts = tables_->facts(block.queries[i]);
+        alignas(64) uint16_t sums[TURNED_ROWS];
+        add_parts(turned_.get(), tables_->of(block.queries[i]), a_.packed.parts, sums);
+        const Floats step = all(facts.step), per_norm = all(facts.norm), every = all(facts.error);
+        for (int r = first; r < std::min(first + TURNED_ROWS, c.n); r += LANES) {
+            const int n = std::min(LANES, c.n - r);
+            const Floats error = times_plus(per_norm, load_first(c.norm + r, n), every);
+            Floats bound = times_plus(load_shorts(sums + r - first), step, load_first(c.bias + r, n));
+            bound = plus(bound, error);
+            keep_rows(c, r, n, block, i, bound, error);
+        }
+    }
+
+    // Keep those of n rows whose bounds, less what the rest of the error adds, reach the limit of a query.
+    void keep_rows(const Chunk<Code>& c, int first, int n, Block<Code>& block, int i, Floats bound, Floats error) {
+        unsigned reached = not_below(bound, all(block.limit[i])) & ((1u << n) - 1);
+        if (!reached) return;
+        error = plus(error, plus(load_first(c.rest + first, n), all(FLOOR)));
+        const Bounds bounds(bound, error, all(block.offset[i]), all(block.margin[i]), a_.grid.steps);
+        alignas(64) float compared[LANES];
+        store(compared, bound);
+        for (; reached; reached &= reached - 1) {
+            const int r = __builtin_ctz(reached);
+            if (!(compared[r] < block.limit[i]) && !hidden(c.row(first + r)))
+                keep(c.row(first + r), block, i, bounds.upper[r], bounds.lower[r]);
         }
     }
 
     const Arguments& a_;
     float* limits_;
+    const ByteTables* tables_;
+    bool looks_up_ = false;
     Rows<Code> source_;
     const bool is_selective_;
     Origin origin_;
@@ -372,6 +410,7 @@ class Scan {
     int n_blocks_ = 0;
     Reservoir* reservoirs_ = nullptr;
     Memory<Code> tail_;
+    Memory<uint8_t> turned_;
     Memory<Block<Code>> blocks_;
     Memory<typename Product<Code>::Packed> packed_;
 };

@@ -8,6 +8,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "arguments.h"
 #include "assign.h"
@@ -19,6 +20,9 @@
 #include "scan.h"
 
 namespace {
+
+// More queries for each list, on average, take products of decoded rows (measured).
+constexpr int64_t MOST_LOOKING_UP = 12;
 
 // Chunks in an order that meets rows from everywhere early, whatever their order is.
 int64_t stride_of(int64_t n) {
@@ -52,6 +56,10 @@ template <class Code>
 bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
     ListQueries lists;
     if (a.probes && !lists.fill(a)) return false;
+    ByteTables tables;
+    const bool looks_up = std::is_same_v<Code, int8_t> && a.probes && ByteTables::serve(a) &&
+                          int64_t(a.n_queries) * a.n_probes <= MOST_LOOKING_UP * lists.n;
+    if (looks_up && !tables.make(a)) return false;
     bool ready = true;
     int64_t next = 0;
 #pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1)
@@ -66,7 +74,7 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
             last = static_cast<int>(std::min<int64_t>(a.n_queries, blocks * (thread + 1) / n_threads * wide));
         }
         const int part = splits_rows ? thread : 0;
-        Scan<Code> work(a, part, limits);
+        Scan<Code> work(a, part, limits, looks_up ? &tables : nullptr);
         const bool mine = first < last;
         const bool prepared = !mine || work.prepare(reservoirs + int64_t(part) * a.n_queries, first, last);
         if (!prepared) {
