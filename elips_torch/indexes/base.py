@@ -32,7 +32,7 @@ from elips_torch.core.validation import (
 from elips_torch.indexes.faiss_export import FaissExport
 from elips_torch.indexes.files import read_index_file, write_index_file
 from elips_torch.indexes.rows import Rows
-from elips_torch.kernels.selection import Selection
+from elips_torch.kernels.selection import EVERYTHING, Selection
 from elips_torch.ops.candidate_scores import candidate_scores_op
 from elips_torch.ops.index_search import format_parameters, index_range_search_op, index_search_op
 
@@ -398,6 +398,8 @@ class Index(FaissExport, Rows):
     def _selection(
         self, n_queries: int, mask: Tensor | None, exclude: Tensor | None, exclude_self: bool
     ) -> Selection:
+        if mask is None and exclude is None and not exclude_self:
+            return EVERYTHING
         check_mask(mask, n_queries, self.ntotal, self.device)
         check_exclude(exclude, n_queries, self.device)
         rows = None if exclude is None else self._rows_of(exclude)

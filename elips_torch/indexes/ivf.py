@@ -276,10 +276,10 @@ class IVFIndex(ListedRows):
         implementation: str,
         parameters: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        self._check_fitted("search")
         n_probes = self._n_probes(parameters)
         workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
         if faiss_mirror.is_asked_for(implementation, "ivf_search", IMPLEMENTATIONS):
+            self._check_fitted("search")
             return faiss_mirror.search_mirror(self, queries, k, selection, n_probes)
         return self._searches.run(
             queries,
@@ -303,6 +303,7 @@ class IVFIndex(ListedRows):
         workspace: int,
     ) -> tuple[Tensor, Tensor]:
         """Find the nearest lists, search them, and read on for queries that have found too little."""
+        self._check_fitted("search")
         bad = bad_queries(queries, self._metric) if self.check_finite else None
         ranks = self._current_id_map().ranks(self.ids)
         layout, decode = self.lists.layout, self._decoder()
@@ -346,15 +347,15 @@ class IVFIndex(ListedRows):
 
     def _searched_tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors that a search reads, beside what is derived from them."""
-        own = tuple(getattr(self, name) for name in self.row_tensors)
-        return (*own, self.coarse.vectors) if isinstance(self.coarse, FlatIndex) else own
+        coarse = self.coarse
+        return (*self._row_tensors(), *(coarse._row_tensors() if isinstance(coarse, FlatIndex) else ()))
 
     def _prepare(
         self, queries: Tensor, k: int, n_probes: int, implementation: str, workspace: int
     ) -> PreparedSearch | None:
         """Prepare a search of all rows for queries ``(Q, D)`` like these; None where that cannot be."""
         # All lists need no search among the centroids.
-        if not isinstance(self.coarse, FlatIndex) or n_probes == self.nlist:
+        if not self.is_trained or not isinstance(self.coarse, FlatIndex) or n_probes == self.nlist:
             return None
         if len(self._blocks(queries, n_probes, workspace)) > 1:
             return None

@@ -108,8 +108,9 @@ class IVFCodedIndex(IVFIndex):
         return DecodedRows(self._decode, self._candidate_dtype(), self.dim, self._screened())
 
     def _searched_tensors(self) -> tuple[Tensor, ...]:
-        learned = tuple(getattr(self.quantizer, name) for name in self.quantizer.learned_buffers)
-        return super()._searched_tensors() + learned
+        quantizer = self.quantizer
+        learned = (quantizer._buffers[name] for name in quantizer.learned_buffers)
+        return (*super()._searched_tensors(), *(tensor for tensor in learned if tensor is not None))
 
     def _packed(self) -> PackedRows | None:
         """Return the rows as they are stored, None where more than tables is needed to decode them."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import DuplicateIdError
+from elips_torch.core.huge_pages import ask_for_huge_pages
 from elips_torch.core.validation import FLOAT_DTYPES, check_unique, check_usable
 from elips_torch.indexes.id_map import IdMap
 from elips_torch.indexes.row_tensors import RowTensors
@@ -153,9 +154,9 @@ class RowState(RowTensors):
                     old.data.copy_(tensor)
                 else:
                     # As everywhere in torch, loading copies into the module's dtype and device.
-                    resized[name] = torch.empty(tensor.shape, dtype=old.dtype, device=old.device).copy_(
-                        tensor
-                    )
+                    resized[name] = torch.empty(tensor.shape, dtype=old.dtype, device=old.device)
+                    ask_for_huge_pages(resized[name])
+                    resized[name].copy_(tensor)
             self._assign_rows(resized)
             self._reserves.clear()
             self._id_map.rebuild(self.ids)

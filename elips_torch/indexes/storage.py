@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from elips_torch.core.huge_pages import ask_for_huge_pages
+
 # Doubling costs about one more copy of all rows, however many batches they come in.
 _GROWTH = 2
 # On a CPU memory that nobody has touched costs nothing: there a reserve grows faster while it is
@@ -60,6 +62,7 @@ def _allocate(rows: int, like: Tensor) -> Tensor:
     shape = (rows, *like.shape[1:])
     storage = torch.UntypedStorage(math.prod(shape) * like.itemsize, device=like.device)
     flat = torch.empty(0, dtype=like.dtype, device=like.device).set_(storage)
+    ask_for_huge_pages(flat)
     reserve: Tensor = flat.view(shape)
     return reserve
 

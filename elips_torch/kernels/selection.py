@@ -126,3 +126,7 @@ class Selection:
         if isinstance(self.queries, slice):
             return owners + (self.queries.start or 0)
         return self.queries[owners]
+
+
+# Every row, to every query.
+EVERYTHING = Selection()
