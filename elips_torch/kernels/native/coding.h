@@ -80,12 +80,11 @@ static void code_query(const Coding& c, int64_t q, double mean_length, double* w
     const double step = scale;
 #pragma omp simd reduction(+ : length, residual)
     for (int i = 0; i < dim; ++i) {
-        const double code = coded(wide[i], step, static_cast<Code*>(nullptr)) * step;
+        const double number = coded(wide[i], step, static_cast<Code*>(nullptr)), code = number * step;
         length += code * code;
         residual += (wide[i] - code) * (wide[i] - code);
+        codes[i] = static_cast<Code>(number);
     }
-    for (int i = 0; i < dim; ++i)
-        codes[i] = static_cast<Code>(coded(wide[i], step, static_cast<Code*>(nullptr)));
     length = std::sqrt(length);
     residual = std::sqrt(residual);
     const double unit = 1.0 / 16777216.0, lost = c.rounded * unit;

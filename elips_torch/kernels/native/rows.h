@@ -119,14 +119,17 @@ class Rows {
    private:
     static constexpr int AHEAD = 8, FIRST_ROWS = 64;
 
-    void prefetch_row(int64_t number) const {
-        const char* codes = reinterpret_cast<const char*>(row(number));
-        for (int64_t i = 0; i < a_.dim * int64_t(sizeof(Code)); i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
+    // Every line of memory that holds some of these bytes.
+    static void fetch(const void* place, int64_t bytes) {
+        const char* first = static_cast<const char*>(place);
+        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(first + i, _MM_HINT_T0);
+        _mm_prefetch(first + bytes - 1, _MM_HINT_T0);
     }
 
+    void prefetch_row(int64_t number) const { fetch(row(number), a_.dim * int64_t(sizeof(Code))); }
+
     void prefetch_packed(int64_t number) const {
-        const char* codes = reinterpret_cast<const char*>(a_.packed.codes + number * a_.packed.code_size);
-        for (int i = 0; i < a_.packed.code_size; i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
+        fetch(a_.packed.codes + number * a_.packed.code_size, a_.packed.code_size);
     }
 
     template <class Place>
@@ -162,8 +165,7 @@ class Rows {
         const int64_t size = a_.packed.code_size;
         const int last = c.n - 1;
         auto place = [&](int r) {
-            const uint8_t* soon = codes + c.row(std::min(r + AHEAD, last)) * size;
-            for (int64_t i = 0; i < size; i += 64) _mm_prefetch(reinterpret_cast<const char*>(soon + i), _MM_HINT_T0);
+            fetch(codes + c.row(std::min(r + AHEAD, last)) * size, size);
             return codes + c.row(r) * size;
         };
         code_rows(a_.grid, a_.packed, a_.dim, c.n, place, unpacked_.get());

@@ -59,7 +59,7 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
     ByteTables tables;
     const bool looks_up = std::is_same_v<Code, int8_t> && a.probes && ByteTables::serve(a) &&
                           int64_t(a.n_queries) * a.n_probes <= MOST_LOOKING_UP * lists.n;
-    if (looks_up && !tables.make(a)) return false;
+    if (looks_up && !tables.allocate_for(a)) return false;
     bool ready = true;
     int64_t next = 0;
 #pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1)
@@ -76,7 +76,9 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
         const int part = splits_rows ? thread : 0;
         Scan<Code> work(a, part, limits, looks_up ? &tables : nullptr);
         const bool mine = first < last;
-        const bool prepared = !mine || work.prepare(reservoirs + int64_t(part) * a.n_queries, first, last);
+        // A thread without memory leaves the tables of its queries unmade: then all fails.
+        const bool has_tables = !looks_up || tables.make(a);
+        const bool prepared = has_tables && (!mine || work.prepare(reservoirs + int64_t(part) * a.n_queries, first, last));
         if (!prepared) {
 #pragma omp atomic write
             ready = false;

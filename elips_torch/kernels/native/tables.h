@@ -90,23 +90,20 @@ class ByteTables {
                has_byte_permutes();
     }
 
-    bool make(const Arguments& a) {
+    bool allocate_for(const Arguments& a) {
         parts_ = a.packed.parts;
         tables_ = allocate<uint8_t>(int64_t(a.n_queries) * parts_ * ENTRIES);
         facts_ = allocate<Facts>(a.n_queries);
-        bool ready = tables_ && facts_;
-#pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1 && a.n_queries > 1)
-        {
-            Memory<float> sums = allocate<float>(parts_ * (ENTRIES + 1));
-            if (!sums) {
-#pragma omp atomic write
-                ready = false;
-            }
+        return tables_ && facts_;
+    }
+
+    // Called by all threads of a region, each of which makes some.
+    bool make(const Arguments& a) {
+        Memory<float> sums = allocate<float>(parts_ * (ENTRIES + 1));
 #pragma omp for
-            for (int q = 0; q < a.n_queries; ++q)
-                if (ready) make(a, q, sums.get());
-        }
-        return ready;
+        for (int q = 0; q < a.n_queries; ++q)
+            if (sums) make(a, q, sums.get());
+        return static_cast<bool>(sums);
     }
 
     struct Facts {
@@ -189,6 +186,7 @@ class ByteTables {
         float step, error, norm;
     };
     static bool serve(const Arguments&) { return false; }
+    bool allocate_for(const Arguments&) { return false; }
     bool make(const Arguments&) { return false; }
     const Facts& facts(int64_t) const { return none_; }
     const uint8_t* of(int64_t) const { return nullptr; }
