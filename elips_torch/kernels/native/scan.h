@@ -157,7 +157,7 @@ class Scan {
    private:
     using Query = typename Product<Code>::Query;
     // Up to so many queries of a list look their rows up (measured).
-    static constexpr int LOOKING_UP = 16;
+    static constexpr int LOOKING_UP = 32;
     static constexpr int WIDE_ROWS = LANES == 16 ? 6 : 2;
 
     void chunk(int64_t first, const int64_t* slots, int n) {
