@@ -125,7 +125,9 @@ class IVFCodedIndex(IVFIndex):
     def _screened(self) -> PackedRows | None:
         """Return the rows as they are stored with what screens them."""
         lists, packed = self.lists, self._packed()
-        return None if packed is None else self._terms.of(self._metric, packed, lists, self._searched_tensors())
+        return (
+            None if packed is None else self._terms.of(self._metric, packed, lists, self._searched_tensors())
+        )
 
     # The terms follow changes of rows in lists that they know; else the next search makes them anew.
 

@@ -52,7 +52,7 @@ def make_grid(metric: Metric, table: PackedTable, centroids: Tensor | None) -> C
         return None
     features = None
     if table.low is None:
-        middle = zero.view(codes.shape[0], 1, codes.shape[2])
+        middle = zero.view(table.table.shape[0], 1, -1)
         features = (table.table.double() - middle).float().transpose(1, 2).contiguous()
     return CodeGrid(steps, zero - mean.double(), mean, codes, scalars, residual, rounded, features)
 
@@ -62,7 +62,9 @@ def _scalar_grid(table: PackedTable) -> tuple[Tensor, Tensor, None, Tensor, floa
     steps, low = table.table.contiguous(), table.low.double()
     # A feature that does not vary is the same whatever its code is.
     varies = steps > 0
-    scalars = torch.where(varies, torch.tensor([[255], [_SCALAR_ZERO]], dtype=torch.int64, device=low.device), 0)
+    scalars = torch.where(
+        varies, torch.tensor([[255], [_SCALAR_ZERO]], dtype=torch.int64, device=low.device), 0
+    )
     steps = _positive(steps)
     return steps, low + scalars[1] * steps.double(), None, scalars.to(torch.uint8), 0.0
 

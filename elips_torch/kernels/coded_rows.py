@@ -104,8 +104,8 @@ class PackedRows:
         centroids: ``(L, D)`` float32, added to the rows of each list; None where nothing is.
         assignments: ``(N,)`` int32, the list of each row; None without centroids.
         grid: makes int8 codes of the codes, where that is possible.
-        terms: ``(S, 2)`` float32, of the row in each slot at least ``|y|`` and close to the bias; None without
-            a grid.
+        terms: ``(S, 2)`` float32, of the row in each slot: at least ``|y|``, and close to the bias; None
+            without a grid.
     """
 
     codes: Tensor
