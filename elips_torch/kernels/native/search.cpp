@@ -57,8 +57,9 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
     ListQueries lists;
     if (a.probes && !lists.fill(a)) return false;
     ByteTables tables;
-    const bool looks_up = std::is_same_v<Code, int8_t> && a.probes && ByteTables::serve(a) &&
-                          int64_t(a.n_queries) * a.n_probes <= MOST_LOOKING_UP * lists.n;
+    const bool few = a.probes ? int64_t(a.n_queries) * a.n_probes <= MOST_LOOKING_UP * lists.n
+                              : a.n_queries <= Scan<Code>::LOOKING_UP;
+    const bool looks_up = std::is_same_v<Code, int8_t> && few && ByteTables::serve(a);
     if (looks_up && !tables.allocate_for(a)) return false;
     bool ready = true;
     int64_t next = 0;
