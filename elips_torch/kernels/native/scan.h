@@ -77,9 +77,6 @@ struct ListQueries {
 template <class Code>
 class Scan {
    public:
-    // Up to so many queries of a list, or of all rows, look their rows up (measured).
-    static constexpr int LOOKING_UP = 32;
-
     Scan(const Arguments& a, int part, float* limits, const ByteTables* tables)
         : a_(a),
           limits_(limits),
@@ -159,6 +156,8 @@ class Scan {
 
    private:
     using Query = typename Product<Code>::Query;
+    // Up to so many queries of a list look their rows up (measured).
+    static constexpr int LOOKING_UP = 32;
     static constexpr int WIDE_ROWS = LANES == 16 ? 6 : 2;
 
     void chunk(int64_t first, const int64_t* slots, int n) {
