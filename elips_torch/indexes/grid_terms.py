@@ -99,9 +99,10 @@ class GridTerms:
                 the place of each.
         """
         device, dim = packed.codes.device, packed.table.dim
-        # Nobody has compiled the code for what has been searched so far.
+        # Small searches are not worth compiling the code for: it may not be there yet.
         is_ready = screened_on_grid(metric, dim, device) and library_is_ready(device)
         if not is_ready or not grid_serves(dim):
+            self.forget()
             return packed
         grid, terms = self._grid, self._terms
         if not self.know(tensors) or (terms is not None and len(terms) != n_places):
