@@ -344,9 +344,8 @@ class IVFIndex(ListedRows):
         return scores, rows
 
     def _searched_tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors that a search reads, beside what is derived from them."""
-        coarse = self.coarse
-        return (*self._row_tensors(), *(coarse._row_tensors() if isinstance(coarse, FlatIndex) else ()))
+        centroids = self.coarse._row_tensors() if isinstance(self.coarse, FlatIndex) else ()
+        return (*super()._searched_tensors(), *centroids)
 
     def _prepare(
         self, queries: Tensor, k: int, n_probes: int, implementation: str, workspace: int

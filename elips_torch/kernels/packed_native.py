@@ -22,6 +22,7 @@ from elips_torch.kernels.search_native import (
     Grid,
     Packed,
     int8_products_are_right,
+    library_reasons,
     native_terms,
 )
 
@@ -90,9 +91,14 @@ class PackedSearch(NativeSearch):
         )
 
 
+def has_grids(dim: int, device: torch.device) -> bool:
+    """Whether rows of so many features are to be searched on a grid: where int8 products are fast."""
+    return dim >= LEAST_INT8_DIM and not library_reasons(device) and device_facts(device).vnni
+
+
 def grid_serves(dim: int) -> bool:
-    """Whether rows of so many features are searched on a grid here: where int8 products are fast."""
-    return dim >= LEAST_INT8_DIM and device_facts("cpu").vnni and int8_products_are_right()
+    """Whether they can be, now that the code is compiled."""
+    return has_grids(dim, torch.device("cpu")) and int8_products_are_right()
 
 
 def fill_terms(

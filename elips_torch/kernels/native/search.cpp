@@ -21,8 +21,8 @@
 
 namespace {
 
-// More queries for each list, on average, take products of decoded rows (measured).
-constexpr int64_t MOST_LOOKING_UP = 16;
+// More queries, of all rows or on average for each list, take products of decoded rows (measured).
+constexpr int64_t MOST_LOOKING_UP = 20, MOST_LOOKING_UP_LISTS = 16;
 
 // Chunks in an order that meets rows from everywhere early, whatever their order is.
 int64_t stride_of(int64_t n) {
@@ -57,8 +57,9 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
     ListQueries lists;
     if (a.probes && !lists.fill(a)) return false;
     ByteTables tables;
-    const bool looks_up = std::is_same_v<Code, int8_t> && a.probes && ByteTables::serve(a) &&
-                          int64_t(a.n_queries) * a.n_probes <= MOST_LOOKING_UP * lists.n;
+    const bool few = a.probes ? int64_t(a.n_queries) * a.n_probes <= MOST_LOOKING_UP_LISTS * lists.n
+                              : a.n_queries <= MOST_LOOKING_UP;
+    const bool looks_up = std::is_same_v<Code, int8_t> && few && ByteTables::serve(a);
     if (looks_up && !tables.allocate_for(a)) return false;
     bool ready = true;
     int64_t next = 0;
