@@ -9,7 +9,7 @@ from torch import Tensor
 from elips_torch.core.metric import Metric
 from elips_torch.indexes.inverted_lists import InvertedLists, SlotChange
 from elips_torch.indexes.storage import Snapshot, durable
-from elips_torch.kernels.code_grid import make_grid
+from elips_torch.kernels.code_grid import has_grid, make_grid
 from elips_torch.kernels.coded_rows import CodeGrid, PackedRows
 from elips_torch.kernels.packed_native import fill_terms, grid_serves
 from elips_torch.kernels.search_native import library_compiles
@@ -20,7 +20,7 @@ TERM_BYTES = 8
 
 def keeps_terms(metric: Metric, packed: PackedRows) -> bool:
     """Whether an index of packed rows keeps terms: where searches would use them."""
-    is_screened = packed.codes.device.type == "cpu" and metric.name in ("l2", "ip")
+    is_screened = packed.codes.device.type == "cpu" and has_grid(metric, packed.table)
     return is_screened and grid_serves(packed.table.dim)
 
 

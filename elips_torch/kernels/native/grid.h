@@ -114,12 +114,29 @@ static void code_parts(const Grid& g, const Packed& p, int dim, int n, Place pla
     }
 }
 
+// The same of n rows of scalars. What is written behind the codes means nothing.
+template <int BITS, class Place>
+static void code_scalars(const Grid& g, int dim, int n, Place place, int8_t* out) {
+    const uint8_t *counts = g.scalars, *less = counts + dim;
+    for (int r = 0; r < n; ++r, out += dim) {
+        const uint8_t* codes = place(r);
+        for (int i = 0; i < dim; i += SPREAD) {
+            const __m128i some = spread<BITS>(codes, i, dim - i);
+            const __m128i counted = _mm_and_si128(some, spread<8>(counts, i, dim - i));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_sub_epi8(counted, spread<8>(less, i, dim - i)));
+        }
+    }
+}
+
+// At least SPREAD codes more fit behind those written.
 template <class Place>
 static void code_rows(const Grid& g, const Packed& p, int dim, int n, Place place, int8_t* out) {
-    if (p.packing == NIBBLES)
-        code_parts<true>(g, p, dim, n, place, out);
-    else
-        code_parts<false>(g, p, dim, n, place, out);
+    switch (p.packing) {
+        case SCALAR6: return code_scalars<6>(g, dim, n, place, out);
+        case SCALAR4: return code_scalars<4>(g, dim, n, place, out);
+        case NIBBLES: return code_parts<true>(g, p, dim, n, place, out);
+        default: code_parts<false>(g, p, dim, n, place, out);
+    }
 }
 
 // The point that the rows of a list are coded from, less the mean; and its products with queries.
