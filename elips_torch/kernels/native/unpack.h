@@ -47,50 +47,45 @@ static inline Register rounded(Register x) {
     return x;
 }
 
-// Codes of features that are taken at a time, a byte each once they are spread.
+// Codes of scalars that are taken at a time.
 constexpr int SPREAD = 16;
 
-// Bytes of n codes of so many bits, lowest bits first.
-constexpr int bytes_of(int n, int bits) { return (n * bits + 7) / 8; }
+constexpr int bytes_of(int n_codes, int bits) { return (n_codes * bits + 7) / 8; }
 
+// Codes of so many bits, the lowest first, as a byte each.
 template <int BITS>
 static inline __m128i spread(__m128i codes) {
     static_assert(BITS == 8 || BITS == 6 || BITS == 4);
-    if constexpr (BITS == 8) return codes;
-    if constexpr (BITS == 4) {
+    if constexpr (BITS == 8) {
+        return codes;
+    } else if constexpr (BITS == 4) {
         const __m128i pairs = _mm_cvtepu8_epi16(codes);
         return _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
+    } else {
+        // Four codes in three bytes.
+        const __m128i places = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+        const __m128i fours = _mm_shuffle_epi8(codes, places);
+        const __m128i first = _mm_and_si128(fours, _mm_set1_epi32(63));
+        const __m128i second = _mm_and_si128(_mm_slli_epi32(fours, 2), _mm_set1_epi32(63 << 8));
+        const __m128i third = _mm_and_si128(_mm_slli_epi32(fours, 4), _mm_set1_epi32(63 << 16));
+        const __m128i fourth = _mm_and_si128(_mm_slli_epi32(fours, 6), _mm_set1_epi32(63 << 24));
+        return _mm_or_si128(_mm_or_si128(first, second), _mm_or_si128(third, fourth));
     }
-    // Four codes in three bytes each.
-    const __m128i fours = _mm_shuffle_epi8(codes, _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
-    const __m128i first = _mm_and_si128(fours, _mm_set1_epi32(63));
-    const __m128i second = _mm_and_si128(_mm_slli_epi32(fours, 2), _mm_set1_epi32(63 << 8));
-    const __m128i third = _mm_and_si128(_mm_slli_epi32(fours, 4), _mm_set1_epi32(63 << 16));
-    const __m128i fourth = _mm_and_si128(_mm_slli_epi32(fours, 6), _mm_set1_epi32(63 << 24));
-    return _mm_or_si128(_mm_or_si128(first, second), _mm_or_si128(third, fourth));
 }
 
-// The codes of n features from feature i on, a whole number of times SPREAD. Reads nothing behind them.
+// The codes of features from i on, a multiple of SPREAD, of which there are n. Reads no byte behind them.
 template <int BITS>
 static inline __m128i spread(const uint8_t* codes, int i, int n) {
     codes += i / 8 * BITS;
-    if (n >= SPREAD) {
-        // Whole registers where none reads too far.
-        if constexpr (BITS == 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
-        if constexpr (BITS == 4) return spread<BITS>(eight);
-        int32_t four;
-        std::memcpy(&four, codes + 8, 4);
-        return spread<BITS>(_mm_insert_epi32(eight, four, 2));
+    if (n < SPREAD) return spread<BITS>(load_some(codes, bytes_of(n, BITS)));
+    if constexpr (BITS == 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    if constexpr (BITS == 6) {
+        int32_t others;
+        std::memcpy(&others, codes + 8, sizeof(others));
+        bytes = _mm_insert_epi32(bytes, others, 2);
     }
-#if defined(__AVX512VL__) && defined(__AVX512BW__)
-    const __mmask16 there = static_cast<__mmask16>((1u << bytes_of(n, BITS)) - 1);
-    return spread<BITS>(_mm_maskz_loadu_epi8(there, codes));
-#else
-    alignas(16) uint8_t some[SPREAD] = {};
-    std::memcpy(some, codes, bytes_of(n, BITS));
-    return spread<BITS>(_mm_load_si128(reinterpret_cast<const __m128i*>(some)));
-#endif
+    return spread<BITS>(bytes);
 }
 
 // What the codes of LANES features, or of the first n of these, stand for; the centroid is null where nothing
@@ -122,10 +117,7 @@ static inline void unpack_scalars(const Packed& p, const uint8_t* codes, int dim
 
 template <int32_t PACKING>
 static inline void unpack_floats(const uint8_t* codes, int dim, const float* centroid, float* out) {
-    auto widened = [](const uint8_t* from) {
-        const auto* shorts = reinterpret_cast<const uint16_t*>(from);
-        return PACKING == HALVES ? load_halves(shorts) : load_bfloats(shorts);
-    };
+    auto widened = [](const uint8_t* from) { return PACKING == HALVES ? load_halves(from) : load_bfloats(from); };
     int i = 0;
     for (; i + LANES <= dim; i += LANES) {
         const Floats value = widened(codes + 2 * i);
