@@ -101,7 +101,7 @@ def test_native_and_decoded_search_are_the_same(qtype, metric):
         database[300:350] = database[:50]
         index = SQIndex(dim, qtype, metric).fit(database)
         index.add(database, ids=torch.randperm(700, generator=torch.Generator().manual_seed(2)))
-        assert index.explain(queries).chosen == "native"
+        assert index.explain(queries, implementation="native").chosen == "native"
         mask = torch.rand(40, 700, generator=torch.Generator().manual_seed(3)) < 0.3
         exclude = index.search(queries, 6).ids
         for n in (1, 6, 40):

@@ -204,6 +204,7 @@ def test_scalars_of_any_size_are_searched_as_they_are_decoded(qtype, metric, by_
         index = IVFSQIndex(dim, 9, qtype, metric, by_residual=by_residual, nprobe=4, niter=2).fit(vectors)
         index.add(vectors)
         index.remove(index.ids[5::7])
+        index.search(queries[:1], implementation="native")
         packed = index._decoder().packed
         is_on_grid = qtype.startswith("int") and metric != "cosine" and device_facts("cpu").vnni
         assert (packed.grid is not None) == is_on_grid == index._keeps_terms()
