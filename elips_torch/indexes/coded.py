@@ -200,18 +200,20 @@ class CodedIndex(ScreenedCodes):
 
     def _append_rows(self, rows: dict[str, Tensor]) -> None:
         n_before = self.ntotal
-        super()._append_rows(rows)
-        self._follow(lambda n: SlotChange(n, _NONE, _NONE, torch.arange(n_before, n, device="cpu")))
+        with self._changing_rows():
+            super()._append_rows(rows)
+            self._follow(lambda n: SlotChange(n, _NONE, _NONE, torch.arange(n_before, n, device="cpu")))
 
     def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
-        super()._overwrite_rows(where, rows)
-        self._follow(lambda n: SlotChange(n, _NONE, _NONE, where))
+        with self._changing_rows():
+            super()._overwrite_rows(where, rows)
+            self._follow(lambda n: SlotChange(n, _NONE, _NONE, where))
 
     def _keep_rows(self, keep: Tensor) -> None:
-        super()._keep_rows(keep)
-        self._follow(
-            lambda n: SlotChange(n, keep.nonzero()[:, 0], torch.arange(n, device="cpu"), _NONE),
-        )
+        with self._changing_rows():
+            super()._keep_rows(keep)
+            places = keep.nonzero()[:, 0]
+            self._follow(lambda n: SlotChange(n, places, torch.arange(n, device="cpu"), _NONE))
 
     def _follow(self, change: Callable[[int], SlotChange]) -> None:
         """Let the terms follow a change of the rows, given how many these are now."""

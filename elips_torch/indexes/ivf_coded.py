@@ -133,6 +133,18 @@ class IVFCodedIndex(ScreenedCodes, IVFIndex):
     def _slots_changed(self, change: SlotChange) -> None:
         self._carry_terms(change, self._lists.slots[change.filled])
 
+    def _append_rows(self, rows: dict[str, Tensor]) -> None:
+        with self._changing_rows():
+            super()._append_rows(rows)
+
+    def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
+        with self._changing_rows():
+            super()._overwrite_rows(where, rows)
+
+    def _keep_rows(self, keep: Tensor) -> None:
+        with self._changing_rows():
+            super()._keep_rows(keep)
+
     def _centroids_of(self, lists: Tensor) -> Tensor:
         # The coarse index holds list i in row i.
         return self.coarse._decode(lists)

@@ -18,8 +18,8 @@ class ScreenedCodes(PreparesSearches):
     """An index of ``codes`` that keeps the terms of its rows on a grid.
 
     The terms follow changes of rows that they know; else the next search makes them anew. A subclass
-    makes ``codes`` and ``quantizer`` in its constructor, comes before other bases, and tells the terms
-    where rows have gone by `_carry_terms`.
+    makes ``codes`` and ``quantizer`` in its constructor, changes rows within `_changing_rows`, and tells
+    the terms where rows have gone by `_carry_terms`.
     """
 
     codes: Tensor
@@ -36,7 +36,8 @@ class ScreenedCodes(PreparesSearches):
     @property
     def keeps_terms(self) -> bool:
         """Whether searches make terms of the rows and keep them."""
-        return self._packed() is not None and screened_on_grid(self._metric, self.dim, self.device)
+        packed = self._packed()
+        return packed is not None and screened_on_grid(self._metric, packed.table, self.device)
 
     def memory_bytes(self) -> int:
         """Return the bytes that the stored tensors and their terms occupy; see `Index.memory_bytes`."""
@@ -52,22 +53,11 @@ class ScreenedCodes(PreparesSearches):
 
     @contextmanager
     def _changing_rows(self) -> Iterator[None]:
+        """Change rows, and carry the terms along, before these are taken for known again."""
         if not self._terms.know(self._searched_tensors()):
             self._terms.forget()
         yield
         self._terms.accept(self._searched_tensors())
-
-    def _append_rows(self, rows: dict[str, Tensor]) -> None:
-        with self._changing_rows():
-            super()._append_rows(rows)
-
-    def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
-        with self._changing_rows():
-            super()._overwrite_rows(where, rows)
-
-    def _keep_rows(self, keep: Tensor) -> None:
-        with self._changing_rows():
-            super()._keep_rows(keep)
 
     def _attach(self) -> None:
         super()._attach()

@@ -251,7 +251,7 @@ def _native_reasons(request: Request) -> list[str]:
     if request.metric.form != "product":
         reasons.append(f"C++ code screens by products, metric {request.metric.name!r} is none")
     if not isinstance(request, CodedRequest) or not request.packed:
-        reasons.append("C++ code decodes parts and features of 8 bits, and parts of 4")
+        reasons.append("C++ code decodes what scalar and product quantizers code")
     return reasons
 
 

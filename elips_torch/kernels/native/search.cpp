@@ -144,7 +144,7 @@ int search(Arguments a) {
         ready = scan<float>(a, reservoirs.get(), shared);
     } else if (a.code_type == 1 && HAS_INT8) {
 #if defined(__AVX512VNNI__)
-        if (a.packed.packing == SCALAR)
+        if (a.packed.packing == SCALAR8)
             ready = scan<uint8_t>(a, reservoirs.get(), shared);
         else
             ready = scan<int8_t>(a, reservoirs.get(), shared);
