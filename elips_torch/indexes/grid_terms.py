@@ -18,9 +18,9 @@ from elips_torch.kernels.search_native import library_is_ready
 TERM_BYTES = 8
 
 
-def screened_on_grid(metric: Metric, table: PackedTable, device: torch.device) -> bool:
-    """Whether searches of packed rows of a table on a device use terms."""
-    return has_grid(metric, table) and has_grids(table.dim, device)
+def screened_on_grid(metric: Metric, table: PackedTable, dim: int, device: torch.device) -> bool:
+    """Whether searches of packed rows of a table on a device use terms; fitted or not yet."""
+    return has_grid(metric, table) and has_grids(dim, device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +117,10 @@ class GridTerms:
             placed: returns ``(N,)`` int64 all rows, those of a list one after the other, and ``(N,)`` int64
                 the place of each.
         """
-        device = packed.codes.device
+        device, dim = packed.codes.device, packed.table.dim
         # Small searches are not worth compiling the code for: it may not be there yet.
-        is_ready = screened_on_grid(metric, packed.table, device) and library_is_ready(device)
-        if not is_ready or not grid_serves(packed.table.dim):
+        is_ready = screened_on_grid(metric, packed.table, dim, device) and library_is_ready(device)
+        if not is_ready or not grid_serves(dim):
             self.forget()
             return packed
         made = self._made

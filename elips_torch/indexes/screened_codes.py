@@ -37,7 +37,7 @@ class ScreenedCodes(PreparesSearches):
     def keeps_terms(self) -> bool:
         """Whether searches make terms of the rows and keep them."""
         packed = self._packed()
-        return packed is not None and screened_on_grid(self._metric, packed.table, self.device)
+        return packed is not None and screened_on_grid(self._metric, packed.table, self.dim, self.device)
 
     def memory_bytes(self) -> int:
         """Return the bytes that the stored tensors and their terms occupy; see `Index.memory_bytes`."""

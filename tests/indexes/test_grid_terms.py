@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def agrees(index, queries=None, k=5, **parameters):
 
 def terms_as_new(index):
     """Return the terms of the rows, and what they are when they are made anew."""
-    grid, terms = index._terms._grid, index._terms._terms[: index.ntotal]
+    known = index._terms._made
+    grid, terms = known.grid, known.terms[: index.ntotal]
     anew = GridTerms()
     rows = torch.arange(index.ntotal)
     packed = anew.of(index._metric, index._packed(), (), index.ntotal, lambda: (rows, rows))
@@ -129,7 +131,7 @@ def test_learned_centroids_that_are_moved_are_seen():
 def test_changes_that_the_index_makes_are_followed(family, change, monkeypatch):
     index = made(family)
     made_anew = []
-    monkeypatch.setattr(GridTerms, "_make", lambda *args: made_anew.append(args))
+    monkeypatch.setattr(grid_terms, "_make", lambda *args: made_anew.append(args))
     CHANGES[change](index)
     index.search(clustered(3, DIM, 1), 5, implementation="native")
     assert not made_anew
@@ -154,8 +156,9 @@ def test_growth_is_amortised(monkeypatch):
     places = []
     for _ in range(400):
         index.add(rows)
-        assert len(index._terms._terms) == index.ntotal
-        places.append(index._terms._terms.data_ptr())
+        terms = index._terms._made.terms
+        assert len(terms) == index.ntotal
+        places.append(terms.data_ptr())
     assert len(set(places)) < 10
     agrees(index)
 
@@ -228,3 +231,27 @@ def test_counting_memory_compiles_nothing(monkeypatch):
     monkeypatch.setattr("elips_torch.kernels.search_native.LIBRARY.load", lambda options: 1 / 0)
     index = made(searched=False)
     assert index.memory_bytes() == 700 * (DIM + 8 + 8) + 2 * 4 * DIM
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_threads_that_search_first_find_the_same(listed):
+    index = made("bytes in lists" if listed else "bytes", "l2")
+    queries = clustered(40, DIM, 2)
+    expected = index.search(queries, 5, implementation="eager" if listed else "decoded")
+    for _ in range(30):
+        index._terms.forget()
+        index._searches.clear()
+        found = [None] * 4
+        start = threading.Barrier(len(found))
+
+        def search(number, found=found, start=start):
+            start.wait()
+            found[number] = index.search(queries, 5, implementation="native")
+
+        threads = [threading.Thread(target=search, args=(number,)) for number in range(len(found))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for each in found:
+            assert_same(each, expected)
