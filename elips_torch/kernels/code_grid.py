@@ -38,7 +38,7 @@ def has_grid(metric: Metric, table: PackedTable) -> bool:
 def make_grid(metric: Metric, table: PackedTable, centroids: Tensor | None) -> CodeGrid | None:
     """Return the grid of rows of a table about centroids ``(L, D)``; None where there is none.
 
-    There is none where `has_grid` says so, and where values are not finite.
+    There is none where `has_grid` says so, where values are not finite, and where steps are below zero.
     """
     if not has_grid(metric, table):
         return None
@@ -66,11 +66,13 @@ def make_grid(metric: Metric, table: PackedTable, centroids: Tensor | None) -> C
 def _scalar_grid(table: PackedTable) -> tuple[Tensor, Tensor, None, Tensor, float]:
     assert table.low is not None
     steps, low = table.table.contiguous(), table.low.double()
+    # Nothing that is learned has steps below zero; whoever has put them there gets no grid.
+    off = torch.inf if bool((steps < 0).any()) else 0.0
     # The code in the middle is 0 on the grid. A feature that does not vary is the same whatever its code is.
     counts_and_zero = torch.tensor([[255], [2 ** (table.bits - 1)]], dtype=torch.int64, device=low.device)
     scalars = torch.where(steps > 0, counts_and_zero, 0)
     steps = _positive(steps)
-    return steps, low + scalars[1] * steps.double(), None, scalars.to(torch.uint8), 0.0
+    return steps, low + scalars[1] * steps.double(), None, scalars.to(torch.uint8), off
 
 
 def _part_grid(table: PackedTable) -> tuple[Tensor, Tensor, Tensor, None, float]:
