@@ -183,7 +183,8 @@ class CodedIndex(ScreenedCodes):
 
     def _screened(self) -> PackedRows | None:
         """Return the rows as they are stored with what screens them."""
-        packed, n = self._packed(), self.ntotal
+        packed, tensors = self._packed(), self._searched_tensors()
+        n = 0 if packed is None else len(packed.codes)
         if packed is None or not n:
             return packed
 
@@ -191,7 +192,7 @@ class CodedIndex(ScreenedCodes):
             rows = torch.arange(n, device="cpu")
             return rows, rows
 
-        return self._terms.of(self._metric, packed, self._searched_tensors(), n, placed)
+        return self._terms.of(self._metric, packed, tensors, n, placed)
 
     # The place of a row among the terms is its number.
 

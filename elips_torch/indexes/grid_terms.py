@@ -129,8 +129,10 @@ class GridTerms:
             or not made.is_of(tensors)
             or (made.terms is not None and len(made.terms) != n_places)
         ):
+            # What another thread writes while terms are made is seen by the next search.
+            rest_on = tuple(map(Snapshot, tensors))
             made = _make(metric, packed, n_places, *placed())
-            self._made = made = dataclasses.replace(made, rest_on=tuple(map(Snapshot, tensors)))
+            self._made = made = dataclasses.replace(made, rest_on=rest_on)
         return dataclasses.replace(packed, grid=made.grid, terms=made.terms)
 
 

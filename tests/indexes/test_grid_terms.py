@@ -138,6 +138,22 @@ def test_features_whose_steps_are_below_zero(qtype, metric):
         agrees(index, clustered(n_queries, DIM, 1))
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *LISTED])
+def test_what_is_written_while_terms_are_made_is_seen(family, monkeypatch):
+    index, make = made(family, searched=False), grid_terms._make
+
+    def make_and_write(*arguments):
+        found = make(*arguments)
+        index.codes[:350].copy_(index.codes[350:].clone())
+        return found
+
+    with monkeypatch.context() as patches:
+        patches.setattr(grid_terms, "_make", make_and_write)
+        index.search(clustered(3, DIM, 1), 5, implementation="native")
+    assert not index._terms.know(index._searched_tensors())
+    agrees(index)
+
+
 @pytest.mark.parametrize("change", ["add", "upsert", "remove"])
 @pytest.mark.parametrize("family", [*FAMILIES, *LISTED])
 def test_changes_that_the_index_makes_are_followed(family, change, monkeypatch):
