@@ -13,6 +13,7 @@ from elips_torch.kernels.coded_rows import CodeGrid, PackedRows
 from elips_torch.kernels.definition import score_pairs
 from elips_torch.kernels.knn_native import LEAST_INT8_DIM, NativeSearch
 from elips_torch.kernels.plane import Plane
+from elips_torch.kernels.screen_choice import LARGEST_INT8_DIM
 from elips_torch.kernels.search_facts import ProbedLists
 from elips_torch.kernels.search_native import (
     METRICS,
@@ -91,7 +92,8 @@ class PackedSearch(NativeSearch):
 
 def has_grids(dim: int, device: torch.device) -> bool:
     """Whether rows of so many features are to be searched on a grid: where int8 products are fast."""
-    return dim >= LEAST_INT8_DIM and not library_reasons(device) and device_facts(device).vnni
+    fits = LEAST_INT8_DIM <= dim <= LARGEST_INT8_DIM
+    return fits and not library_reasons(device) and device_facts(device).vnni
 
 
 def grid_serves(dim: int) -> bool:

@@ -8,7 +8,7 @@ from elips_torch.core.metric import Metric
 
 SCREENS = ("auto", "int8", "bf16", "none")
 # Beyond this many features a sum of int8 products may leave int32.
-_LARGEST_INT8_DIM = (2**31 - 1) // 128**2
+LARGEST_INT8_DIM = (2**31 - 1) // 128**2
 
 
 def screen_reasons(screen: str, metric: Metric, dtype: torch.dtype, dim: int) -> list[str]:
@@ -25,8 +25,8 @@ def screen_reasons(screen: str, metric: Metric, dtype: torch.dtype, dim: int) ->
         reasons.append(f"metric {metric.name!r} is no product; screens serve 'l2', 'ip' and 'cosine'")
     if dtype == torch.float64:
         reasons.append("float64 vectors differ by less than a screen can bound")
-    if screen == "int8" and dim > _LARGEST_INT8_DIM:
-        reasons.append(f"int8 products of {dim} features may leave int32, at most {_LARGEST_INT8_DIM} fit")
+    if screen == "int8" and dim > LARGEST_INT8_DIM:
+        reasons.append(f"int8 products of {dim} features may leave int32, at most {LARGEST_INT8_DIM} fit")
     return reasons
 
 

@@ -12,7 +12,7 @@ from elips_torch.core.native import native_reasons
 from elips_torch.kernels import packed_native
 from elips_torch.kernels.code_grid import make_grid
 from elips_torch.kernels.coded_rows import PackedRows, PackedTable
-from elips_torch.kernels.packed_native import fill_terms, grid_serves
+from elips_torch.kernels.packed_native import fill_terms, grid_serves, has_grids
 from elips_torch.quantizers.packing import pack, unpack
 from elips_torch.testing.contract import assert_same
 
@@ -332,3 +332,9 @@ def test_a_search_of_all_lists_is_that_of_the_decoded_vectors():
     flat.add(index.reconstruct(index.ids))
     queries = SHAPES["plain"][:100]
     assert_same(index.search(queries, 9, nprobe=12), flat.search(queries, 9))
+
+
+def test_sums_of_products_fit_int32():
+    most = (2**31 - 1) // 128**2
+    assert has_grids(most, torch.device("cpu"))
+    assert not has_grids(most + 1, torch.device("cpu"))
