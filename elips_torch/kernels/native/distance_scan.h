@@ -7,17 +7,17 @@
 #include <algorithm>
 
 #include "arguments.h"
+#include "distance_blocks.h"
 #include "distance_rows.h"
 #include "distances.h"
 #include "keeper.h"
-#include "memory.h"
 #include "probed_lists.h"
 #include "products.h"
 
 template <class Distance>
 class DistanceScan {
    public:
-    DistanceScan(const Arguments& a, int part, float* limits) : a_(a), keeper_(a, part, limits), source_(a), distance_(a) {
+    DistanceScan(const Arguments& a, int part, float* limits) : a_(a), keeper_(a, part, limits), source_(a), blocks_(a), distance_(a) {
         // Errors are shares of distances, or of the sums that the terms of queries and rows are made of.
         const double share = a.metric == JENSENSHANNON ? 0.0 : a.rounded, unit = a.metric == GOWER ? 1.0 / a.dim : 1.0;
         upper_scale_ = static_cast<float>(-(1.0 - share) * unit);
@@ -28,30 +28,13 @@ class DistanceScan {
 
     // Make ready for the queries from `first` to `last`.
     bool prepare(Reservoir* reservoirs, int first, int last) {
-        const int64_t vectors = (last - first + LANES - 1) / LANES;
-        blocks_ = allocate<Block>(std::max<int64_t>(vectors, last - first <= FEW_LANES ? 1 : 0) + 1);
-        packed_ = allocate<float>(vectors * LANES * a_.dim);
-        if (!source_.prepare() || !blocks_ || !packed_) return false;
+        if (!source_.prepare() || !blocks_.prepare(last - first)) return false;
         keeper_.prepare(reservoirs, first, last);
         return true;
     }
 
     // Take the queries that are to meet the rows of a list, or all: n numbers, or n in a row from `first`.
-    void take(const int32_t* queries, int first, int n, int64_t) {
-        float* packed = packed_.get();
-        n_blocks_ = 0;
-        for (int i = 0; i < n;) {
-            Block& block = blocks_[n_blocks_++];
-            // Few lanes of the last vector may be in use.
-            block.vectors = n - i <= FEW_LANES ? 0 : std::min((n - i + LANES - 1) / LANES, VECTORS);
-            block.n = std::min(n - i, std::max(block.vectors, 1) * LANES);
-            for (int j = 0; j < block.n; ++j) block.queries[j] = queries ? queries[i + j] : first + i + j;
-            block.packed = packed;
-            fill(block);
-            packed += int64_t(block.vectors) * LANES * a_.dim;
-            i += block.n;
-        }
-    }
+    void take(const int32_t* queries, int first, int n, int64_t) { blocks_.take(keeper_, queries, first, n); }
 
     void chunk(int64_t number) {
         const int64_t first = number * source_.most();
@@ -64,22 +47,13 @@ class DistanceScan {
 
    private:
     using Sums = typename Distance::Sums;
-    static constexpr int VECTORS = 2, ROWS = LANES == 16 ? 6 : 2;
-    // So few queries meet a row one after the other.
-    static constexpr int FEW_LANES = LANES / 2;
+    using Block = DistanceBlock;
+    static constexpr int ROWS = LANES == 16 ? 6 : 2;
 
-    struct Block {
-        int n;        // queries
-        int vectors;  // of LANES queries; 0 where they are so few that each row is read for one at a time
-        int32_t queries[VECTORS * LANES];
-        float* packed;
-        float error[VECTORS * LANES];
-        float limit[VECTORS * LANES];
-    };
-
-    void chunk(int64_t first, const int64_t* slots, int n) {
+    // Compiled once, though it is called from two places.
+    __attribute__((noinline)) void chunk(int64_t first, const int64_t* slots, int n) {
         const DistanceChunk c = source_.take(first, slots, n);
-        for (int b = 0; b < n_blocks_; ++b) {
+        for (int b = 0; b < blocks_.size(); ++b) {
             Block& block = blocks_[b];
             if (keeper_.shares_limits())
                 for (int i = 0; i < block.n; ++i) block.limit[i] = keeper_.shared_limit(block.queries[i]);
@@ -88,20 +62,6 @@ class DistanceScan {
                 case 1: tiles<2 * ROWS, 1>(c, block); break;
                 default: tiles<ROWS, 2>(c, block);
             }
-        }
-    }
-
-    const float* query(int64_t number) const { return static_cast<const float*>(a_.query_codes) + number * a_.dim; }
-
-    void fill(Block& block) {
-        const float* queries[VECTORS * LANES];
-        for (int i = 0; i < block.n; ++i) queries[i] = query(block.queries[i]);
-        if (block.vectors == 2) pack_queries<float, 2>(queries, block.n, a_.dim, block.packed);
-        if (block.vectors == 1) pack_queries<float, 1>(queries, block.n, a_.dim, block.packed);
-        for (int i = 0; i < VECTORS * LANES; ++i) {
-            const bool real = i < block.n;
-            block.error[i] = real ? a_.query_terms[block.queries[i]] : 0.0f;
-            block.limit[i] = real ? keeper_.limit(block.queries[i]) : HIGHEST;
         }
     }
 
@@ -118,7 +78,7 @@ class DistanceScan {
     void tiles(const DistanceChunk& c, Block& block) {
         for (int first = 0; first < c.n; first += ROWS) {
             const int n = std::min(ROWS, c.n - first);
-            if (&block == blocks_.get()) source_.prefetch_ahead(c, first, ROWS);
+            if (&block == &blocks_[0]) source_.prefetch_ahead(c, first, ROWS);
             const float* rows[ROWS];
             for (int r = 0; r < ROWS; ++r) rows[r] = c.rows[first + std::min(r, n - 1)];
             Sums sums[ROWS][VECTORS];
@@ -188,11 +148,11 @@ class DistanceScan {
 
     void few(const DistanceChunk& c, Block& block) {
         for (int i = 0; i < block.n; ++i) {
-            const float* own = query(block.queries[i]);
+            const float* own = blocks_.query(block.queries[i]);
             const Floats every = all(block.error[i]);
             for (int first = 0; first < c.n; first += LANES) {
                 const int n = std::min(LANES, c.n - first);
-                if (i == 0 && &block == blocks_.get()) source_.prefetch_ahead(c, first, LANES);
+                if (i == 0 && &block == &blocks_[0]) source_.prefetch_ahead(c, first, LANES);
                 alignas(64) float distances[LANES] = {};
                 for (int r = 0; r < n; r += FEW) {
                     const float* rows[FEW];
@@ -230,9 +190,7 @@ class DistanceScan {
     const Arguments& a_;
     Keeper keeper_;
     DistanceRows<Distance> source_;
+    DistanceBlocks blocks_;
     const Distance distance_;
     float upper_scale_, lower_scale_;
-    int n_blocks_ = 0;
-    Memory<Block> blocks_;
-    Memory<float> packed_;
 };

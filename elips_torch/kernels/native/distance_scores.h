@@ -35,6 +35,23 @@ static double largest_difference(const double* query, const Value* row, int dim)
     return all != all ? all : found;
 }
 
+// Whether every sum of differences that makes `total` is exact, in whatever order: all features are whole
+// multiples of a number of which a float64 holds that many.
+template <class Value>
+static bool sums_are_exact(const double* query, const Value* row, int dim, double total) {
+    if (!(total < HIGHEST)) return false;
+    int exponent;
+    std::frexp(total, &exponent);
+    const double scale = std::ldexp(1.0, 52 - exponent);
+    bool are_whole = true;
+    for (int i = 0; i < dim; ++i) {
+        const double q = query[i] * scale, x = wide(row[i]) * scale;
+        are_whole &= q == std::nearbyint(q);
+        are_whole &= x == std::nearbyint(x);
+    }
+    return are_whole;
+}
+
 template <class Value>
 static double sum_of_powers(double power, const double* query, const Value* row, int dim) {
     const int whole = whole_power(power);
@@ -99,7 +116,8 @@ static Score distance_score(int32_t metric, double power, const double* query, c
         }
         default: {
             const double sum = sum_of(query, row, dim, difference), distance = metric == GOWER ? sum / dim : sum;
-            return rounded(distance, distance * roundings);
+            const Score result = rounded(distance, distance * roundings);
+            return !result.sure && sums_are_exact(query, row, dim, sum) ? rounded(distance, 0.0) : result;
         }
     }
 }

@@ -18,7 +18,7 @@ class Keeper {
     }
 
     // Make ready for the queries from `first` to `last`.
-    void prepare(Reservoir* reservoirs, int first, int last) {
+    __attribute__((noinline)) void prepare(Reservoir* reservoirs, int first, int last) {
         reservoirs_ = reservoirs;
         for (int q = first; q < last; ++q) {
             Reservoir& r = reservoirs_[q];
