@@ -39,7 +39,8 @@ def test_the_approximate_example_runs(capsys):
     assert (names["found"][:, 0] == names["ids"][:100]).all()
     assert (names["even"].ids >= 0).all()
     assert names["small"].is_trained
-    assert capsys.readouterr().out.startswith("IVF4096,SQ8 159")
+    # With 8 bytes a vector to screen by where the machine multiplies int8 fast.
+    assert re.match(r"IVF4096,SQ8 1(59|67)\d{6} ", capsys.readouterr().out)
 
 
 def test_the_example_of_indexes_of_faiss_runs(tmp_path, monkeypatch):

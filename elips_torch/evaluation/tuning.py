@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DtypeError, ParameterError
+from elips_torch.core.user_warnings import warn_user
 from elips_torch.core.validation import check_count
 from elips_torch.evaluation.own_recall import ExactScores
 from elips_torch.indexes.base import Index
@@ -167,7 +167,7 @@ def tune(
     best = max(enough, key=lambda point: point.queries_per_second, default=None)
     curve = TuningCurve(tuple(points), target_recall, k, len(exact.queries), best)
     if best is None:
-        warnings.warn(curve.explanation, UserWarning, stacklevel=2)
+        warn_user(curve.explanation)
     else:
         for name, value in best.parameters.items():
             setattr(index, name, value)

@@ -1,5 +1,6 @@
 """What indexes that store codes in the place of vectors share."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -9,20 +10,27 @@ from elips_torch.core.dispatch import Explanation
 from elips_torch.core.errors import NotEmptyError, NotFittedError
 from elips_torch.core.validation import check_k, check_vectors, check_workspace
 from elips_torch.indexes import faiss_mirror
-from elips_torch.indexes.base import Index
+from elips_torch.indexes.inverted_lists import SlotChange
+from elips_torch.indexes.screened_codes import ScreenedCodes
 from elips_torch.indexes.storage import durable
 from elips_torch.indexes.untraced import untraced
+from elips_torch.kernels.coded_rows import PackedRows
+from elips_torch.kernels.prepared_native import PreparedSearch
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.coded_search import (
     IMPLEMENTATIONS,
     explain_coded_search,
+    prepare_coded,
     run_coded_range_search,
     run_coded_search,
 )
 from elips_torch.quantizers.quantizer import Quantizer
 
+# No places, or rows.
+_NONE = torch.empty(0, dtype=torch.int64, device="cpu")
 
-class CodedIndex(Index):
+
+class CodedIndex(ScreenedCodes):
     """An index whose rows are codes, all of which every search sees; base of `SQIndex` and `PQIndex`.
 
     Scores, gradients and `reconstruct` are those of the decoded vectors, for which searches are exact.
@@ -34,8 +42,6 @@ class CodedIndex(Index):
     """
 
     row_tensors: ClassVar[tuple[str, ...]] = ("codes", "ids")
-
-    codes: Tensor
 
     def __init__(self, quantizer: Quantizer, metric: str, **options: Any) -> None:
         super().__init__(quantizer.dim, metric, **options)
@@ -126,18 +132,99 @@ class CodedIndex(Index):
         self._check_fitted("search")
         if faiss_mirror.is_asked_for(implementation, "coded_search", IMPLEMENTATIONS):
             return faiss_mirror.search_mirror(self, queries, k, selection)
-        return run_coded_search(
+        workspace_bytes = check_workspace(self._parameter(parameters, "workspace_bytes"))
+
+        def search(some: Tensor) -> tuple[Tensor, Tensor]:
+            return run_coded_search(
+                some,
+                self.codes,
+                self.quantizer,
+                k,
+                self._metric,
+                ranks=self._current_id_map().ranks(self.ids),
+                selection=selection,
+                implementation=implementation,
+                workspace_bytes=workspace_bytes,
+                check_finite=self.check_finite,
+                packed=self._screened(),
+            )
+
+        return self._searches.run(
+            queries,
+            k,
+            selection,
+            implementation,
+            workspace_bytes,
+            self._searched_tensors(),
+            lambda: self._prepare(queries, k, implementation, workspace_bytes),
+            search,
+            self._metric if self.check_finite else None,
+        )
+
+    def _prepare(
+        self, queries: Tensor, k: int, implementation: str, workspace_bytes: int
+    ) -> PreparedSearch | None:
+        """Prepare a search of all rows for queries ``(Q, D)`` like these; None where that cannot be."""
+        return prepare_coded(
             queries,
             self.codes,
             self.quantizer,
             k,
             self._metric,
+            self._screened(),
             ranks=self._current_id_map().ranks(self.ids),
-            selection=selection,
             implementation=implementation,
-            workspace_bytes=check_workspace(self._parameter(parameters, "workspace_bytes")),
-            check_finite=self.check_finite,
+            workspace_bytes=workspace_bytes,
         )
+
+    def _packed(self) -> PackedRows | None:
+        table = self.quantizer.packed_table()
+        return None if table is None else PackedRows(self.codes, table)
+
+    def _screened(self) -> PackedRows | None:
+        """Return the rows as they are stored with what screens them."""
+        packed, n = self._packed(), self.ntotal
+        if packed is None or not n:
+            return packed
+
+        def placed() -> tuple[Tensor, Tensor]:
+            rows = torch.arange(n, device="cpu")
+            return rows, rows
+
+        return self._terms.of(self._metric, packed, self._searched_tensors(), n, placed)
+
+    # The place of a row among the terms is its number.
+
+    def _n_places(self) -> int:
+        return self.ntotal
+
+    def _append_rows(self, rows: dict[str, Tensor]) -> None:
+        n_before = self.ntotal
+        with self._changing_rows():
+            super()._append_rows(rows)
+            self._follow(lambda n: SlotChange(n, _NONE, _NONE, torch.arange(n_before, n, device="cpu")))
+
+    def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
+        with self._changing_rows():
+            super()._overwrite_rows(where, rows)
+            self._follow(lambda n: SlotChange(n, _NONE, _NONE, where))
+
+    def _keep_rows(self, keep: Tensor) -> None:
+        with self._changing_rows():
+            super()._keep_rows(keep)
+            places = keep.nonzero()[:, 0]
+            self._follow(lambda n: SlotChange(n, places, torch.arange(n, device="cpu"), _NONE))
+
+    def _follow(self, change: Callable[[int], SlotChange]) -> None:
+        """Let the terms follow a change of the rows, given how many these are now."""
+        if not self._terms.are_made:
+            return
+        try:
+            step = change(self.ntotal)
+            self._carry_terms(step, step.filled)
+        except (MemoryError, RuntimeError):
+            # The rows have changed; the terms are derived from them and can wait for memory.
+            self._terms.forget()
 
     def _range_search(
         self,

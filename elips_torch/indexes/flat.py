@@ -182,7 +182,7 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
             selection,
             implementation,
             workspace_bytes,
-            (self.vectors, self.ids),
+            self._searched_tensors(),
             lambda: self._prepare(queries, k, implementation, workspace_bytes),
             search,
             self._metric if self.check_finite else None,

@@ -1,7 +1,6 @@
 """What all indexes with inverted files share: training of the centroids, and probing."""
 
 import logging
-import warnings
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from elips_torch.core.dispatch import Explanation, explain_choice
 from elips_torch.core.errors import ArgumentError, NotEmptyError, NotFittedError
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, spans
+from elips_torch.core.user_warnings import warn_user
 from elips_torch.core.validation import bad_queries, check_count, check_k, check_vectors, check_workspace
 from elips_torch.indexes import faiss_mirror
 from elips_torch.indexes.base import Index, known_indexes
@@ -206,11 +206,9 @@ class IVFIndex(ListedRows):
                 f"better {FEW_PER_LIST * self.nlist} or more"
             )
         if vectors.shape[0] < FEW_PER_LIST * self.nlist:
-            warnings.warn(
+            warn_user(
                 f"vectors has {vectors.shape[0]} rows to fit {self.nlist} lists on, expected "
-                f"{FEW_PER_LIST * self.nlist} or more: {FEW_PER_LIST} for each",
-                UserWarning,
-                stacklevel=2,
+                f"{FEW_PER_LIST * self.nlist} or more: {FEW_PER_LIST} for each"
             )
         kmeans = KMeans(
             self.nlist,
@@ -346,9 +344,8 @@ class IVFIndex(ListedRows):
         return scores, rows
 
     def _searched_tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors that a search reads, beside what is derived from them."""
-        coarse = self.coarse
-        return (*self._row_tensors(), *(coarse._row_tensors() if isinstance(coarse, FlatIndex) else ()))
+        centroids = self.coarse._row_tensors() if isinstance(self.coarse, FlatIndex) else ()
+        return (*super()._searched_tensors(), *centroids)
 
     def _prepare(
         self, queries: Tensor, k: int, n_probes: int, implementation: str, workspace: int

@@ -1,8 +1,7 @@
 """What indexes with inverted files of codes share."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,7 +11,7 @@ from elips_torch.core.tiling import spans
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.inverted_lists import SlotChange
 from elips_torch.indexes.ivf import IVFIndex
-from elips_torch.indexes.listed_terms import TERM_BYTES, ListedTerms, keeps_terms
+from elips_torch.indexes.screened_codes import ScreenedCodes
 from elips_torch.indexes.storage import durable
 from elips_torch.kernels.coded_rows import PackedRows
 from elips_torch.kernels.list_layout import DecodedRows, RowDecoder
@@ -24,7 +23,7 @@ from elips_torch.quantizers.seeding import sample_rows
 _FEATURES_AT_ONCE = 2**22
 
 
-class IVFCodedIndex(IVFIndex):
+class IVFCodedIndex(ScreenedCodes, IVFIndex):
     """Inverted lists whose rows are codes; base of `IVFSQIndex` and `IVFPQIndex`.
 
     Scores, gradients and `reconstruct` are those of the decoded vectors.
@@ -107,13 +106,7 @@ class IVFCodedIndex(IVFIndex):
     def _decoder(self) -> RowDecoder:
         return DecodedRows(self._decode, self._candidate_dtype(), self.dim, self._screened())
 
-    def _searched_tensors(self) -> tuple[Tensor, ...]:
-        quantizer = self.quantizer
-        learned = (quantizer._buffers[name] for name in quantizer.learned_buffers)
-        return (*super()._searched_tensors(), *(tensor for tensor in learned if tensor is not None))
-
     def _packed(self) -> PackedRows | None:
-        """Return the rows as they are stored, None where more than tables is needed to decode them."""
         table, centroids = self.quantizer.packed_table(), None
         if self.by_residual:
             coarse, low = self.coarse, self._metric.domain[0]
@@ -125,30 +118,20 @@ class IVFCodedIndex(IVFIndex):
     def _screened(self) -> PackedRows | None:
         """Return the rows as they are stored with what screens them."""
         lists, packed = self.lists, self._packed()
-        return (
-            None if packed is None else self._terms.of(self._metric, packed, lists, self._searched_tensors())
-        )
 
-    # The terms follow changes of rows in lists that they know; else the next search makes them anew.
+        def placed() -> tuple[Tensor, Tensor]:
+            places = (lists.slots >= 0).nonzero()[:, 0]
+            return lists.slots[places], places
 
-    def _attach(self) -> None:
-        super()._attach()
-        self._terms = ListedTerms()
+        if packed is None:
+            return None
+        return self._terms.of(self._metric, packed, self._searched_tensors(), lists.capacity, placed)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        state.pop("_terms", None)
-        return state
+    def _n_places(self) -> int:
+        return self.lists.capacity
 
     def _slots_changed(self, change: SlotChange) -> None:
-        self._terms.carry(self._metric, change, self._packed(), self._lists.slots)
-
-    @contextmanager
-    def _changing_rows(self) -> Iterator[None]:
-        if not self._terms.know(self._searched_tensors()):
-            self._terms.forget()
-        yield
-        self._terms.accept(self._searched_tensors())
+        self._carry_terms(change, self._lists.slots[change.filled])
 
     def _append_rows(self, rows: dict[str, Tensor]) -> None:
         with self._changing_rows():
@@ -161,16 +144,6 @@ class IVFCodedIndex(IVFIndex):
     def _keep_rows(self, keep: Tensor) -> None:
         with self._changing_rows():
             super()._keep_rows(keep)
-
-    def memory_bytes(self) -> int:
-        """Return the bytes of the stored tensors, the lists and the terms; see `Index.memory_bytes`."""
-        terms = TERM_BYTES * self.lists.capacity if self._keeps_terms() else 0
-        return super().memory_bytes() + terms
-
-    def _keeps_terms(self) -> bool:
-        """Whether searches make terms of the rows and keep them."""
-        packed = self._packed() if self.is_trained else None
-        return packed is not None and keeps_terms(self._metric, packed)
 
     def _centroids_of(self, lists: Tensor) -> Tensor:
         # The coarse index holds list i in row i.

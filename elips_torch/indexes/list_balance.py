@@ -1,9 +1,9 @@
 """How evenly rows lie in inverted lists."""
 
-import warnings
-
 import torch
 from torch import Tensor
+
+from elips_torch.core.user_warnings import warn_user
 
 # Vectors per list under which clustering is poor, and the balance of lists says little.
 FEW_PER_LIST = 39
@@ -45,11 +45,9 @@ class BalanceWatch:
         factor = imbalance_factor(sizes)
         if factor > _BADLY_UNBALANCED and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 f"the lists are badly unbalanced (imbalance factor {factor:.1f}): searches read that many "
-                "times what they would of even lists; fit on vectors like those that are added",
-                UserWarning,
-                stacklevel=2,
+                "times what they would of even lists; fit on vectors like those that are added"
             )
 
     def shrink(self, n: int) -> None:

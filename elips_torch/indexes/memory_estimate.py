@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from elips_torch.indexes.base import Index
+from elips_torch.indexes.grid_terms import TERM_BYTES
 from elips_torch.indexes.inverted_lists import SLOT_ALIGNMENT
 from elips_torch.indexes.listed_rows import ListedRows
+from elips_torch.indexes.screened_codes import ScreenedCodes
 from elips_torch.indexes.screened_vectors import ScreenedVectors
 from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.wrappers import WrapperIndex
@@ -53,11 +55,13 @@ def estimate_memory_bytes(index: Index, n: int) -> int:
 def _own_bytes(index: Index, n: int, other: Iterable[Index], padding: int = 0) -> int:
     """Return the bytes of N rows of an index and of what it has learned, those of other indexes left out.
 
-    Codes of a plane that lies in lists are padded, too.
+    What screens rows that lie in lists is padded, too.
     """
     total = n * sum(_row_bytes(getattr(index, name)) for name in index.row_tensors)
     if isinstance(index, ScreenedVectors):
         total += _plane_bytes(index.plane, index.vectors, n, padding)
+    if isinstance(index, ScreenedCodes) and index.keeps_terms:
+        total += TERM_BYTES * (n + padding)
     foreign = {module for each in other for module in each.modules()}
     for module in index.modules():
         if isinstance(module, Learned) and module.learned_buffers and module not in foreign:

@@ -116,6 +116,10 @@ class PreparesSearches(Index):
         super()._attach()
         self._searches = PreparedSearches()
 
+    def _searched_tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that a search reads, beside what is derived from them."""
+        return self._row_tensors()
+
     # What they hold is let go with what it was made of.
 
     def _assign_rows(self, tensors: dict[str, Tensor]) -> None:

@@ -110,8 +110,8 @@ def suggest_index(
     >>> suggestion = suggest_index(1_000_000, 128, memory_bytes=200 * 2**20)
     >>> suggestion
     'IVF4096,SQ8'
-    >>> round(suggestion.memory_bytes / 2**20)
-    152
+    >>> suggestion.memory_bytes < 200 * 2**20
+    True
     """
     n, dim = check_count("n", n), check_count("dim", dim)
     limit = math.inf if memory_bytes is None else check_count("memory_bytes", memory_bytes)

@@ -22,28 +22,34 @@ from elips_torch.core.metric import Metric
 from elips_torch.kernels.coded_rows import CodeGrid, PackedTable
 from elips_torch.kernels.plane import UNIT
 
-# A scalar's code of 128 is 0 on the grid.
-_SCALAR_ZERO = 128
-# The largest code on the grid that a centroid of a part gets.
-_LARGEST = 127.0
+# The largest code on the grid that a centroid of a part gets, and how many codes there are.
+_LARGEST, _CODES = 127.0, 256
+
+
+def has_grid(metric: Metric, table: PackedTable) -> bool:
+    """Whether rows of a table have a grid, unless values are not finite.
+
+    They have none under "cosine", where what a list adds differs from row to row. Short floats are no whole
+    steps of anything.
+    """
+    return metric.name in ("l2", "ip") and table.kind in ("scalars", "parts")
 
 
 def make_grid(metric: Metric, table: PackedTable, centroids: Tensor | None) -> CodeGrid | None:
     """Return the grid of rows of a table about centroids ``(L, D)``; None where there is none.
 
-    There is none for "cosine", under which what a list adds differs from row to row, and where values are
-    not finite.
+    There is none where `has_grid` says so, and where values are not finite.
     """
-    if metric.name not in ("l2", "ip"):
+    if not has_grid(metric, table):
         return None
-    make = _scalar_grid if table.low is not None else _part_grid
+    make = _part_grid if table.low is None else _scalar_grid
     steps, zero, codes, scalars, off = make(table)
     dim = zero.shape[0]
     mean = torch.zeros(dim, dtype=torch.float32, device=zero.device)
     if metric.name == "l2":
         mean = (zero if centroids is None else centroids.double().mean(0) + zero).float()
     # Decoding rounds a product and up to two sums, none of which is larger than this.
-    largest = zero.abs() + (_SCALAR_ZERO + _LARGEST + 1) * steps.double()
+    largest = zero.abs() + (_CODES if table.low is None else 2**table.bits) * steps.double()
     if centroids is not None:
         largest += centroids.double().abs().amax(0)
     rounded = float(torch.linalg.vector_norm(4 * UNIT * largest / steps.double())) * (1 + 4 * UNIT)
@@ -60,11 +66,9 @@ def make_grid(metric: Metric, table: PackedTable, centroids: Tensor | None) -> C
 def _scalar_grid(table: PackedTable) -> tuple[Tensor, Tensor, None, Tensor, float]:
     assert table.low is not None
     steps, low = table.table.contiguous(), table.low.double()
-    # A feature that does not vary is the same whatever its code is.
-    varies = steps > 0
-    scalars = torch.where(
-        varies, torch.tensor([[255], [_SCALAR_ZERO]], dtype=torch.int64, device=low.device), 0
-    )
+    # The code in the middle is 0 on the grid. A feature that does not vary is the same whatever its code is.
+    counts_and_zero = torch.tensor([[255], [2 ** (table.bits - 1)]], dtype=torch.int64, device=low.device)
+    scalars = torch.where(steps > 0, counts_and_zero, 0)
     steps = _positive(steps)
     return steps, low + scalars[1] * steps.double(), None, scalars.to(torch.uint8), 0.0
 

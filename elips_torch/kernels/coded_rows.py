@@ -48,12 +48,13 @@ class PartDecoder(Decoder, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PackedTable:
-    """What one byte or half a byte of a code stands for, as plain tensors.
+    """What the bits of a code stand for, as plain tensors.
 
     Attributes:
-        table: ``(D,)`` float32 steps of a feature's code; or ``(m, ksub, D / m)`` float32 centroids.
-        low: ``(D,)`` float32, what code 0 of a feature stands for; None where the table is of centroids.
-        bits: 8 or 4, of a number among the centroids.
+        table: ``(D,)`` float32 steps of a feature's code; or ``(m, ksub, D / m)`` float32 centroids; or,
+            where codes are the features themselves, ``(0, D)`` of their dtype, float16 or bfloat16.
+        low: ``(D,)`` float32, what code 0 of a feature stands for; None where the table is not of steps.
+        bits: of the code of a feature or part: 8, 6 or 4 with steps, 8 or 4 with centroids, else 16.
     """
 
     table: Tensor
@@ -61,11 +62,23 @@ class PackedTable:
     bits: int = 8
 
     @property
+    def kind(self) -> str:
+        """What codes are of: "scalars", "parts", "fp16" or "bf16"."""
+        if self.low is not None:
+            return "scalars"
+        return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(self.table.dtype, "parts")
+
+    @property
     def dim(self) -> int:
         """D, size of a vector."""
         if self.low is not None:
             return self.low.shape[0]
-        return self.table.shape[0] * self.table.shape[2]
+        return self.table.shape[0] * self.table.shape[2] if self.kind == "parts" else self.table.shape[1]
+
+    def contiguous(self) -> "PackedTable":
+        """Return the table with every tensor contiguous; a copy only of those that are not."""
+        low = None if self.low is None else self.low.contiguous()
+        return dataclasses.replace(self, table=self.table.contiguous(), low=low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +130,14 @@ class PackedRows:
 
     def contiguous(self) -> "PackedRows":
         """Return the rows with every tensor contiguous; a copy only of those that are not."""
-        low = self.table.low
-        table = PackedTable(
-            self.table.table.contiguous(), None if low is None else low.contiguous(), self.table.bits
-        )
         centroids = None if self.centroids is None else self.centroids.contiguous()
         assignments = None if self.assignments is None else self.assignments.contiguous()
         return dataclasses.replace(
-            self, codes=self.codes.contiguous(), table=table, centroids=centroids, assignments=assignments
+            self,
+            codes=self.codes.contiguous(),
+            table=self.table.contiguous(),
+            centroids=centroids,
+            assignments=assignments,
         )
 
 

@@ -15,13 +15,12 @@ from elips_torch.kernels.knn_native import LEAST_INT8_DIM, NativeSearch
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.search_facts import ProbedLists
 from elips_torch.kernels.search_native import (
-    BYTES,
     METRICS,
-    NIBBLES,
-    SCALAR,
+    PACKINGS,
     Grid,
     Packed,
     int8_products_are_right,
+    library_reasons,
     native_terms,
 )
 
@@ -90,9 +89,14 @@ class PackedSearch(NativeSearch):
         )
 
 
+def has_grids(dim: int, device: torch.device) -> bool:
+    """Whether rows of so many features are to be searched on a grid: where int8 products are fast."""
+    return dim >= LEAST_INT8_DIM and not library_reasons(device) and device_facts(device).vnni
+
+
 def grid_serves(dim: int) -> bool:
-    """Whether rows of so many features are searched on a grid here: where int8 products are fast."""
-    return dim >= LEAST_INT8_DIM and device_facts("cpu").vnni and int8_products_are_right()
+    """Whether they can be, now that the code is compiled."""
+    return has_grids(dim, torch.device("cpu")) and int8_products_are_right()
 
 
 def fill_terms(
@@ -123,17 +127,17 @@ def fill_terms(
 def packed_facts(packed: PackedRows) -> Packed:
     """Return what the code is to know of rows that are contiguous."""
     table = packed.table
-    is_scalar = table.low is not None
+    parts, ksub = table.table.shape[:2] if table.kind == "parts" else (0, 0)
     return Packed(
         codes=packed.codes.data_ptr(),
         table=table.table.data_ptr(),
-        low=table.low.data_ptr() if table.low is not None else None,
+        low=None if table.low is None else table.low.data_ptr(),
         centroids=None if packed.centroids is None else packed.centroids.data_ptr(),
         assignments=None if packed.assignments is None else packed.assignments.data_ptr(),
-        packing=SCALAR if is_scalar else BYTES if table.bits == 8 else NIBBLES,
+        packing=PACKINGS[table.kind, table.bits],
         code_size=packed.codes.shape[1],
-        parts=0 if is_scalar else table.table.shape[0],
-        ksub=0 if is_scalar else table.table.shape[1],
+        parts=parts,
+        ksub=ksub,
     )
 
 

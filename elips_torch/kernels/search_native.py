@@ -21,8 +21,16 @@ METRICS = {
 CODE_TYPES = {torch.float32: 0, torch.int8: 1}
 VECTOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCE_TYPES = {**VECTOR_TYPES, torch.float64: 3}
-# How rows are packed.
-SCALAR, BYTES, NIBBLES = 1, 2, 3
+# How rows are packed: kind and bits of a `PackedTable`.
+PACKINGS = {
+    ("scalars", 8): 1,
+    ("parts", 8): 2,
+    ("parts", 4): 3,
+    ("scalars", 6): 4,
+    ("scalars", 4): 5,
+    ("fp16", 16): 6,
+    ("bf16", 16): 7,
+}
 # Rows that a reservoir's memory holds beside its capacity.
 SPARE = 16
 # What becomes of a query: its result is certain; too much survived; a score's last bit is open.

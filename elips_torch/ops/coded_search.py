@@ -30,6 +30,7 @@ from elips_torch.kernels.knn_blocks import merge_results
 from elips_torch.kernels.knn_decoded import DecodedSearch
 from elips_torch.kernels.knn_tables import TableSearch
 from elips_torch.kernels.packed_native import PackedSearch
+from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.search_native import library_compiles, library_reasons
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.knn import run_knn, screen_for_call, uncompiled_reasons
@@ -110,6 +111,7 @@ def run_coded_search(
     implementation: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     check_finite: bool = True,
+    packed: PackedRows | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Choose an implementation and run it.
 
@@ -125,6 +127,7 @@ def run_coded_search(
         implementation: "auto" or a name.
         workspace_bytes: limit on temporary memory, in bytes.
         check_finite: look for queries that hold NaN or infinity.
+        packed: the rows as they are stored, with what is kept to screen them.
 
     Returns:
         Scores and row numbers, -1 where there are fewer than k.
@@ -133,7 +136,9 @@ def run_coded_search(
     chosen = choose("coded_search", IMPLEMENTATIONS, request, implementation)
     with plain_arithmetic(queries.device):
         bad = bad_queries(queries, metric) if check_finite else None
-        scores, rows = chosen.run(queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
+        scores, rows = chosen.run(
+            queries, codes, decoder, k, metric, ranks, selection, workspace_bytes, packed
+        )
         if bad is not None:
             scores.masked_fill_(bad[:, None], torch.nan)
             rows.masked_fill_(bad[:, None], -1)
@@ -149,6 +154,7 @@ def search_decoded(
     ranks: Tensor | None,  # (N,) int64
     selection: Selection,
     workspace_bytes: int,
+    packed: PackedRows | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Decode all rows: tile by tile for few queries, block by block for many and for what is left."""
     arguments = (queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
@@ -171,6 +177,7 @@ def search_tables(
     ranks: Tensor | None,  # (N,) int64
     selection: Selection,
     workspace_bytes: int,
+    packed: PackedRows | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Select by lookup tables; decode all rows for the queries that this cannot certify."""
     search = TableSearch(codes, decoder, metric, k, selection.query_bytes)
@@ -186,21 +193,57 @@ def search_natively(
     ranks: Tensor | None,  # (N,) int64
     selection: Selection,
     workspace_bytes: int,
+    packed: PackedRows | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Decode rows in C++ where they are screened; all rows for the queries that this cannot certify."""
     arguments = (queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
-    table = decoder.packed_table()
-    if table is None or not codes.shape[0] or not library_compiles():
-        return search_decoded(*arguments)
+    search = _native_search(codes, decoder, k, metric, packed, selection.n_excluded, workspace_bytes)
+    return search_decoded(*arguments) if search is None else _search_then_blocks(search, *arguments)
+
+
+def prepare_coded(
+    queries: Tensor,  # (Q, D)
+    codes: Tensor,  # (N, code_size)
+    decoder: Decoder,
+    k: int,
+    metric: Metric,
+    packed: PackedRows | None,
+    *,
+    ranks: Tensor | None = None,
+    implementation: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> PreparedSearch | None:
+    """Prepare what `run_coded_search` does for queries like these, without masks; None where it cannot be."""
+    if _has_too_few_rows(codes, k):
+        return None
+    request = _request(queries, codes, decoder, metric, k)
+    if choose("coded_search", IMPLEMENTATIONS, request, implementation).name != "native":
+        return None
+    search = _native_search(codes, decoder, k, metric, packed, 0, workspace_bytes)
+    return None if search is None else prepare(search, queries, k, ranks, workspace_bytes)
+
+
+def _native_search(
+    codes: Tensor,
+    decoder: Decoder,
+    k: int,
+    metric: Metric,
+    packed: PackedRows | None,
+    n_excluded: int,
+    workspace_bytes: int,
+) -> PackedSearch | None:
+    """Return a search in C++, or None where it cannot serve."""
+    if packed is None:
+        table = decoder.packed_table()
+        packed = None if table is None else PackedRows(codes, table)
+    if packed is None or not codes.shape[0] or not library_compiles():
+        return None
 
     def decode(rows: Tensor) -> Tensor:
         return decoder.decode(codes.index_select(0, rows))
 
-    rows = PackedRows(codes, table)
-    search = PackedSearch(rows, decode, decoder.dim, metric, k, selection.n_excluded)
-    if search.plan(1, workspace_bytes) is None:
-        return search_decoded(*arguments)
-    return _search_then_blocks(search, *arguments)
+    search = PackedSearch(packed, decode, decoder.dim, metric, k, n_excluded)
+    return None if search.plan(1, workspace_bytes) is None else search
 
 
 def _native_reasons(request: Request) -> list[str]:
@@ -208,7 +251,7 @@ def _native_reasons(request: Request) -> list[str]:
     if request.metric.form != "product":
         reasons.append(f"C++ code screens by products, metric {request.metric.name!r} is none")
     if not isinstance(request, CodedRequest) or not request.packed:
-        reasons.append("C++ code decodes parts and features of 8 bits, and parts of 4")
+        reasons.append("C++ code decodes what scalar and product quantizers code")
     return reasons
 
 
@@ -223,7 +266,7 @@ def _search_then_blocks(
     selection: Selection,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    if n_candidates(k) > codes.shape[0] // 2:
+    if _has_too_few_rows(codes, k):
         return _search_blocks(queries, codes, decoder, k, metric, ranks, selection, workspace_bytes)
     shape = (queries.shape[0], k)
     scores = torch.empty(shape, dtype=torch.float32, device=queries.device)
@@ -241,6 +284,11 @@ def _search_then_blocks(
             queries[pending], codes, decoder, k, metric, ranks, rest, workspace_bytes
         )
     return scores, rows
+
+
+def _has_too_few_rows(codes: Tensor, k: int) -> bool:
+    """Whether selecting from the rows would leave most of them."""
+    return n_candidates(k) > codes.shape[0] // 2
 
 
 def _search_blocks(

@@ -1,6 +1,5 @@
 """k-means clustering."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
@@ -11,6 +10,7 @@ from elips_torch.core.errors import ArgumentError, NotFittedError
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.progress import with_progress
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, even_cuts
+from elips_torch.core.user_warnings import warn_user
 from elips_torch.core.validation import check_count, check_k, check_values, check_vectors, check_workspace
 from elips_torch.ops.assign import assign, vector_codes
 from elips_torch.quantizers.learned import Learned, in_float32, learning
@@ -192,10 +192,9 @@ class KMeans(Learned):
             check_values("centroids", centroids, self._metric)
         wanted = self.min_points_per_centroid * self.k
         if n < wanted:
-            warnings.warn(
+            warn_user(
                 f"vectors has {n} rows to learn {self.k} centroids from, expected at least {wanted}; "
-                "min_points_per_centroid sets this limit",
-                stacklevel=2,
+                "min_points_per_centroid sets this limit"
             )
         with learning(vectors.device):
             learned, history = self._learn(vectors, centroids)

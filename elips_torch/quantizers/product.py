@@ -1,6 +1,5 @@
 """Product quantization: the parts of a vector, each by the nearest of its own centroids."""
 
-import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +9,7 @@ from elips_torch.core.errors import ArgumentError, DtypeError, MetricError
 from elips_torch.core.execution import plain_arithmetic
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import spans
+from elips_torch.core.user_warnings import warn_user
 from elips_torch.kernels.coded_rows import PackedTable
 from elips_torch.ops.assign import assign
 from elips_torch.quantizers.kmeans import KMeans
@@ -173,10 +173,9 @@ class ProductQuantizer(Quantizer):
             raise ArgumentError(f"vectors has {n} rows, expected at least 2**nbits = {self.ksub}")
         wanted = self.min_points_per_centroid * self.ksub
         if n < wanted:
-            warnings.warn(
+            warn_user(
                 f"vectors has {n} rows to learn {self.ksub} centroids per part from, expected at least "
-                f"{wanted}; min_points_per_centroid sets this limit",
-                stacklevel=3,
+                f"{wanted}; min_points_per_centroid sets this limit"
             )
         codebooks = []
         for number, part in enumerate(vectors.view(n, self.m, self.dsub).unbind(1)):

@@ -129,9 +129,12 @@ class ScalarQuantizer(Quantizer):
         step = self.extent / (2**self.bits - 1)
         return step, self.minimum + 0.5 * step
 
-    def packed_table(self) -> PackedTable | None:
-        """Return steps and lowest values where each feature is a byte."""
-        return PackedTable(*self._grid()) if self.qtype == "int8" else None
+    def packed_table(self) -> PackedTable:
+        """Return what codes stand for as plain tensors."""
+        if self.qtype in _FLOATS:
+            short = torch.empty(0, self.dim, dtype=_FLOATS[self.qtype], device="cpu")
+            return PackedTable(short, bits=self.bits)
+        return PackedTable(*self._grid(), bits=self.bits)
 
     def _rows_at_once(self) -> int:
         return max(1, _FEATURES_AT_ONCE // self.dim)

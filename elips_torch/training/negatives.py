@@ -1,7 +1,6 @@
 """Hard negatives: what an index finds near a query although it is wrong."""
 
 import math
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DtypeError, ElipsError, ShapeError
 from elips_torch.core.results import SearchResult
+from elips_torch.core.user_warnings import warn_user
 from elips_torch.core.validation import (
     check_count,
     check_device,
@@ -287,9 +287,7 @@ class HardNegativeMiner:
         if self.on_shortage == "error":
             raise ArgumentError(message)
         self._has_warned = True
-        warnings.warn(
-            f"{message}. Their places hold id -1. This miner says so only once.", UserWarning, stacklevel=4
-        )
+        warn_user(f"{message}. Their places hold id -1. This miner says so only once.")
 
     def _check_margins(self, positives: Tensor | None) -> None:
         margins = [name for name in ("absolute_margin", "relative_margin") if getattr(self, name) is not None]

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elips_torch import FlatIndex, IVFFlatIndex, IVFPQIndex, IVFSQIndex, NonFiniteError
+from elips_torch import FlatIndex, IVFFlatIndex, IVFPQIndex, IVFSQIndex, NonFiniteError, PQIndex, SQIndex
 from elips_torch.core.hardware import DeviceFacts, device_facts
 from elips_torch.core.native import native_reasons
+from elips_torch.indexes.coded import CodedIndex
 from elips_torch.kernels.prepared_native import PreparedSearch
 
 pytestmark = pytest.mark.skipif(
@@ -36,6 +37,8 @@ FAMILIES = {
     "lists": lambda metric: IVFFlatIndex(DIM, 12, metric, nprobe=3, niter=4),
     "scalars": lambda metric: IVFSQIndex(DIM, 12, metric=metric, nprobe=3, niter=4),
     "products": lambda metric: IVFPQIndex(DIM, 12, 6, nbits=4, metric=metric, nprobe=3, niter=4),
+    "plain scalars": lambda metric: SQIndex(DIM, "int8", metric),
+    "plain products": lambda metric: PQIndex(DIM, 6, metric=metric, niter=4, min_points_per_centroid=1),
 }
 
 
@@ -68,7 +71,8 @@ def prepared(monkeypatch):
 def agrees(index, queries, k=5, **parameters):
     """Search as users do and by code that prepares nothing; return the ids."""
     scores, ids = index.search(queries, k, **parameters)
-    wanted = index.search(queries, k, implementation="eager", **parameters)
+    unprepared = "decoded" if isinstance(index, CodedIndex) else "eager"
+    wanted = index.search(queries, k, implementation=unprepared, **parameters)
     torch.testing.assert_close(scores, wanted.scores, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(ids, wanted.ids)
     return ids
@@ -131,8 +135,9 @@ def test_search_parameters_are_seen(prepared):
     agrees(index, queries, workspace_bytes=2**20)
 
 
-def test_copies_do_not_share_them():
-    index = made()
+@pytest.mark.parametrize("family", ["lists", "plain products"])
+def test_copies_do_not_share_them(family):
+    index = made(family)
     queries = vectors(6, 1)
     index.search(queries, 5)
     twin = copy.deepcopy(index)
@@ -185,7 +190,7 @@ def test_queries_that_are_open_are_searched_again(prepared):
     assert sum(prepared) > 0
 
 
-@pytest.mark.parametrize("family", ["flat", "lists"])
+@pytest.mark.parametrize("family", ["flat", "lists", "plain scalars", "plain products"])
 def test_bad_queries_are_named_by_their_own_numbers(family):
     index = made(family)
     queries = vectors(50, 1)
@@ -311,7 +316,7 @@ def test_threads_search_at_once():
     steps=st.lists(
         st.tuples(st.sampled_from(["add", "upsert", "remove", "search"]), st.integers(0, 5)), max_size=8
     ),
-    family=st.sampled_from(["flat", "lists", "scalars"]),
+    family=st.sampled_from(["flat", "lists", "scalars", "plain scalars", "plain products"]),
 )
 def test_any_sequence_of_changes_and_searches(steps, family):
     index = made(family, n=600)

@@ -8,9 +8,13 @@ import torch
 from coded_contract import CodedContract, clustered, recall
 
 from elips_torch import ArgumentError, SearchResult, SQIndex, knn
+from elips_torch.core.hardware import device_facts
+from elips_torch.core.native import native_reasons
 from elips_torch.quantizers.scalar import QTYPES
 from elips_torch.reference.knn import knn as reference_knn
 from elips_torch.testing.contract import assert_same
+
+NO_NATIVE = native_reasons(device_facts("cpu"))
 
 
 class TestSQIndex(CodedContract):
@@ -81,13 +85,34 @@ def test_few_and_many_queries_find_the_same(metric, monkeypatch):
     assert_same(few, reference_knn(queries, index.reconstruct(index.ids), 10, metric, mask=mask))
     # Tiles of a few rows.
     monkeypatch.setattr("elips_torch.kernels.knn_decoded._PREFERRED_FEATURES", 700)
-    assert_same(index.search(queries, 10, mask=mask), few)
+    assert_same(index.search(queries, 10, mask=mask, implementation="decoded"), few)
     monkeypatch.setattr("elips_torch.ops.coded_search.MANY_QUERIES", 1)
-    assert_same(index.search(queries, 10, mask=mask), few)
+    assert_same(index.search(queries, 10, mask=mask, implementation="decoded"), few)
 
 
-def test_rows_that_hold_nan_come_last():
-    index = SQIndex(13, "fp16", check_finite=False)
+@pytest.mark.skipif(bool(NO_NATIVE), reason="; ".join(NO_NATIVE))
+@pytest.mark.parametrize("qtype", QTYPES)
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_native_and_decoded_search_are_the_same(qtype, metric):
+    for dim in (5, 13, 31, 67):
+        database, queries = clustered(700, dim, 0), clustered(40, dim, 1)
+        # Features that do not vary, and rows that tie.
+        database[:, 1::4] = 0.5
+        database[300:350] = database[:50]
+        index = SQIndex(dim, qtype, metric).fit(database)
+        index.add(database, ids=torch.randperm(700, generator=torch.Generator().manual_seed(2)))
+        assert index.explain(queries, implementation="native").chosen == "native"
+        mask = torch.rand(40, 700, generator=torch.Generator().manual_seed(3)) < 0.3
+        exclude = index.search(queries, 6).ids
+        for n in (1, 6, 40):
+            for options in ({}, {"mask": mask[:n]}, {"exclude": exclude[:n]}):
+                found = index.search(queries[:n], 20, implementation="native", **options)
+                assert_same(found, index.search(queries[:n], 20, implementation="decoded", **options))
+
+
+@pytest.mark.parametrize("qtype", ["fp16", "bf16"])
+def test_rows_that_hold_nan_come_last(qtype):
+    index = SQIndex(13, qtype, check_finite=False)
     database = clustered(200, 13, 0)
     database[5, 3] = torch.nan
     database[9, 1] = torch.inf
@@ -96,4 +121,6 @@ def test_rows_that_hold_nan_come_last():
     scores, ids = index.search(queries, 200)
     assert (ids[:, -1] == 5).all()
     assert (ids[:, -2] == 9).all()
-    assert_same(index.search(queries, 10), SearchResult(scores[:, :10], ids[:, :10]))
+    for implementation in ("auto", "decoded"):
+        found = index.search(queries, 10, implementation=implementation)
+        assert_same(found, SearchResult(scores[:, :10], ids[:, :10]))

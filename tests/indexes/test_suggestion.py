@@ -50,7 +50,7 @@ def filled(description, vectors, metric="l2"):
         ({"n": 1_000_000, "dim": 128, "memory_bytes": 130 * MIB, "target_recall": 0.9}, "IVF4096,SQ6"),
         ({"n": 1_000_000, "dim": 128, "memory_bytes": 100 * MIB, "target_recall": 0.5}, "OPQ64,IVF4096,PQ64"),
         (
-            {"n": 1_000_000, "dim": 130, "memory_bytes": 65 * MIB, "target_recall": 0.3},
+            {"n": 1_000_000, "dim": 130, "memory_bytes": 75 * MIB, "target_recall": 0.3},
             "OPQ32_128,IVF4096,PQ32",
         ),
         ({"n": 5_000, "dim": 64, "memory_bytes": 500_000}, "SQ8"),
@@ -108,12 +108,12 @@ def test_the_estimated_memory_is_what_is_taken(description, metric):
 
 def test_the_memory_of_a_suggestion_is_what_is_taken():
     vectors = torch.randn(21_000, 16, generator=torch.Generator().manual_seed(0))
-    kinds = set()
-    for limit in (None, 1_600_000, 1_200_000, 940_000):
+    # What screens codes is kept where the machine multiplies them fast: limits are what each takes here.
+    for description in ("IVF512,Flat", "IVF512,SQfp16", "IVF512,SQ8", "IVF512,SQ6"):
+        limit = estimate_memory_bytes(index_factory(16, description), 21_000)
         suggestion = suggest_index(21_000, 16, memory_bytes=limit, target_recall=0.9)
-        kinds.add(str(suggestion))
-        assert filled(suggestion, vectors).memory_bytes() == pytest.approx(suggestion.memory_bytes, rel=0.05)
-    assert len(kinds) == 4
+        assert str(suggestion) == description
+        assert filled(suggestion, vectors).memory_bytes() == pytest.approx(limit, rel=0.05)
 
 
 @given(
@@ -146,7 +146,7 @@ def test_the_recall_of_a_suggestion_is_reached():
     vectors = torch.randn(21_000, 32, generator=generator)
     queries = torch.randn(50, 32, generator=generator)
     truth = exact_neighbours(queries, vectors, 10)
-    for limit, target in ((None, 0.99), (2_200_000, 0.99), (1_500_000, 0.95)):
+    for limit, target in ((None, 0.99), (2_200_000, 0.99), (1_700_000, 0.95)):
         suggestion = suggest_index(21_000, 32, memory_bytes=limit, target_recall=target)
         index = filled(suggestion, vectors)
         found = index.search(queries, 10, nprobe=index.nlist).ids

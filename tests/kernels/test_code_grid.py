@@ -13,6 +13,7 @@ from elips_torch.kernels import packed_native
 from elips_torch.kernels.code_grid import make_grid
 from elips_torch.kernels.coded_rows import PackedRows, PackedTable
 from elips_torch.kernels.packed_native import fill_terms, grid_serves
+from elips_torch.quantizers.packing import pack, unpack
 from elips_torch.testing.contract import assert_same
 
 pytestmark = pytest.mark.skipif(
@@ -25,6 +26,7 @@ METRICS = ("l2", "ip")
 def int8_codes(grid, table, codes):
     """Return u of `code_grid`, ``(N, D)`` float64."""
     if grid.scalars is not None:
+        codes = unpack(codes, table.bits, grid.scalars.shape[1])
         counts, shift = grid.scalars.to(torch.int64)
         return ((codes.to(torch.int64) & counts) - shift).double()
     numbers = codes if table.bits == 8 else torch.stack([codes & 15, codes >> 4], 2).flatten(1)
@@ -35,7 +37,7 @@ def int8_codes(grid, table, codes):
 def decoded(table, codes, centroid):
     """Return the vectors as the quantizers decode them, with their roundings."""
     if table.low is not None:
-        vectors = codes.float().mul(table.table).add(table.low)
+        vectors = unpack(codes, table.bits, table.dim).float().mul(table.table).add(table.low)
     else:
         numbers = codes if table.bits == 8 else torch.stack([codes & 15, codes >> 4], 2).flatten(1)
         m = table.table.shape[0]
@@ -43,11 +45,12 @@ def decoded(table, codes, centroid):
     return vectors if centroid is None else vectors + centroid
 
 
-def scalars(dim, generator, size, offset):
+def scalars(dim, generator, size, offset, bits=8):
     steps = size * torch.rand(dim, generator=generator)
     steps[torch.rand(dim, generator=generator) < 0.2] = 0.0
     low = offset + size * torch.randn(dim, generator=generator)
-    return PackedTable(steps, low), torch.randint(0, 256, (40, dim), generator=generator, dtype=torch.uint8)
+    numbers = torch.randint(0, 2**bits, (40, dim), generator=generator, dtype=torch.uint8)
+    return PackedTable(steps, low, bits), pack(numbers, bits)
 
 
 def parts(dim, generator, size, offset, bits=8):
@@ -65,7 +68,7 @@ def parts(dim, generator, size, offset, bits=8):
 @settings(max_examples=60, deadline=None)
 @given(
     dim=st.sampled_from([4, 5, 12, 16, 33, 64]),
-    kind=st.sampled_from(["scalars", "parts", "parts of 4 bits"]),
+    kind=st.sampled_from(["scalars", "scalars 6", "scalars 4", "parts", "parts of 4 bits"]),
     metric=st.sampled_from(METRICS),
     size=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
     offset=st.sampled_from([0.0, 1.0, -1e4]),
@@ -74,8 +77,10 @@ def parts(dim, generator, size, offset, bits=8):
 )
 def test_terms_bound_what_they_say_they_bound(dim, kind, metric, size, offset, residual, seed):
     generator = torch.Generator().manual_seed(seed)
-    make = scalars if kind == "scalars" else parts
-    table, codes = make(dim, generator, size, offset, **({"bits": 4} if "4" in kind else {}))
+    make = scalars if "scalars" in kind else parts
+    table, codes = make(
+        dim, generator, size, offset, **({"bits": 4} if "4" in kind else {"bits": 6} if "6" in kind else {})
+    )
     centroids = 3 * size * torch.randn(5, dim, generator=generator) if residual else None
     lists = torch.randint(0, 5, (40,), generator=generator)
     own = None if centroids is None else centroids[lists]
@@ -141,6 +146,12 @@ MAKERS = {
     "SQ8": lambda metric, residual: IVFSQIndex(
         24, 12, "int8", metric, by_residual=residual, niter=4, nprobe=5
     ),
+    "SQ4": lambda metric, residual: IVFSQIndex(
+        24, 12, "int4", metric, by_residual=residual, niter=4, nprobe=5
+    ),
+    "SQ6": lambda metric, residual: IVFSQIndex(
+        24, 12, "int6", metric, by_residual=residual, niter=4, nprobe=5
+    ),
     "PQ12": lambda metric, residual: pq(12, 8, metric, residual),
     "PQ6": lambda metric, residual: pq(6, 8, metric, residual),
     "PQ3": lambda metric, residual: pq(3, 8, metric, residual),
@@ -197,7 +208,7 @@ def test_tables_of_any_number_and_size_of_parts(metric, dim, m):
         assert_same(found, type(found)(expected.scores[:n], expected.ids[:n]))
 
 
-@pytest.mark.parametrize("maker", ["SQ8", "PQ6"])
+@pytest.mark.parametrize("maker", ["SQ4", "SQ6", "SQ8", "PQ6"])
 def test_masks_exclusions_and_few_rows(maker):
     vectors = SHAPES["plain"]
     index = MAKERS[maker]("ip", True).fit(vectors)
@@ -251,7 +262,7 @@ def changes(index, generator):
 
 
 @pytest.mark.filterwarnings("ignore:the lists")
-@pytest.mark.parametrize("maker", ["SQ8", "PQ6"])
+@pytest.mark.parametrize("maker", ["SQ4", "SQ6", "SQ8", "PQ6"])
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("seed", range(3))
 def test_terms_follow_every_change(maker, metric, seed):
@@ -279,7 +290,7 @@ def test_changes_that_are_known_do_not_make_all_terms_anew(monkeypatch):
         filled.append(len(rows))
         return unhurt(metric, packed, rows, places, terms)
 
-    monkeypatch.setattr("elips_torch.indexes.listed_terms.fill_terms", counted)
+    monkeypatch.setattr("elips_torch.indexes.grid_terms.fill_terms", counted)
     index.add(SHAPES["plain"][:7])
     index.search(SHAPES["plain"][:3])
     index.upsert(SHAPES["plain"][:2], index.ids[:2])

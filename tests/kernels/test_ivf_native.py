@@ -13,6 +13,7 @@ from elips_torch.kernels.ivf_native import native_lists
 from elips_torch.kernels.list_layout import DecodedRows, StoredRows
 from elips_torch.kernels.plane import Plane, make_plane, plain_plane
 from elips_torch.kernels.selection import Selection
+from elips_torch.quantizers.scalar import QTYPES
 from elips_torch.reference.ivf_search import ivf_search
 
 pytestmark = pytest.mark.skipif(
@@ -187,6 +188,52 @@ def test_codes_are_decoded_to_the_last_bit(make, metric):
     mask = torch.rand(60, index.ntotal, generator=generator) < 0.3
     found = index.search(queries, 10, mask=mask, implementation="native")
     assert_same(found, index.search(queries, 10, mask=mask, implementation="eager"))
+
+
+@pytest.mark.parametrize("qtype", QTYPES)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("by_residual", [True, False])
+def test_scalars_of_any_size_are_searched_as_they_are_decoded(qtype, metric, by_residual):
+    generator = torch.Generator().manual_seed(0)
+    for dim in (5, 13, 31, 67):
+        vectors = torch.randn(600, dim, generator=generator)
+        # Features that do not vary, and rows that tie.
+        vectors[:, 1::4] = 0.5
+        vectors[300:350] = vectors[:50]
+        queries = torch.randn(70, dim, generator=generator)
+        index = IVFSQIndex(dim, 9, qtype, metric, by_residual=by_residual, nprobe=4, niter=2).fit(vectors)
+        index.add(vectors)
+        index.remove(index.ids[5::7])
+        index.search(queries[:1], implementation="native")
+        packed = index._decoder().packed
+        is_on_grid = qtype.startswith("int") and metric != "cosine" and device_facts("cpu").vnni
+        assert (packed.grid is not None) == is_on_grid == index._keeps_terms()
+        for n_queries in (1, 6, 70):
+            found = index.search(queries[:n_queries], 10, implementation="native")
+            assert_same(found, index.search(queries[:n_queries], 10, implementation="eager"))
+        exclude = index.search(queries, 3).ids
+        found = index.search(queries, 10, exclude=exclude, implementation="native")
+        assert_same(found, index.search(queries, 10, exclude=exclude, implementation="eager"))
+        if qtype.startswith("int"):
+            # No quantizer writes just any bits, but a file may hold them.
+            index.codes.random_(generator=generator)
+            found = index.search(queries, 10, implementation="native")
+            assert_same(found, index.search(queries, 10, implementation="eager"))
+
+
+@pytest.mark.parametrize("qtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_short_floats_that_are_not_finite(qtype, metric):
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(600, 13, generator=generator)
+    index = IVFSQIndex(13, 4, qtype, metric, nprobe=4, niter=2, check_finite=False).fit(vectors)
+    vectors[7, 3], vectors[9, 1] = torch.nan, torch.inf
+    index.add(vectors)
+    queries = torch.randn(20, 13, generator=generator)
+    for k in (5, 600):
+        found, wanted = (index.search(queries, k, implementation=name) for name in ("native", "eager"))
+        assert torch.equal(found.ids, wanted.ids)
+        torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=0, equal_nan=True)
 
 
 def test_lists_that_another_thread_is_changing_are_not_read_outside():

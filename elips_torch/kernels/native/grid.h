@@ -96,6 +96,42 @@ static void gather_fours(const Grid& g, int parts, int n, Place place, int8_t* o
     }
 }
 
+// As `spread`, of 64 codes.
+template <int BITS>
+static inline __m512i spread_wide(__m512i codes) {
+    if constexpr (BITS == 4) {
+        const __m512i pairs = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(codes));
+        return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
+    } else {
+        // Twelve bytes for each quarter, of which three hold four codes.
+        const __m512i quarters = _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0);
+        const __m128i places = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+        const __m512i fours =
+            _mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarters, codes), _mm512_broadcast_i32x4(places));
+        const __m512i first = _mm512_and_si512(fours, _mm512_set1_epi32(63));
+        const __m512i second = _mm512_and_si512(_mm512_slli_epi32(fours, 2), _mm512_set1_epi32(63 << 8));
+        const __m512i third = _mm512_and_si512(_mm512_slli_epi32(fours, 4), _mm512_set1_epi32(63 << 16));
+        const __m512i fourth = _mm512_and_si512(_mm512_slli_epi32(fours, 6), _mm512_set1_epi32(63 << 24));
+        return _mm512_or_si512(_mm512_or_si512(first, second), _mm512_or_si512(third, fourth));
+    }
+}
+
+// As `code_parts`, of rows of scalars.
+template <int BITS, class Place>
+static void code_scalars(const Grid& g, int dim, int n, Place place, int8_t* out) {
+    for (int r = 0; r < n; ++r, out += dim) {
+        const uint8_t* codes = place(r);
+        for (int i = 0; i < dim; i += 64, codes += 8 * BITS) {
+            const int left = std::min(64, dim - i);
+            const __mmask64 there = ~0ull >> (64 - left), bytes = (1ull << bytes_of(left, BITS)) - 1;
+            const __m512i spread = spread_wide<BITS>(_mm512_maskz_loadu_epi8(bytes, codes));
+            const __m512i counted = _mm512_and_si512(spread, _mm512_maskz_loadu_epi8(there, g.scalars + i));
+            const __m512i less = _mm512_maskz_loadu_epi8(there, g.scalars + dim + i);
+            _mm512_mask_storeu_epi8(out + i, there, _mm512_sub_epi8(counted, less));
+        }
+    }
+}
+
 #endif
 
 template <bool NIBBLE, class Place>
@@ -116,6 +152,10 @@ static void code_parts(const Grid& g, const Packed& p, int dim, int n, Place pla
 
 template <class Place>
 static void code_rows(const Grid& g, const Packed& p, int dim, int n, Place place, int8_t* out) {
+#if defined(__AVX512VNNI__)
+    if (p.packing == SCALAR6) return code_scalars<6>(g, dim, n, place, out);
+    if (p.packing == SCALAR4) return code_scalars<4>(g, dim, n, place, out);
+#endif
     if (p.packing == NIBBLES)
         code_parts<true>(g, p, dim, n, place, out);
     else

@@ -6,6 +6,17 @@
 #include <cstdint>
 #include <cstring>
 
+// The first n of 16 bytes; the others are 0.
+static inline __m128i load_some(const uint8_t* p, int n) {
+#if defined(__AVX512VL__) && defined(__AVX512BW__)
+    return _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+    alignas(16) uint8_t some[16] = {};
+    std::memcpy(some, p, n);
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(some));
+#endif
+}
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 
 constexpr int LANES = 16;
@@ -15,13 +26,23 @@ static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 static inline Floats load_first(const float* p, int n) {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
 }
-static inline Floats load_bytes(const uint8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
 static inline Floats load_shorts(const uint16_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
+// Short floats.
+static inline Floats load_halves(const void* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+static inline Floats load_bfloats(const void* p) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+// The first LANES of 16 bytes as numbers.
+static inline Floats first_numbers(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
 static inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+static inline void store_first(float* p, Floats a, int n) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a);
+}
 static inline Floats all(float x) { return _mm512_set1_ps(x); }
 static inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 static inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
@@ -56,17 +77,23 @@ constexpr int LANES = 8;
 using Floats = __m256;
 
 static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
-static inline Floats load_first(const float* p, int n) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+static inline __m256i first_lanes(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-static inline Floats load_bytes(const uint8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
+static inline Floats load_first(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 static inline Floats load_shorts(const uint16_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+static inline Floats load_halves(const void* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+static inline Floats load_bfloats(const void* p) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+static inline Floats first_numbers(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
 static inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
+static inline void store_first(float* p, Floats a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a); }
 static inline Floats all(float x) { return _mm256_set1_ps(x); }
 static inline Floats plus(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 static inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }

@@ -45,7 +45,8 @@ class Rows {
 
     explicit Rows(const Arguments& a)
         : a_(a),
-          most_(std::clamp<int64_t>((a.n_queries <= FEW_QUERIES && !a.packed.packing ? LONG_CHUNK_BYTES : CHUNK_BYTES) /
+          most_(std::clamp<int64_t>((a.n_queries <= FEW_QUERIES && !(UNPACKS && a.packed.packing) ? LONG_CHUNK_BYTES
+                                                                                                  : CHUNK_BYTES) /
                                         (a.dim * int64_t(sizeof(Code))) / TILE_STEP * TILE_STEP,
                                     TILE_STEP, MOST_CHUNK_ROWS)) {}
 

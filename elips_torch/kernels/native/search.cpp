@@ -22,8 +22,8 @@
 
 namespace {
 
-// More queries for each list, on average, take products of decoded rows (measured).
-constexpr int64_t MOST_LOOKING_UP = 16;
+// More queries, of all rows or on average for each list, take products of decoded rows (measured).
+constexpr int64_t MOST_LOOKING_UP = 20, MOST_LOOKING_UP_LISTS = 16;
 
 template <class Value>
 bool rank(const Arguments& a, Reservoir* reservoirs) {
@@ -47,8 +47,9 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
     ListQueries lists;
     if (a.probes && !lists.fill(a)) return false;
     ByteTables tables;
-    const bool looks_up = std::is_same_v<Code, int8_t> && a.probes && ByteTables::serve(a) &&
-                          int64_t(a.n_queries) * a.n_probes <= MOST_LOOKING_UP * lists.n;
+    const bool few = a.probes ? int64_t(a.n_queries) * a.n_probes <= MOST_LOOKING_UP_LISTS * lists.n
+                              : a.n_queries <= MOST_LOOKING_UP;
+    const bool looks_up = std::is_same_v<Code, int8_t> && few && ByteTables::serve(a);
     if (looks_up && !tables.allocate_for(a)) return false;
     return share(
         a, lists, reservoirs, [&](int part) { return Scan<Code>(a, part, limits, looks_up ? &tables : nullptr); },
@@ -118,7 +119,7 @@ int search(Arguments a) {
         ready = scan<float>(a, reservoirs.get(), shared);
     } else if (a.code_type == 1 && HAS_INT8) {
 #if defined(__AVX512VNNI__)
-        if (a.packed.packing == SCALAR)
+        if (a.packed.packing == SCALAR8)
             ready = scan<uint8_t>(a, reservoirs.get(), shared);
         else
             ready = scan<int8_t>(a, reservoirs.get(), shared);
