@@ -42,7 +42,7 @@ def product_or_distance(
 def product_or_distance_or_eager(
     database: Tensor, metric: Metric, plane: Plane | None, k: int, n_excluded: int, workspace_bytes: int
 ) -> "NativeSearch | ScreenedSearch | None":
-    """Return the same; a screen in torch where sizes or the compiler turn out to be in the way of products."""
+    """Return the same; a screen in torch where sizes or the compiler are in the way of products."""
     if metric.form == "product":
         return native_or_eager(database, metric, plane, k, n_excluded, workspace_bytes)
     return product_or_distance(database, metric, plane, k, n_excluded, workspace_bytes)
