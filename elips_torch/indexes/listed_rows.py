@@ -65,7 +65,7 @@ class ListedRows(PreparesSearches):
             check_finite=check_finite,
             workspace_bytes=workspace_bytes,
         )
-        self.nlist = check_count("nlist", nlist)
+        self._nlist = check_count("nlist", nlist)
         with durable():
             self.register_buffer("assignments", torch.empty(0, dtype=torch.int32, device=device))
         self._has_own_coarse = coarse is None
@@ -73,6 +73,11 @@ class ListedRows(PreparesSearches):
             coarse = FlatIndex(dim, self._coarse_metric, device=device, check_finite=False)
         self.coarse = self._check_coarse(coarse)
         self.coarse.index_in_state_dict = index_in_state_dict
+
+    @property
+    def nlist(self) -> int:
+        """Number of lists."""
+        return self._nlist
 
     @property
     def _coarse_metric(self) -> str:

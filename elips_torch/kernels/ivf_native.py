@@ -1,9 +1,12 @@
 """Search of inverted lists in C++: the first step of a search, which answers almost every query."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from elips_torch.core.metric import Metric
+from elips_torch.kernels.distance_native import distance_first
 from elips_torch.kernels.ivf_decoded import DecodedLists
 from elips_torch.kernels.ivf_search_eager import Step
 from elips_torch.kernels.knn_native import NativeSearch, native_serves
@@ -29,8 +32,10 @@ def native_lists(
     workspace_bytes: int,
 ) -> "ScreenedLists | DecodedLists | None":
     """Return a search of lists in C++, or None where it cannot serve."""
-    if metric.form != "product" or decode.dtype == torch.float64:
+    if decode.dtype == torch.float64:
         return None
+    if metric.form != "product":
+        return _distance_lists(layout, decode, metric, k, n_excluded, workspace_bytes)
     if isinstance(decode, StoredRows) and decode.plane is not None:
         n_places = layout.slots.shape[0] if decode.in_slots else None
         if not native_serves(decode.vectors, decode.plane, n_places):
@@ -50,10 +55,30 @@ def native_lists(
         if plane is None or not native_serves(vectors, plane):
             return None
         search = NativeSearch(vectors, metric, plane, k, n_excluded, part.slots)
-        rows = torch.arange(vectors.shape[0], device="cpu")
-        return ScreenedLists(search, ListLayout(rows, part.starts, part.sizes, part.places))
+        return ScreenedLists(search, _renumbered(part))
 
     return DecodedLists(layout, decode, metric, _ROW_BYTES, search_part)
+
+
+def _distance_lists(
+    layout: ListLayout, decode: RowDecoder, metric: Metric, k: int, n_excluded: int, workspace_bytes: int
+) -> "ScreenedLists | DecodedLists | None":
+    """Return a search of lists by distances, of vectors as they are stored or decoded."""
+    if isinstance(decode, StoredRows):
+        search = distance_first(decode.vectors, metric, k, n_excluded, workspace_bytes)
+        return None if search is None else ScreenedLists(search, layout)
+
+    def search_part(part: ListLayout, workspace_bytes: int) -> Step | None:
+        vectors = decode(part.slots).contiguous()
+        search = distance_first(vectors, metric, k, n_excluded, workspace_bytes, part.slots)
+        return None if search is None else ScreenedLists(search, _renumbered(part))
+
+    return DecodedLists(layout, decode, metric, _ROW_BYTES, search_part) if library_compiles() else None
+
+
+def _renumbered(part: ListLayout) -> ListLayout:
+    """Return the layout of rows that have been decoded in the order of the slots."""
+    return dataclasses.replace(part, slots=torch.arange(part.slots.shape[0], device="cpu"))
 
 
 class ScreenedLists:

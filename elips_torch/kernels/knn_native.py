@@ -88,11 +88,16 @@ def native_first(
 ) -> "NativeSearch | None":
     """Return a search in C++ by a plane, or None where it cannot serve."""
     n_rows = database.shape[0]
-    if plane is None or (n_rows > _FEW_ROWS and n_rows < _ROWS_PER_NEIGHBOUR * k):
+    if plane is None or not leaves_rows_out(n_rows, k):
         return None
     search = NativeSearch(database, metric, plane, k, n_excluded)
     serves = search.plan(_BLOCK, workspace_bytes) is not None and native_serves(database, plane)
     return search if serves else None
+
+
+def leaves_rows_out(n_rows: int, k: int) -> bool:
+    """Whether a screen drops most rows, or there are so few that all may be kept."""
+    return n_rows <= _FEW_ROWS or n_rows >= _ROWS_PER_NEIGHBOUR * k
 
 
 def native_or_eager(

@@ -12,7 +12,12 @@ from elips_torch.core.errors import ImplementationError
 from elips_torch.core.hardware import device_facts
 from elips_torch.core.native import NativeLibrary, instruction_options, native_reasons
 
-METRICS = {"l2": 0, "ip": 1, "cosine": 2}
+METRICS = {
+    name: number
+    for number, name in enumerate(
+        ("l2", "ip", "cosine", "l1", "linf", "lp", "canberra", "braycurtis", "jensenshannon", "gower")
+    )
+}
 CODE_TYPES = {torch.float32: 0, torch.int8: 1}
 VECTOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCE_TYPES = {**VECTOR_TYPES, torch.float64: 3}
@@ -175,6 +180,7 @@ class Arguments(ctypes.Structure):
         ("mean", ctypes.c_void_p),
         ("rounded", ctypes.c_double),
         ("largest", ctypes.c_double),
+        ("power", ctypes.c_double),
         ("query_codes", ctypes.c_void_p),
         ("query_terms", ctypes.c_void_p),
         ("rounding", ctypes.c_void_p),

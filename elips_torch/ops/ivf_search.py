@@ -20,7 +20,7 @@ from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.search_native import library_reasons
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.coded_search import CodedRequest
-from elips_torch.ops.knn import triton_reasons, uncompiled_reasons
+from elips_torch.ops.knn import distance_reasons, triton_reasons, uncompiled_reasons
 
 # From so many queries on, decoding each list once costs less than tables for every query (measured).
 MANY_QUERIES = 32
@@ -75,7 +75,7 @@ def _many_queries_reasons(request: Request) -> list[str]:
 def _native_reasons(request: Request) -> list[str]:
     reasons = library_reasons(request.device)
     if request.metric.form != "product":
-        reasons.append(f"C++ code screens by products, metric {request.metric.name!r} is none")
+        return reasons + distance_reasons(request)
     if request.dtype == torch.float64:
         reasons.append("C++ code takes float32, bfloat16 and float16 vectors")
     return reasons

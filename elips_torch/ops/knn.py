@@ -24,9 +24,9 @@ from elips_torch.core.validation import (
 )
 from elips_torch.engines.faiss.candidates import brute_force_reasons
 from elips_torch.kernels.candidate_gradient import database_gradient
+from elips_torch.kernels.distance_native import product_or_distance, product_or_distance_or_eager
 from elips_torch.kernels.knn_blocks import knn_blocks
 from elips_torch.kernels.knn_exact import compiled_first, knn_exact
-from elips_torch.kernels.knn_native import native_first, native_or_eager
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
@@ -77,11 +77,20 @@ def triton_reasons(request: Request) -> list[str]:
 
 def _native_reasons(request: Request) -> list[str]:
     reasons = library_reasons(request.device)
+    if request.metric.form != "product":
+        return reasons + distance_reasons(request)
     if request.screen == "int8" and not device_facts(request.device).vnni:
         reasons.append("C++ code multiplies int8 codes with AVX512-VNNI only")
     if request.screen not in ("int8", "fp32"):
         reasons.append("there is no screening plane in int8 or float32 to run C++ code on")
     return reasons
+
+
+def distance_reasons(request: Request) -> list[str]:
+    """Return why C++ code cannot compute distances of these vectors; empty where it can."""
+    if torch.float64 in (request.query_dtype, request.dtype):
+        return ["C++ code takes float32, bfloat16 and float16 vectors"]
+    return []
 
 
 def uncompiled_reasons(request: Request) -> list[str]:
@@ -117,7 +126,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", _triton, triton_reasons),
     Implementation(
         "native",
-        functools.partial(knn_exact, first_search=native_or_eager),
+        functools.partial(knn_exact, first_search=product_or_distance_or_eager),
         _native_reasons,
         uncompiled_reasons,
     ),
@@ -164,7 +173,8 @@ def knn(
             "auto", which makes one where there are queries enough to repay it. It is made block by block
             within the workspace; `FlatIndex` keeps its own. Results are the same with any.
         implementation: "auto", or a name that `explain` lists, which then serves or raises: "triton" on a
-            GPU; "native", C++ that screens by a plane on a CPU and is compiled at the first large search;
+            GPU; "native", C++ on a CPU that screens by a plane, or by distances under the other metrics, and
+            is compiled at the first large search;
             "compiled", the same steps through `torch.compile`; "faiss", the candidates of its brute-force
             search, which are selected in float32 and may miss near ties; "eager", which serves every call.
         workspace_bytes: limit on temporary memory, in bytes, at least 1 MiB. Default 256 MiB.
@@ -269,12 +279,12 @@ def prepare_knn(
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> PreparedSearch | None:
     """Prepare what `run_knn` does for queries like these, without masks; None where that cannot be."""
-    if plane is None or k > database.shape[0]:
+    if (plane is None and metric.form == "product") or k > database.shape[0]:
         return None
-    request = Request.of(queries, database, metric, k, plane.kind)
+    request = Request.of(queries, database, metric, k, "none" if plane is None else plane.kind)
     if choose("knn", IMPLEMENTATIONS, request, implementation).name != "native":
         return None
-    search = native_first(database, metric, plane, k, 0, workspace_bytes)
+    search = product_or_distance(database, metric, plane, k, 0, workspace_bytes)
     return None if search is None else prepare(search, queries, k, ranks, workspace_bytes)
 
 

@@ -9,10 +9,10 @@ METRICS = ["l2", "ip", "cosine"]
 WORKSPACE = 64 * 2**20
 
 
-def assert_reference(metric, found, queries, database, k, ids=None, mask=None, exclude=None):
+def assert_reference(metric, found, queries, database, k, ids=None, mask=None, exclude=None, p=None):
     """Compare with the definition's scores sorted by (score, id), as the reference does pair by pair."""
     scores, rows = found
-    kind, n_rows = resolve_metric(metric), database.shape[0]
+    kind, n_rows = resolve_metric(metric, p), database.shape[0]
     exact = kind.rounded_score(queries[:, None].double(), database[None].double().contiguous())
     hidden = torch.zeros(exact.shape, dtype=torch.bool)
     if mask is not None:

@@ -97,7 +97,7 @@ def precisions_used(monkeypatch, queries, database, k, **options):
             return run(self, *args)
 
         monkeypatch.setattr(search, "run", spy)
-    knn(queries, database, k, **options)
+    knn(queries, database, k, implementation="eager", **options)
     return used
 
 

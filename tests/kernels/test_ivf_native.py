@@ -207,7 +207,7 @@ def test_scalars_of_any_size_are_searched_as_they_are_decoded(qtype, metric, by_
         index.search(queries[:1], implementation="native")
         packed = index._decoder().packed
         is_on_grid = qtype.startswith("int") and metric != "cosine" and device_facts("cpu").vnni
-        assert (packed.grid is not None) == is_on_grid == index._keeps_terms()
+        assert (packed.grid is not None) == is_on_grid == index.keeps_terms
         for n_queries in (1, 6, 70):
             found = index.search(queries[:n_queries], 10, implementation="native")
             assert_same(found, index.search(queries[:n_queries], 10, implementation="eager"))

@@ -9,8 +9,8 @@ extern "C" {
 
 // All pointers are to contiguous memory that outlives the call.
 struct Arguments {
-    // The plane: (N, D) codes, float32 or int8, and (N, 4) scale, residual, norm and bias. Where rows are
-    // packed, codes are the vectors that are unpacked, and terms are made of them.
+    // The plane, which distances do without: (N, D) codes, float32 or int8, and (N, 4) scale, residual, norm
+    // and bias. Null where rows are packed.
     const void* codes;
     const float* terms;
     const int64_t* names;  // (N,), what callers call each row; null where that is its number
@@ -31,8 +31,9 @@ struct Arguments {
     // the coded queries: (Q, D) codes; (3, Q) scale and factors of residual and norm.
     const void* source;
     const float* mean;  // (D,), as Coding has it, and two numbers more
-    double rounded;
+    double rounded;  // of distances instead: the share of a distance by which one in float32 may err
     double largest;
+    double power;  // exponent of LP
     const void* query_codes;
     const float* query_terms;
     const double* rounding;  // (Q,)

@@ -47,11 +47,25 @@ static inline Floats all(float x) { return _mm512_set1_ps(x); }
 static inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 static inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 static inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+static inline Floats minus(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+static inline Floats divided(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+static inline Floats magnitude(Floats a) { return _mm512_abs_ps(a); }
+// 0 where `test` is 0, else a.
+static inline Floats unless_zero(Floats test, Floats a) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test, _mm512_setzero_ps(), _CMP_NEQ_UQ), a);
+}
 // Where a is NaN, b.
 static inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 // One bit per lane where a is not below b; NaN is not below anything.
 static inline unsigned not_below(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 static inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
+static inline float largest(Floats a) { return _mm512_reduce_max_ps(a); }
+// One bit per lane whose bits, as an unsigned number, are neither 0 nor from `least` to `most`.
+static inline unsigned not_zero_or_between(Floats a, uint32_t least, uint32_t most) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i above = _mm512_sub_epi32(bits, _mm512_set1_epi32(static_cast<int>(least)));
+    return _mm512_mask_test_epi32_mask(_mm512_cmpgt_epu32_mask(above, _mm512_set1_epi32(static_cast<int>(most - least))), bits, bits);
+}
 // Write the lanes of the bits one behind the other; what follows them is undefined.
 static inline void store_chosen(void* p, unsigned bits, const void* lanes) {
     _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), _mm512_loadu_ps(lanes)));
@@ -84,6 +98,12 @@ static inline Floats all(float x) { return _mm256_set1_ps(x); }
 static inline Floats plus(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 static inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 static inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Floats minus(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+static inline Floats divided(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+static inline Floats magnitude(Floats a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+static inline Floats unless_zero(Floats test, Floats a) {
+    return _mm256_and_ps(_mm256_cmp_ps(test, _mm256_setzero_ps(), _CMP_NEQ_UQ), a);
+}
 static inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 static inline unsigned not_below(Floats a, Floats b) {
     return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
@@ -92,6 +112,18 @@ static inline float sum(Floats a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+static inline unsigned not_zero_or_between(Floats a, uint32_t least, uint32_t most) {
+    const __m256i bits = _mm256_castps_si256(a), range = _mm256_set1_epi32(static_cast<int>(most - least));
+    const __m256i above = _mm256_sub_epi32(bits, _mm256_set1_epi32(static_cast<int>(least)));
+    const __m256i within = _mm256_cmpeq_epi32(_mm256_min_epu32(above, range), above);
+    const __m256i fine = _mm256_or_si256(within, _mm256_cmpeq_epi32(bits, _mm256_setzero_si256()));
+    return ~static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(fine))) & 0xFF;
+}
+static inline float largest(Floats a) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 static inline void store_chosen(void* p, unsigned bits, const void* lanes) {
     int32_t from[LANES];

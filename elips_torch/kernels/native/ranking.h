@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "arguments.h"
+#include "distance_scores.h"
 #include "memory.h"
 #include "reservoir.h"
 #include "rescore.h"
@@ -31,7 +32,7 @@ class Ranking {
     void query(int64_t q, Reservoir* reservoirs) {
         float* scores = a_.scores + q * a_.k;
         int64_t* found = a_.found + q * a_.k;
-        const bool descends = a_.metric != L2;
+        const bool descends = a_.metric == IP || a_.metric == COSINE;
         std::fill(scores, scores + a_.k, descends ? LOWEST : HIGHEST);
         std::fill(found, found + a_.k, -1);
         a_.status[a_.n_queries + q] = 0;
@@ -94,6 +95,7 @@ class Ranking {
             return score(a_.metric, query, length, unpacked_.get(), a_.dim);
         }
         const Value* vector = static_cast<const Value*>(a_.vectors) + row * a_.dim;
+        if (is_distance(a_.metric)) return distance_score(a_.metric, a_.power, query, vector, a_.dim);
         return score(a_.metric, query, length, vector, a_.dim);
     }
 

@@ -7,7 +7,21 @@
 #include <cstdint>
 #include <cstring>
 
-enum Metric : int32_t { L2 = 0, IP = 1, COSINE = 2 };
+enum Metric : int32_t {
+    L2 = 0,
+    IP = 1,
+    COSINE = 2,
+    L1 = 3,
+    LINF = 4,
+    LP = 5,
+    CANBERRA = 6,
+    BRAYCURTIS = 7,
+    JENSENSHANNON = 8,
+    GOWER = 9
+};
+
+// Whether features are compared one by one; the others are products.
+static inline bool is_distance(int32_t metric) { return metric >= L1; }
 
 struct Half {
     uint16_t bits;
@@ -48,15 +62,16 @@ static inline Doubles wide8(const float* p) {
     std::memcpy(&values, p, sizeof(values));
     return widened(values);
 }
-static inline Doubles wide8(const Half* p) {
+static inline EightFloats floats8(const Half* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return widened(reinterpret_cast<EightFloats>(_mm256_cvtph_ps(bits)));
+    return reinterpret_cast<EightFloats>(_mm256_cvtph_ps(bits));
 }
-static inline Doubles wide8(const BFloat* p) {
+static inline EightFloats floats8(const BFloat* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const __m256i high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-    return widened(reinterpret_cast<EightFloats>(high));
+    return reinterpret_cast<EightFloats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
+static inline Doubles wide8(const Half* p) { return widened(floats8(p)); }
+static inline Doubles wide8(const BFloat* p) { return widened(floats8(p)); }
 static inline double sum(Doubles a) {
     return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
 }

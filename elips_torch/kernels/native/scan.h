@@ -6,7 +6,9 @@
 #include <cstring>
 
 #include "arguments.h"
+#include "keeper.h"
 #include "memory.h"
+#include "probed_lists.h"
 #include "products.h"
 #include "reservoir.h"
 #include "rows.h"
@@ -40,61 +42,20 @@ struct Block {
     }
 };
 
-// The lists that are probed, and the queries of each, ascending.
-struct ListQueries {
-    int64_t n = 0;             // lists
-    Memory<int64_t> lists;     // (n,)
-    Memory<int64_t> starts;    // (n + 1,)
-    Memory<int32_t> queries;
-
-    bool fill(const Arguments& a) {
-        const int64_t pairs = int64_t(a.n_queries) * a.n_probes, most = std::min(pairs, a.n_lists);
-        Memory<int64_t> places = allocate<int64_t>(a.n_lists);
-        lists = allocate<int64_t>(most);
-        starts = allocate<int64_t>(most + 1);
-        queries = allocate<int32_t>(pairs);
-        if (!places || !lists || !starts || !queries) return false;
-        std::fill(places.get(), places.get() + a.n_lists, 0);
-        for (int64_t i = 0; i < pairs; ++i)
-            if (is_list(a, a.probes[i])) ++places[a.probes[i]];
-        int64_t total = 0;
-        for (int64_t list = 0; list < a.n_lists; ++list) {
-            const int64_t count = places[list];
-            if (!count) continue;
-            lists[n] = list;
-            starts[n++] = places[list] = total;
-            total += count;
-        }
-        starts[n] = total;
-        for (int64_t i = 0; i < pairs; ++i)
-            if (is_list(a, a.probes[i])) queries[places[a.probes[i]]++] = static_cast<int32_t>(i / a.n_probes);
-        return true;
-    }
-
-    static bool is_list(const Arguments& a, int64_t list) { return 0 <= list && list < a.n_lists; }
-};
-
 template <class Code>
 class Scan {
    public:
     Scan(const Arguments& a, int part, float* limits, const ByteTables* tables)
         : a_(a),
-          limits_(limits),
+          keeper_(a, part, limits),
           tables_(tables),
           source_(a),
-          is_selective_((a.mask && a.mask_rows) || a.n_excluded > 0),
-          packed_dim_(steps_of(a.dim, Product<Code>::PER_STEP) * Product<Code>::PER_STEP) {
-        const int64_t q = a.n_queries, c = a.capacity + SPARE;
-        rows_ = static_cast<int32_t*>(a.memory) + part * q * c;
-        upper_ = static_cast<float*>(a.memory) + (a.n_parts + part) * q * c;
-        lower_ = static_cast<float*>(a.memory) + (2 * a.n_parts + part) * q * c;
-    }
+          packed_dim_(steps_of(a.dim, Product<Code>::PER_STEP) * Product<Code>::PER_STEP) {}
 
     int64_t n_chunks() const { return (a_.n_rows + source_.most() - 1) / source_.most(); }
 
     // Make ready for the queries from `first` to `last`.
     bool prepare(Reservoir* reservoirs, int first, int last) {
-        reservoirs_ = reservoirs;
         const int64_t vectors = (last - first + LANES - 1) / LANES;
         tail_ = allocate<Code>(packed_dim_ + 64);
         blocks_ = allocate<Block<Code>>(vectors + 1);
@@ -102,18 +63,7 @@ class Scan {
         if (!source_.prepare() || !tail_ || !blocks_ || !packed_) return false;
         if (a_.grid.steps && !origin_.make(a_.dim)) return false;
         if (tables_ && !(turned_ = allocate<uint8_t>(int64_t(a_.packed.parts) * TURNED_ROWS))) return false;
-        for (int q = first; q < last; ++q) {
-            Reservoir& r = reservoirs_[q];
-            const int64_t place = int64_t(q) * (a_.capacity + SPARE);
-            r.rows = rows_ + place;
-            r.upper = upper_ + place;
-            r.lower = lower_ + place;
-            r.capacity = a_.capacity;
-            r.k = a_.k;
-            r.rounding = a_.rounding[q];
-            r.start();
-            if (!a_.usable[q]) r.fail();
-        }
+        keeper_.prepare(reservoirs, first, last);
         return true;
     }
 
@@ -142,16 +92,7 @@ class Scan {
     }
 
     void list(int64_t number) {
-        const int64_t start = a_.list_starts[number], size = a_.list_sizes[number];
-        // Nobody may change lists while they are searched; where somebody has, most wrong slots are seen here.
-        if (start < 0 || size < 0 || start + size > a_.n_slots) return;
-        const uint64_t n_rows = a_.n_rows;
-        bool is_wrong = false;
-        for (int64_t slot = start; slot < start + size; ++slot)
-            is_wrong |= static_cast<uint64_t>(a_.slots[slot]) >= n_rows;
-        if (is_wrong) return;
-        for (int64_t done = 0; done < size; done += source_.most())
-            chunk(start + done, a_.slots + start + done, static_cast<int>(std::min(source_.most(), size - done)));
+        visit_list(a_, number, source_.most(), [&](int64_t first, const int64_t* slots, int n) { chunk(first, slots, n); });
     }
 
    private:
@@ -203,7 +144,7 @@ class Scan {
                 block.offset[i] = static_cast<float>(offset.value);
                 block.margin[i] = static_cast<float>(offset.margin + 2.0 * UNIT * std::fabs(offset.value)) + FLOOR;
             }
-            block.set_limit(i, real ? reservoirs_[q].limit : HIGHEST);
+            block.set_limit(i, real ? keeper_.limit(q) : HIGHEST);
             if constexpr (!Rows<Code>::UNPACKS)
                 block.correction[i] = real ? -Product<Code>::product(queries[i], a_.grid.scalars + a_.dim, a_.dim) : 0;
         }
@@ -211,37 +152,14 @@ class Scan {
 
     // Take thresholds that other threads have found.
     void refresh(Block<Code>& block) {
-        if (!limits_) return;
-        for (int i = 0; i < block.n; ++i) {
-            float other;
-            __atomic_load(limits_ + block.queries[i], &other, __ATOMIC_RELAXED);
-            Reservoir& r = reservoirs_[block.queries[i]];
-            if (other > r.limit) r.limit = other;
-            block.set_limit(i, r.limit);
-        }
-    }
-
-    bool sees(int64_t query, int64_t row) const {
-        if (a_.mask && a_.mask_rows && !a_.mask[a_.mask_rows[query] * a_.mask_stride + row * a_.mask_step])
-            return false;
-        const int64_t* out = a_.exclude + query * a_.n_excluded;
-        return !std::binary_search(out, out + a_.n_excluded, row);
+        if (!keeper_.shares_limits()) return;
+        for (int i = 0; i < block.n; ++i) block.set_limit(i, keeper_.shared_limit(block.queries[i]));
     }
 
     void keep(int64_t row, Block<Code>& block, int i, float upper, float lower) {
         if (i >= block.n) return;
         const int64_t q = block.queries[i];
-        if (is_selective_ && !sees(q, name_of(a_, row))) return;
-        Reservoir& reservoir = reservoirs_[q];
-        if (reservoir.failed) return;
-        if (reservoir.push(static_cast<int32_t>(row), upper, lower)) {
-            block.set_limit(i, reservoir.limit);
-            if (limits_) {
-                float other;
-                __atomic_load(limits_ + q, &other, __ATOMIC_RELAXED);
-                if (reservoir.limit > other) __atomic_store(limits_ + q, &reservoir.limit, __ATOMIC_RELAXED);
-            }
-        }
+        if (keeper_.keep(row, q, upper, lower)) block.set_limit(i, keeper_.limit(q));
     }
 
     // Bounds from above and below, given the one that was compared, by how much it may be off to either side,
@@ -264,10 +182,6 @@ class Scan {
 
         static Floats size(Floats x) { return larger(x, times(x, all(-1.0f))); }
     };
-
-    bool hidden(int64_t row) const {
-        return a_.mask && !a_.mask_rows && !a_.mask[name_of(a_, row) * a_.mask_step];
-    }
 
     template <int ROWS, int VECTORS>
     void tiles(const Chunk<Code>& c, Block<Code>& block) {
@@ -298,7 +212,7 @@ class Scan {
                     bound = times_plus(residual, all(c.residual[place]), bound);
                     bound = times_plus(norm, all(c.norm[place]), bound);
                     const unsigned reached = not_below(bound, limit);
-                    if (__builtin_expect(reached != 0, 0) && r < n && !hidden(c.row(place)))
+                    if (__builtin_expect(reached != 0, 0) && r < n && !keeper_.hidden(c.row(place)))
                         keep_all(c, place, block, v, reached, bound);
                 }
             }
@@ -391,24 +305,19 @@ class Scan {
         store(compared, bound);
         for (; reached; reached &= reached - 1) {
             const int r = __builtin_ctz(reached);
-            if (!(compared[r] < block.limit[i]) && !hidden(c.row(first + r)))
+            if (!(compared[r] < block.limit[i]) && !keeper_.hidden(c.row(first + r)))
                 keep(c.row(first + r), block, i, bounds.upper[r], bounds.lower[r]);
         }
     }
 
     const Arguments& a_;
-    float* limits_;
+    Keeper keeper_;
     const ByteTables* tables_;
     bool looks_up_ = false;
     Rows<Code> source_;
-    const bool is_selective_;
     Origin origin_;
     const int packed_dim_;
-    int32_t* rows_;
-    float* upper_;
-    float* lower_;
     int n_blocks_ = 0;
-    Reservoir* reservoirs_ = nullptr;
     Memory<Code> tail_;
     Memory<uint8_t> turned_;
     Memory<Block<Code>> blocks_;

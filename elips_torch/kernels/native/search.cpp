@@ -5,35 +5,25 @@
 // best lower bound becomes its threshold, and what lies below it is dropped. In the end the survivors
 // are scored by the definition and sorted. Thresholds only decide how much is kept, never the result.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <type_traits>
 
 #include "arguments.h"
 #include "assign.h"
 #include "coded_here.h"
+#include "distance_queries.h"
+#include "distance_scan.h"
 #include "memory.h"
 #include "outcome.h"
 #include "ranking.h"
 #include "reservoir.h"
 #include "scan.h"
+#include "sharing.h"
 
 namespace {
 
 // More queries, of all rows or on average for each list, take products of decoded rows (measured).
 constexpr int64_t MOST_LOOKING_UP = 20, MOST_LOOKING_UP_LISTS = 16;
-
-// Chunks in an order that meets rows from everywhere early, whatever their order is.
-int64_t stride_of(int64_t n) {
-    int64_t stride = static_cast<int64_t>(n * 0.6180339887498949) | 1;
-    auto gcd = [](int64_t x, int64_t y) {
-        while (y) std::swap(x %= y, y);
-        return x;
-    };
-    while (n > 1 && gcd(stride, n) != 1) ++stride;
-    return stride;
-}
 
 template <class Value>
 bool rank(const Arguments& a, Reservoir* reservoirs) {
@@ -61,55 +51,36 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
                               : a.n_queries <= MOST_LOOKING_UP;
     const bool looks_up = std::is_same_v<Code, int8_t> && few && ByteTables::serve(a);
     if (looks_up && !tables.allocate_for(a)) return false;
-    bool ready = true;
-    int64_t next = 0;
-#pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1)
-    {
-        const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
-        const bool splits_rows = a.n_parts > 1;
-        int first = 0, last = a.n_queries;
-        if (!splits_rows) {
-            // Whole blocks of queries, as evenly as they go.
-            const int64_t wide = a.probes ? 1 : MOST_VECTORS * LANES, blocks = (a.n_queries + wide - 1) / wide;
-            first = static_cast<int>(std::min<int64_t>(a.n_queries, blocks * thread / n_threads * wide));
-            last = static_cast<int>(std::min<int64_t>(a.n_queries, blocks * (thread + 1) / n_threads * wide));
-        }
-        const int part = splits_rows ? thread : 0;
-        Scan<Code> work(a, part, limits, looks_up ? &tables : nullptr);
-        const bool mine = first < last;
-        // A thread without memory leaves the tables of its queries unmade: then all fails.
-        const bool has_tables = !looks_up || tables.make(a);
-        const bool prepared = has_tables && (!mine || work.prepare(reservoirs + int64_t(part) * a.n_queries, first, last));
-        if (!prepared) {
-#pragma omp atomic write
-            ready = false;
-        }
-        const int64_t n = a.probes ? lists.n : work.n_chunks(), stride = stride_of(n);
-        if (prepared && mine && !a.probes) work.take(nullptr, first, last - first, 0);
-        for (int64_t i = 0; prepared && mine; ++i) {
-            int64_t number = i;
-            if (splits_rows) {
-#pragma omp atomic capture
-                number = next++;
-            }
-            if (number >= n) break;
-            if (!a.probes) {
-                work.chunk(static_cast<int64_t>((static_cast<__int128>(number) * stride) % n));
-                continue;
-            }
-            const int32_t* begin = lists.queries.get() + lists.starts[number];
-            const int32_t* end = lists.queries.get() + lists.starts[number + 1];
-            if (!splits_rows) {
-                begin = std::lower_bound(begin, end, first);
-                end = std::lower_bound(begin, end, last);
-            }
-            const int64_t list = lists.lists[number];
-            if (begin == end || !a.list_sizes[list]) continue;
-            work.take(begin, 0, static_cast<int>(end - begin), list);
-            work.list(list);
-        }
+    return share(
+        a, lists, reservoirs, [&](int part) { return Scan<Code>(a, part, limits, looks_up ? &tables : nullptr); },
+        [&] { return !looks_up || tables.make(a); });
+}
+
+template <class Distance>
+bool scan_distances(const Arguments& a, Reservoir* reservoirs, float* limits) {
+    ListQueries lists;
+    if (a.probes && !lists.fill(a)) return false;
+    return share(
+        a, lists, reservoirs, [&](int part) { return DistanceScan<Distance>(a, part, limits); },
+        [] { return true; });
+}
+
+bool scan_distances(const Arguments& a, Reservoir* reservoirs, float* limits) {
+    switch (a.metric) {
+        case LINF: return scan_distances<LargestDifference>(a, reservoirs, limits);
+        case CANBERRA: return scan_distances<Canberra>(a, reservoirs, limits);
+        case BRAYCURTIS: return scan_distances<BrayCurtis>(a, reservoirs, limits);
+        case JENSENSHANNON: return scan_distances<JensenShannon>(a, reservoirs, limits);
+        case LP: break;
+        default: return scan_distances<Differences>(a, reservoirs, limits);
     }
-    return ready;
+    switch (whole_power(a.power)) {
+        case 1: return scan_distances<Differences>(a, reservoirs, limits);
+        case 2: return scan_distances<Powers<2>>(a, reservoirs, limits);
+        case 3: return scan_distances<Powers<3>>(a, reservoirs, limits);
+        case 4: return scan_distances<Powers<4>>(a, reservoirs, limits);
+        default: return scan_distances<AnyPower>(a, reservoirs, limits);
+    }
 }
 
 int outcome_of(const Arguments& a) {
@@ -122,9 +93,11 @@ int outcome_of(const Arguments& a) {
 
 int search(Arguments a) {
     if (a.packed.packing && a.code_type != (a.grid.steps ? 1 : 0)) return UNKNOWN_TYPE;
+    const bool by_distance = is_distance(a.metric);
     CodedHere coded;
+    DistanceQueries plain;
     if (a.source) {
-        const int outcome = coded.make(a);
+        const int outcome = by_distance ? plain.make(a) : coded.make(a);
         if (outcome != DONE) return outcome;
     }
     const int64_t n = int64_t(a.n_parts) * a.n_queries;
@@ -140,7 +113,9 @@ int search(Arguments a) {
     std::fill(limits.get(), limits.get() + a.n_queries, LOWEST);
     float* shared = a.n_parts > 1 ? limits.get() : nullptr;
     bool ready;
-    if (a.code_type == 0) {
+    if (by_distance) {
+        ready = scan_distances(a, reservoirs.get(), shared);
+    } else if (a.code_type == 0) {
         ready = scan<float>(a, reservoirs.get(), shared);
     } else if (a.code_type == 1 && HAS_INT8) {
 #if defined(__AVX512VNNI__)
