@@ -311,9 +311,7 @@ class Index(FaissExport, Rows):
     ) -> Self:
         where = repr(os.fspath(path))
         if name != cls.__name__:
-            raise IndexFileError(
-                f"{where} holds a {name}, expected a {cls.__name__}; load_index reads any class"
-            )
+            raise IndexFileError(f"{where} holds {name}, expected {cls.__name__}; load_index reads any class")
         try:
             index = cls._from_config(config, device)
             index.load_state_dict(tensors, assign=True)

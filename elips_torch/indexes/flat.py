@@ -176,16 +176,14 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
                 plane=self.plane.current(self.vectors),
             )
 
-        return self._searches.run(
+        return self._search_prepared(
             queries,
             k,
             selection,
             implementation,
             workspace_bytes,
-            self._searched_tensors(),
             lambda: self._prepare(queries, k, implementation, workspace_bytes),
             search,
-            self._metric if self.check_finite else None,
         )
 
     def _prepare(

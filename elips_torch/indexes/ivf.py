@@ -89,7 +89,7 @@ class IVFIndex(ListedRows):
             check_finite=check_finite,
             workspace_bytes=workspace_bytes,
         )
-        self.nprobe = check_count("nprobe", nprobe)
+        self.nprobe = nprobe
         self.niter = check_count("niter", niter)
         self.seed = seed
         self._said_clamped = False
@@ -111,6 +111,15 @@ class IVFIndex(ListedRows):
     # What there is to know.
 
     @property
+    def nprobe(self) -> int:
+        """Number of lists that `search` reads."""
+        return self._nprobe
+
+    @nprobe.setter
+    def nprobe(self, nprobe: int) -> None:
+        self._nprobe = check_count("nprobe", nprobe)
+
+    @property
     def centroids(self) -> Tensor:
         """``(nlist, D)``, the centroid of each list.
 
@@ -119,17 +128,6 @@ class IVFIndex(ListedRows):
         """
         self._check_fitted("centroids")
         return self.coarse.reconstruct(torch.arange(self.nlist, device=self.coarse.device))
-
-    def list_sizes(self) -> Tensor:
-        """Return the number of vectors in each list, ``(nlist,)`` int64."""
-        return torch.bincount(self.assignments, minlength=self.nlist)
-
-    def imbalance_factor(self) -> float:
-        """Return how many times longer searches take than with lists of one length; 1.0 is best.
-
-        The mean length of the list of a vector, in units of the mean length of a list, as faiss has it.
-        """
-        return imbalance_factor(self.list_sizes())
 
     def extra_repr(self) -> str:
         """Return what `repr` shows."""
@@ -279,16 +277,14 @@ class IVFIndex(ListedRows):
         if faiss_mirror.is_asked_for(implementation, "ivf_search", IMPLEMENTATIONS):
             self._check_fitted("search")
             return faiss_mirror.search_mirror(self, queries, k, selection, n_probes)
-        return self._searches.run(
+        return self._search_prepared(
             queries,
             k,
             selection,
             implementation,
             (n_probes, workspace),
-            self._searched_tensors(),
             lambda: self._prepare(queries, k, n_probes, implementation, workspace),
             lambda some: self._search_lists(some, k, n_probes, selection, implementation, workspace),
-            self._metric if self.check_finite else None,
         )
 
     def _search_lists(

@@ -12,6 +12,7 @@ from elips_torch.core.validation import check_count
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.inverted_lists import InvertedLists, SlotChange
+from elips_torch.indexes.list_balance import imbalance_factor
 from elips_torch.indexes.prepared_searches import PreparesSearches
 from elips_torch.indexes.state import assigns
 from elips_torch.indexes.storage import durable
@@ -115,6 +116,17 @@ class ListedRows(PreparesSearches):
         if not self._lists.knows(self.assignments):
             self._slots_changed(self._lists.rebuild(self.assignments, self.nlist))
         return self._lists
+
+    def list_sizes(self) -> Tensor:
+        """Return the number of vectors in each list, ``(nlist,)`` int64."""
+        return torch.bincount(self.assignments, minlength=self.nlist)
+
+    def imbalance_factor(self) -> float:
+        """Return how many times longer searches take than with lists of one length; 1.0 is best.
+
+        The mean length of the list of a vector, in units of the mean length of a list, as faiss has it.
+        """
+        return imbalance_factor(self.list_sizes())
 
     def memory_bytes(self) -> int:
         """Return the bytes that the stored tensors and the lists occupy; see `Index.memory_bytes`."""

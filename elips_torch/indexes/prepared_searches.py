@@ -120,6 +120,29 @@ class PreparesSearches(Index):
         """Return the tensors that a search reads, beside what is derived from them."""
         return self._row_tensors()
 
+    def _search_prepared(
+        self,
+        queries: Tensor,
+        k: int,
+        selection: Selection,
+        implementation: str,
+        settings: Hashable,
+        prepare: Callable[[], PreparedSearch | None],
+        search: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Search by what is prepared, else by ``search``; arguments as for `PreparedSearches.run`."""
+        return self._searches.run(
+            queries,
+            k,
+            selection,
+            implementation,
+            settings,
+            self._searched_tensors(),
+            prepare,
+            search,
+            self._metric if self.check_finite else None,
+        )
+
     # What they hold is let go with what it was made of.
 
     def _assign_rows(self, tensors: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from elips_torch import (
     METRICS,
     ArgumentError,
     DtypeError,
+    ElipsError,
     FlatIndex,
     IVFFlatIndex,
     NotEmptyError,
@@ -549,3 +550,13 @@ def test_the_index_compiles_and_grows():
 def test_an_index_on_the_meta_device_is_shown():
     index, _ = made(nlist=20)
     assert "nlist=20" in repr(index.to("meta"))
+
+
+@pytest.mark.parametrize("nprobe", [0, -1, "8", 2.5, None])
+def test_what_is_no_number_of_lists_is_refused_when_it_is_set(nprobe):
+    index = IVFFlatIndex(8, 4, nprobe=2)
+    with pytest.raises(ElipsError, match="nprobe"):
+        index.nprobe = nprobe
+    assert index.nprobe == 2
+    with pytest.raises(AttributeError):
+        index.nlist = 8
