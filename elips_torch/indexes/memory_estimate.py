@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from elips_torch.indexes.base import Index
-from elips_torch.indexes.grid_terms import TERM_BYTES
 from elips_torch.indexes.inverted_lists import SLOT_ALIGNMENT
 from elips_torch.indexes.listed_rows import ListedRows
 from elips_torch.indexes.screened_codes import ScreenedCodes
@@ -60,8 +59,8 @@ def _own_bytes(index: Index, n: int, other: Iterable[Index], padding: int = 0) -
     total = n * sum(_row_bytes(getattr(index, name)) for name in index.row_tensors)
     if isinstance(index, ScreenedVectors):
         total += _plane_bytes(index.plane, index.vectors, n, padding)
-    if isinstance(index, ScreenedCodes) and index.keeps_terms:
-        total += TERM_BYTES * (n + padding)
+    if isinstance(index, ScreenedCodes):
+        total += index.screening_bytes(n + padding)
     foreign = {module for each in other for module in each.modules()}
     for module in index.modules():
         if isinstance(module, Learned) and module.learned_buffers and module not in foreign:

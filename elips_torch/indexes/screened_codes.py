@@ -10,6 +10,7 @@ from torch import Tensor
 from elips_torch.indexes.grid_terms import TERM_BYTES, GridTerms, screened_on_grid
 from elips_torch.indexes.inverted_lists import SlotChange
 from elips_torch.indexes.prepared_searches import PreparesSearches
+from elips_torch.kernels.code_grid import grid_bytes
 from elips_torch.kernels.coded_rows import PackedRows
 from elips_torch.quantizers.quantizer import Quantizer
 
@@ -39,13 +40,20 @@ class ScreenedCodes(PreparesSearches):
         packed = self._packed()
         return packed is not None and screened_on_grid(self._metric, packed.table, self.dim, self.device)
 
+    def screening_bytes(self, n_places: int) -> int:
+        """Return the bytes of the grid, and of the terms of so many rows or slots; 0 where there are none."""
+        packed = self._packed()
+        if packed is None or not self.keeps_terms:
+            return 0
+        return grid_bytes(packed.table, self.dim) + TERM_BYTES * n_places
+
     def memory_bytes(self) -> int:
-        """Return the bytes that the stored tensors and their terms occupy; see `Index.memory_bytes`."""
-        return super().memory_bytes() + (TERM_BYTES * self._n_places() if self.keeps_terms else 0)
+        """Return the bytes of the stored tensors and of what screens them; see `Index.memory_bytes`."""
+        return super().memory_bytes() + self.screening_bytes(self._n_places())
 
     def _searched_tensors(self) -> tuple[Tensor, ...]:
-        learned = (self.quantizer._buffers[name] for name in self.quantizer.learned_buffers)
-        return (*super()._searched_tensors(), *(tensor for tensor in learned if tensor is not None))
+        learned = (getattr(self.quantizer, name) for name in self.quantizer.learned_buffers)
+        return (*super()._searched_tensors(), *learned)
 
     def _carry_terms(self, change: SlotChange, rows: Tensor) -> None:
         """Follow a change of the places, those that it has filled with ``rows (F,)``."""

@@ -63,6 +63,12 @@ def make_grid(metric: Metric, table: PackedTable, centroids: Tensor | None) -> C
     return CodeGrid(steps, zero - mean.double(), mean, codes, scalars, residual, rounded, features)
 
 
+def grid_bytes(table: PackedTable, dim: int) -> int:
+    """Return the bytes of the tensors of a grid of D features, for a table that may be of no fit yet."""
+    # Of a feature: s, z, the mean, and two bytes, or a byte and a float32 of every centroid.
+    return dim * (16 + (5 * 2**table.bits if table.low is None else 2))
+
+
 def _scalar_grid(table: PackedTable) -> tuple[Tensor, Tensor, None, Tensor, float]:
     assert table.low is not None
     steps, low = table.table.contiguous(), table.low.double()

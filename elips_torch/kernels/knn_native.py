@@ -56,8 +56,8 @@ _MOST_SURVIVORS = 1 / 32
 _KEPT_BYTES, _RANKED_BYTES = 12, 32
 # Bytes per query and feature: as float64, as code and packed by each part, with temporaries of coding.
 _FEATURE_BYTES = 28
-# Bytes that a thread takes for the terms of rows.
-THREAD_BYTES = 2**18
+# Bytes that a thread takes for the terms of rows: six numbers of each of a chunk's, which are at most 12,288.
+THREAD_BYTES = 300 * 2**10
 # A step of the product reads so many int8 codes of a row at once.
 LEAST_INT8_DIM = 4
 # Bytes of a row number that is left out, sorted beside the others.

@@ -61,8 +61,10 @@ class PackedSearch(NativeSearch):
             plane = Plane(nothing.to(torch.int8), nothing[:, :4], self.grid.mean)
         super().__init__(nothing, metric, plane, k, n_excluded)
         if self.grid is not None and self.grid.features is not None:
-            # Bytes of the tables of a query.
-            self.query_bytes += self.grid.features.shape[0] * self.grid.features.shape[2]
+            # Tables of bytes; a thread makes one in float32, and turns the codes of 64 rows.
+            parts, _, ksub = self.grid.features.shape
+            self.query_bytes += parts * ksub
+            self.thread_bytes += parts * (4 * (ksub + 1) + 64)
         self.n_rows = packed.codes.shape[0]
         # Each thread unpacks a chunk of rows.
         self.thread_bytes += max(_UNPACKED_BYTES, _UNPACKED_ROWS * dim * 4)

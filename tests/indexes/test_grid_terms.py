@@ -248,8 +248,11 @@ def test_their_memory_is_counted_before_they_are_made(family):
         stored += index.lists.nbytes
         places = index.lists.capacity
     before = index.memory_bytes()
-    assert before == stored + 8 * places
-    index.search(clustered(3, DIM, 1), 3, implementation="native")
+    for _ in range(2):
+        index.search(clustered(3, DIM, 1), 3, implementation="native")
+    grid = index._terms._made.grid
+    tensors = (grid.steps, grid.zero, grid.mean, grid.table, grid.scalars, grid.features)
+    assert before == stored + 8 * places + sum(each.nbytes for each in tensors if each is not None)
     assert index.memory_bytes() == before
     unscreened = {**FAMILIES, **LISTED}[family]("l1")
     assert not unscreened.keeps_terms
@@ -258,7 +261,8 @@ def test_their_memory_is_counted_before_they_are_made(family):
 def test_counting_memory_compiles_nothing(monkeypatch):
     monkeypatch.setattr("elips_torch.kernels.search_native.LIBRARY.load", lambda options: 1 / 0)
     index = made(searched=False)
-    assert index.memory_bytes() == 700 * (DIM + 8 + 8) + 2 * 4 * DIM
+    # Codes, ids and terms; ranges; the grid.
+    assert index.memory_bytes() == 700 * (DIM + 8 + 8) + 2 * 4 * DIM + 18 * DIM
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -283,3 +287,10 @@ def test_threads_that_search_first_find_the_same(listed):
             thread.join()
         for each in found:
             assert_same(each, expected)
+
+
+def test_what_was_learned_may_be_learned_further():
+    index = made("bytes")
+    codebooks = index.quantizer._buffers.pop("codebooks")
+    index.quantizer.codebooks = torch.nn.Parameter(codebooks.clone())
+    agrees(index)

@@ -21,8 +21,8 @@ static inline void prefetch(const void* place, int bytes) {
     for (int i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(place) + AHEAD + i, _MM_HINT_T0);
 }
 
-// Rows that are read side by side for one query.
-constexpr int FEW = 4;
+// Vectors of queries in a tile, at most, and rows that are read side by side for one query.
+constexpr int MOST_VECTORS = 4, FEW = 4;
 
 template <class Code>
 struct Product;

@@ -14,8 +14,6 @@
 #include "rows.h"
 #include "tables.h"
 
-constexpr int MOST_VECTORS = 4;
-
 // Up to 4 vectors of queries as the product takes them, and what bounds their products.
 template <class Code>
 struct Block {

@@ -1,6 +1,6 @@
-// Exact search in a plane of codes: one pass over the rows, survivors in registers' reach.
+// Exact search by the products of codes, or by distances: one pass over the rows, survivors in registers' reach.
 //
-// Every product of codes is bounded from above where it is computed and compared with its query's
+// Every similarity is bounded from above where it is computed and compared with its query's
 // threshold; the few that reach it are kept with both bounds. When a query has kept enough, the k-th
 // best lower bound becomes its threshold, and what lies below it is dropped. In the end the survivors
 // are scored by the definition and sorted. Thresholds only decide how much is kept, never the result.

@@ -7,8 +7,8 @@
 
 #include "arguments.h"
 #include "probed_lists.h"
+#include "products.h"
 #include "reservoir.h"
-#include "scan.h"
 
 // Chunks in an order that meets rows from everywhere early, whatever their order is.
 static inline int64_t stride_of(int64_t n) {
