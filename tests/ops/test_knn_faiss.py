@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from elips_torch import FlatIndex, explain, knn
+from elips_torch import FlatIndex, explain, faiss_stats, knn
 from elips_torch.core.errors import ImplementationError
 from elips_torch.reference.knn import knn as reference
 
@@ -97,3 +97,15 @@ def test_on_a_gpu(metric):
         )
         found = knn(queries, database, 9, metric=metric, implementation="faiss", **selection)
         assert (found.ids.cpu() == expected.ids).float().mean() > 0.99
+
+
+def test_it_is_counted_among_what_faiss_searched():
+    queries, database, mask, _ = data()
+    before = faiss_stats()
+    # Masks make it ask faiss several times: one search all the same.
+    scores, rows = knn(queries, database, 5, mask=mask, implementation="faiss")
+    after = faiss_stats()
+    assert (after.searches - before.searches, after.queries - before.queries) == (1, 7)
+    assert after.bytes - before.bytes == queries.nbytes + scores.nbytes + rows.nbytes
+    knn(queries, database, 5, implementation="eager")
+    assert faiss_stats() == after

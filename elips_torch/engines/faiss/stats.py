@@ -74,7 +74,7 @@ ENGINE_STATS = EngineStats()
 
 
 def faiss_stats() -> EngineCounts:
-    """Return what faiss has searched for this process, in its own indexes and in copies of others.
+    """Return what faiss has searched for this process: its own indexes, copies of others, and plain vectors.
 
     >>> import torch
     >>> from elips_torch import FaissIndex
