@@ -25,8 +25,8 @@ from elips_torch.kernels.search_native import (
     native_terms,
 )
 
-# What the code unpacks at a time: so many bytes, or rows where these take more.
-_UNPACKED_BYTES, _UNPACKED_ROWS = 96 * 2**10, 48
+# What the code unpacks at a time: so many bytes, or float32 rows where these take more.
+_UNPACKED_BYTES, _UNPACKED_ROWS = 160 * 2**10, 48
 # Features of rows whose terms repay a second thread.
 _WORTH_THREADS = 2**16
 

@@ -12,7 +12,7 @@
 #include "reservoir.h"
 
 // Rows at a time: for many queries as many as stay in cache, for few long stretches of memory.
-constexpr int64_t CHUNK_BYTES = 96 * 1024, LONG_CHUNK_BYTES = 768 * 1024;
+constexpr int64_t CHUNK_BYTES = 96 * 1024, GRID_CHUNK_BYTES = 160 * 1024, LONG_CHUNK_BYTES = 768 * 1024;
 constexpr int64_t MOST_CHUNK_ROWS = 12 * 1024;
 constexpr int FEW_QUERIES = 4;
 
@@ -43,12 +43,15 @@ class Rows {
     static constexpr int MOST_TILE = 12;       // rows of a tile, at most
     static constexpr int64_t TILE_STEP = 48;  // a multiple of every tile's rows
 
-    explicit Rows(const Arguments& a)
-        : a_(a),
-          most_(std::clamp<int64_t>((a.n_queries <= FEW_QUERIES && !(UNPACKS && a.packed.packing) ? LONG_CHUNK_BYTES
-                                                                                                  : CHUNK_BYTES) /
-                                        (a.dim * int64_t(sizeof(Code))) / TILE_STEP * TILE_STEP,
-                                    TILE_STEP, MOST_CHUNK_ROWS)) {}
+    explicit Rows(const Arguments& a) : a_(a) {
+        const bool unpacks = UNPACKS && a.packed.packing, on_grid = unpacks && a.grid.steps;
+        const int64_t bytes = on_grid                                  ? GRID_CHUNK_BYTES
+                              : a.n_queries <= FEW_QUERIES && !unpacks ? LONG_CHUNK_BYTES
+                                                                       : CHUNK_BYTES;
+        // On a grid a multiple of 64 rows, which are looked up together.
+        const int64_t step = on_grid ? 4 * TILE_STEP : TILE_STEP;
+        most_ = std::clamp<int64_t>(bytes / (a.dim * int64_t(sizeof(Code))) / step * step, step, MOST_CHUNK_ROWS);
+    }
 
     // Rows of a chunk, at most.
     int64_t most() const { return most_; }
@@ -109,6 +112,14 @@ class Rows {
     // Ask for the codes of n rows of a chunk, as far as there are so many.
     void prefetch_packed(const Chunk<Code>& c, int first, int n) const {
         for (int r = first; r < std::min(first + n, c.n); ++r) prefetch_packed(c.row(r));
+    }
+
+    // Ask for the first rows of a list that is read soon, wherever they lie.
+    void prefetch_list(int64_t number) const {
+        if (!a_.packed.packing) return;
+        const int64_t start = a_.list_starts[number];
+        const int64_t end = std::min(start + std::min<int64_t>(a_.list_sizes[number], FIRST_ROWS), a_.n_slots);
+        for (int64_t slot = std::max<int64_t>(start, 0); slot < end; ++slot) prefetch_packed(a_.slots[slot]);
     }
 
     // Ask for the rows that follow n rows of a chunk soon.
@@ -214,7 +225,7 @@ class Rows {
     }
 
     const Arguments& a_;
-    const int64_t most_;
+    int64_t most_;
     Memory<float> terms_;
     Memory<int> corrections_;
     Memory<Code> unpacked_;
