@@ -14,7 +14,6 @@ from elips_torch.core.errors import (
     ImplementationError,
     IndexFileError,
     ParameterError,
-    ShapeError,
 )
 from elips_torch.core.execution import needs_gradient, runs_directly
 from elips_torch.core.results import RangeResult, SearchResult
@@ -23,16 +22,14 @@ from elips_torch.core.validation import (
     FLOAT_DTYPES,
     as_radius,
     check_device,
-    check_exclude,
     check_k,
-    check_mask,
     check_vectors,
     check_workspace,
 )
 from elips_torch.indexes.faiss_export import FaissExport
 from elips_torch.indexes.files import read_index_file, write_index_file
 from elips_torch.indexes.rows import Rows
-from elips_torch.kernels.selection import EVERYTHING, Selection
+from elips_torch.kernels.selection import Selection
 from elips_torch.ops.candidate_scores import candidate_scores_op
 from elips_torch.ops.index_search import format_parameters, index_range_search_op, index_search_op
 
@@ -174,9 +171,6 @@ class Index(FaissExport, Rows):
             ElipsError: an argument of wrong type, shape, dtype, device or value.
         """
         check_vectors("queries", queries, dim=self.dim, allow_single=True)
-        if not torch.compiler.is_compiling():
-            # Compiled code may not touch a row tensor; there the operator checks when it runs.
-            check_device("queries", queries, self.device, "the index")
         count = check_k(self.k if k is None else k)
         self._check_parameters(parameters)
         single = queries.ndim == 1
@@ -184,10 +178,13 @@ class Index(FaissExport, Rows):
             queries = queries[None]
         database = self._learnable_vectors()
         if runs_directly(queries, database):
-            scores, _, ids, _ = self._search_now(
-                queries, count, mask, exclude, exclude_self, implementation, parameters, False
+            scores, ids, _ = self._found(
+                queries, count, mask, exclude, exclude_self, implementation, parameters
             )
         else:
+            if not torch.compiler.is_compiling():
+                # Compiled code may not touch a row tensor; there the operator checks when it runs.
+                check_device("queries", queries, self.device, "the index")
             differentiable = needs_gradient(queries, database)
             scores, candidates, ids, rows = index_search_op(
                 queries.detach(),
@@ -342,10 +339,7 @@ class Index(FaissExport, Rows):
         keep_candidates: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return scores, candidates ``(Q, K, D)`` or empty, ids and rows; no gradients, no tracing."""
-        check_device("queries", queries, self.device, "the index")
-        selection = self._selection(queries.shape[0], mask, exclude, exclude_self)
-        scores, rows = self._search(queries.detach(), k, selection, implementation, parameters)
-        ids = self._current_id_map().ids_of(rows, self.ids)
+        scores, ids, rows = self._found(queries, k, mask, exclude, exclude_self, implementation, parameters)
         if keep_candidates:
             candidates = self._decode(rows.clamp_min(0).flatten()) if self.ntotal else None
             if candidates is None:
@@ -354,6 +348,23 @@ class Index(FaissExport, Rows):
                 )
             return scores, candidates.view(*rows.shape, self.dim), ids, rows
         return scores, torch.empty(0, dtype=self._candidate_dtype(), device=self.device), ids, rows
+
+    def _found(
+        self,
+        queries: Tensor,
+        k: int,
+        mask: Tensor | None,
+        exclude: Tensor | None,
+        exclude_self: bool,
+        implementation: str,
+        parameters: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores, ids and rows ``(Q, K)``."""
+        held = self.ids
+        check_device("queries", queries, held.device, "the index")
+        selection = self._selection(queries.shape[0], mask, exclude, exclude_self)
+        scores, rows = self._search(queries.detach(), k, selection, implementation, parameters)
+        return scores, self._current_id_map().ids_of(rows, held), rows
 
     def _range_search_now(
         self,
@@ -392,24 +403,6 @@ class Index(FaissExport, Rows):
     def _learnable_vectors(self) -> Tensor | None:
         """Return the database if it is a parameter; may not read a buffer, since compiled code asks."""
         return None
-
-    def _selection(
-        self, n_queries: int, mask: Tensor | None, exclude: Tensor | None, exclude_self: bool
-    ) -> Selection:
-        if mask is None and exclude is None and not exclude_self:
-            return EVERYTHING
-        check_mask(mask, n_queries, self.ntotal, self.device)
-        check_exclude(exclude, n_queries, self.device)
-        rows = None if exclude is None else self._rows_of(exclude)
-        if exclude_self:
-            if n_queries != self.ntotal:
-                raise ShapeError(
-                    f"exclude_self takes the stored vectors as queries: got {n_queries} queries, expected "
-                    f"{self.ntotal}; for a part of them pass exclude=ids[:, None]"
-                )
-            own = torch.arange(n_queries, device=self.device)[:, None]
-            rows = own if rows is None else torch.cat([rows, own], 1)
-        return Selection(mask, rows)
 
     def _check_parameters(self, parameters: dict[str, Any]) -> None:
         for name, value in parameters.items():

@@ -340,8 +340,9 @@ class IVFIndex(ListedRows):
         return scores, rows
 
     def _searched_tensors(self) -> tuple[Tensor, ...]:
-        centroids = self.coarse._row_tensors() if isinstance(self.coarse, FlatIndex) else ()
-        return (*super()._searched_tensors(), *centroids)
+        coarse = self.coarse
+        centroids = coarse._row_tensors() if isinstance(coarse, FlatIndex) else ()
+        return super()._searched_tensors() + centroids
 
     def _prepare(
         self, queries: Tensor, k: int, n_probes: int, implementation: str, workspace: int

@@ -1,7 +1,7 @@
 """Tensors with one row per stored vector, as module state: growth, copies, moves."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -49,11 +49,8 @@ class RowTensors(nn.Module):
         """Called after row tensors were replaced."""
 
     def _row_tensors(self) -> tuple[Tensor, ...]:
-        """Return all row tensors, in a fraction of the time that asking the module for each takes."""
-        found = (
-            (self._buffers if name in self._buffers else self._parameters)[name] for name in self.row_tensors
-        )
-        return tuple(tensor for tensor in found if tensor is not None)
+        """Return all row tensors."""
+        return tensors_of(self, self.row_tensors)
 
     def _append_rows(self, rows: dict[str, Tensor]) -> None:
         """Append to every row tensor, all or none."""
@@ -123,3 +120,10 @@ class RowTensors(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach()
+
+
+def tensors_of(module: nn.Module, names: Iterable[str]) -> tuple[Tensor, ...]:
+    """Return buffers and parameters by name, in a fraction of the time that a module takes for each."""
+    buffers, parameters = module._buffers, module._parameters
+    found = [buffers[name] if name in buffers else parameters[name] for name in names]
+    return tuple([tensor for tensor in found if tensor is not None])

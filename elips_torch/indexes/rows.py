@@ -16,9 +16,17 @@ from elips_torch.core.errors import (
     UnknownIdError,
 )
 from elips_torch.core.metric import resolve_metric
-from elips_torch.core.validation import as_ids, check_unique, check_values, check_vectors
+from elips_torch.core.validation import (
+    as_ids,
+    check_exclude,
+    check_mask,
+    check_unique,
+    check_values,
+    check_vectors,
+)
 from elips_torch.indexes.state import RowState
 from elips_torch.indexes.untraced import untraced
+from elips_torch.kernels.selection import EVERYTHING, Selection
 
 _LARGEST_ID = torch.iinfo(torch.int64).max - 1
 
@@ -267,6 +275,25 @@ class Rows(RowState, ABC):
         id_map.accept(self.ids)
         self._next_id = self._next_id + len(ids) if automatic else max(self._next_id, int(ids.max()) + 1)
         return ids
+
+    def _selection(
+        self, n_queries: int, mask: Tensor | None, exclude: Tensor | None, exclude_self: bool
+    ) -> Selection:
+        """Return the rows that each of so many queries may see, of masks and ids as `search` takes them."""
+        if mask is None and exclude is None and not exclude_self:
+            return EVERYTHING
+        check_mask(mask, n_queries, self.ntotal, self.device)
+        check_exclude(exclude, n_queries, self.device)
+        rows = None if exclude is None else self._rows_of(exclude)
+        if exclude_self:
+            if n_queries != self.ntotal:
+                raise ShapeError(
+                    f"exclude_self takes the stored vectors as queries: got {n_queries} queries, expected "
+                    f"{self.ntotal}; for a part of them pass exclude=ids[:, None]"
+                )
+            own = torch.arange(n_queries, device=self.device)[:, None]
+            rows = own if rows is None else torch.cat([rows, own], 1)
+        return Selection(mask, rows)
 
     def _rows_of(self, ids: Tensor) -> Tensor:
         """Return the row of each id, any shape; -1 where it is unknown."""

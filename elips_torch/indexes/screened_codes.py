@@ -10,6 +10,7 @@ from torch import Tensor
 from elips_torch.indexes.grid_terms import TERM_BYTES, GridTerms, screened_on_grid
 from elips_torch.indexes.inverted_lists import SlotChange
 from elips_torch.indexes.prepared_searches import PreparesSearches
+from elips_torch.indexes.row_tensors import tensors_of
 from elips_torch.kernels.code_grid import grid_bytes
 from elips_torch.kernels.coded_rows import PackedRows
 from elips_torch.quantizers.quantizer import Quantizer
@@ -52,8 +53,8 @@ class ScreenedCodes(PreparesSearches):
         return super().memory_bytes() + self.screening_bytes(self._n_places())
 
     def _searched_tensors(self) -> tuple[Tensor, ...]:
-        learned = (getattr(self.quantizer, name) for name in self.quantizer.learned_buffers)
-        return (*super()._searched_tensors(), *learned)
+        quantizer = self.quantizer
+        return super()._searched_tensors() + tensors_of(quantizer, quantizer.learned_buffers)
 
     def _carry_terms(self, change: SlotChange, rows: Tensor) -> None:
         """Follow a change of the places, those that it has filled with ``rows (F,)``."""
