@@ -37,9 +37,10 @@ def test_a_million_rows_in_batches_cost_at_most_twice_adding_at_once():
         return time.perf_counter() - start
 
     at_once(), in_batches()
-    # Neighbouring runs share the noise of the machine.
-    ratios = [in_batches() / at_once() for _ in range(9)]
-    assert statistics.median(ratios) <= 2.0, ratios
+    # Only ever added to: getting memory back that a virtual machine has returned to its host takes as
+    # long as the rest of a run, in about every second run.
+    batches, once = zip(*((in_batches(), at_once()) for _ in range(9)), strict=True)
+    assert min(batches) <= 2.0 * min(once), (batches, once)
 
 
 def test_few_copies_are_made(monkeypatch):
