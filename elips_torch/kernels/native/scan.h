@@ -274,7 +274,9 @@ class Scan {
 
     // Rows of parts, 64 from `first` on, by what tables say of their codes.
     void look_up(const Chunk<Code>& c, int first) {
-        turn([&](int r) { return source_.packed(c, std::min(first + r, c.n - 1)); }, a_.packed.parts, turned_.get());
+        const uint8_t* rows[TURNED_ROWS];
+        for (int r = 0; r < TURNED_ROWS; ++r) rows[r] = source_.packed(c, std::min(first + r, c.n - 1));
+        turn(rows, a_.packed.parts, turned_.get());
         source_.prefetch_packed(c, first + TURNED_ROWS, TURNED_ROWS);
         for (int b = 0; b < n_blocks_; ++b)
             for (int i = 0; i < blocks_[b].n; ++i) look_up(c, first, blocks_[b], i);

@@ -22,20 +22,26 @@ constexpr int TURNED_ROWS = 64, ENTRIES = 256;
 
 static inline bool has_byte_permutes() { return __builtin_cpu_supports("avx512vbmi"); }
 
-// Writes the codes of 64 rows of parts as (m, 64); `place(r)` is where those of a row begin.
-template <class Place>
-static void turn(Place place, int parts, uint8_t* out) {
+// Writes the codes of 64 rows of parts, which begin at these places, as (m, 64).
+static void turn(const uint8_t* const (&rows)[TURNED_ROWS], int parts, uint8_t* out) {
     for (int first = 0; first < parts; first += 16) {
         const int n = std::min(16, parts - first);
-        const __mmask16 there = static_cast<__mmask16>((1u << n) - 1);
-        auto row = [&](int r) { return _mm_maskz_loadu_epi8(there, place(r) + first); };
         __m512i a[16], b[16];
+        auto read = [&](auto row) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-            a[i] = _mm512_castsi128_si512(row(i));
-            a[i] = _mm512_inserti32x4(a[i], row(i + 16), 1);
-            a[i] = _mm512_inserti32x4(a[i], row(i + 32), 2);
-            a[i] = _mm512_inserti32x4(a[i], row(i + 48), 3);
+            for (int i = 0; i < 16; ++i) {
+                a[i] = _mm512_castsi128_si512(row(i));
+                a[i] = _mm512_inserti32x4(a[i], row(i + 16), 1);
+                a[i] = _mm512_inserti32x4(a[i], row(i + 32), 2);
+                a[i] = _mm512_inserti32x4(a[i], row(i + 48), 3);
+            }
+        };
+        if (n == 16) {
+            // Without a mask, reading is part of the instruction that inserts.
+            read([&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[r] + first)); });
+        } else {
+            const __mmask16 there = static_cast<__mmask16>((1u << n) - 1);
+            read([&](int r) { return _mm_maskz_loadu_epi8(there, rows[r] + first); });
         }
         // Each step rotates the number of a byte, register and place in it, by one bit: four swap the two.
         auto step = [](const __m512i(&from)[16], __m512i(&to)[16]) __attribute__((always_inline)) {
@@ -175,8 +181,7 @@ class ByteTables {
 
 #else
 
-template <class Place>
-static void turn(Place, int, uint8_t*) {}
+static inline void turn(const uint8_t* const (&)[TURNED_ROWS], int, uint8_t*) {}
 static inline void add_parts(const uint8_t*, const uint8_t*, int, uint16_t*) {}
 
 class ByteTables {
