@@ -1,6 +1,7 @@
 """What all indexes with inverted files share: training of the centroids, and probing."""
 
 import logging
+import operator
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
@@ -189,7 +190,7 @@ class IVFIndex(ListedRows):
         Raises:
             NotEmptyError: the index holds vectors, which are in the lists of what was learned before;
                 `reset` first.
-            ArgumentError: fewer than ``nlist`` vectors.
+            ArgumentError: fewer than ``nlist`` vectors, or than the codes need.
             ElipsError: as for `add`.
         """
         if self.ntotal:
@@ -198,10 +199,11 @@ class IVFIndex(ListedRows):
                 "call reset() before, and add them again after"
             )
         vectors = self._check_new(vectors)
-        if vectors.shape[0] < self.nlist:
+        name, least = max(self._least_to_fit().items(), key=operator.itemgetter(1))
+        if vectors.shape[0] < least:
             raise ArgumentError(
-                f"vectors has {vectors.shape[0]} rows, expected at least nlist = {self.nlist} to fit, "
-                f"better {FEW_PER_LIST * self.nlist} or more"
+                f"vectors has {vectors.shape[0]} rows, expected at least {name} = {least} to fit, "
+                f"better {max(least, FEW_PER_LIST * self.nlist)} or more"
             )
         if vectors.shape[0] < FEW_PER_LIST * self.nlist:
             warn_user(
@@ -226,6 +228,10 @@ class IVFIndex(ListedRows):
             self._fit_around(vectors, centroids)
         self._balance = BalanceWatch()
         return self
+
+    def _least_to_fit(self) -> dict[str, int]:
+        """Return, under the names of what asks for them, how many vectors `fit` cannot do without."""
+        return {"nlist": self.nlist}
 
     def _fit_around(self, vectors: Tensor, centroids: Tensor) -> None:
         """Fill a coarse index of the user's, which may refuse, and learn the payload."""

@@ -46,7 +46,7 @@ class IVFCodedIndex(ScreenedCodes, IVFIndex):
         super().__init__(quantizer.dim, nlist, metric, **options)
         self.quantizer = quantizer
         quantizer.in_state_dict = self.index_in_state_dict
-        self.by_residual = bool(by_residual)
+        self._by_residual = bool(by_residual)
         with durable():
             empty = torch.empty(0, quantizer.code_size, dtype=torch.uint8, device=options.get("device"))
             self.register_buffer("codes", empty)
@@ -59,6 +59,11 @@ class IVFCodedIndex(ScreenedCodes, IVFIndex):
     def is_trained(self) -> bool:
         """Whether `fit` has been called, so that vectors can be added."""
         return super().is_trained and self.quantizer.is_trained
+
+    @property
+    def by_residual(self) -> bool:
+        """Whether codes are of the difference to the centroid of the list."""
+        return self._by_residual
 
     @property
     def code_size(self) -> int:

@@ -130,6 +130,9 @@ class IVFPQIndex(IVFCodedIndex):
         """Return the constructor keywords that make an empty index like this one, for JSON."""
         return {**super().config(), **self.quantizer.config()}
 
+    def _least_to_fit(self) -> dict[str, int]:
+        return {**super()._least_to_fit(), "2**nbits": self.quantizer.ksub}
+
     def _examples(self) -> int | None:
         return self.quantizer.n_examples
 

@@ -291,14 +291,23 @@ def test_bad_construction_is_refused():
         IVFSQIndex(12, 0)
 
 
+@pytest.mark.filterwarnings("error")
 def test_few_training_vectors_are_refused_before_anything_changes():
-    index = IVFPQIndex(12, 2, 4)
+    index = IVFPQIndex(12, 10, 4)
     with (
         unchanged(index),
         pytest.raises(ArgumentError, match=r"100 rows, expected at least 2\*\*nbits = 256"),
     ):
         index.fit(torch.rand(100, 12))
     assert not index.is_trained
+
+
+@pytest.mark.parametrize("make", [lambda: IVFSQIndex(12, 2), lambda: IVFPQIndex(12, 2, 4)])
+def test_what_codes_are_of_is_settled_by_the_constructor(make):
+    index = make()
+    with pytest.raises(AttributeError):
+        index.by_residual = False
+    assert index.by_residual
 
 
 def test_repr_shows_what_matters():
