@@ -236,6 +236,21 @@ def test_short_floats_that_are_not_finite(qtype, metric):
         torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scales", [(1e-30, 1e-22, 1.0), (1e-30, 1e-30, 1e-30), (1e17, 1e22, 1e30)])
+def test_vectors_whose_squares_leave_float32(metric, scales):
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(600, 21, generator=generator)
+    vectors *= torch.tensor(scales).repeat(200)[:, None]
+    vectors[5::50] = 0.0
+    index = IVFSQIndex(21, 4, "bf16", metric, nprobe=3, niter=2, by_residual=False).fit(vectors)
+    index.add(vectors)
+    queries = vectors[::29] + 0.1 * vectors[1::29]
+    for k in (5, 600):
+        found, wanted = (index.search(queries, k, implementation=name) for name in ("native", "eager"))
+        assert_same(found, wanted)
+
+
 def test_lists_that_another_thread_is_changing_are_not_read_outside():
     queries, database, _, probes, layout = problem(5)
     layout.slots[int(layout.starts[0])] = 10**9

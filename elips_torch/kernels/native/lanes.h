@@ -59,6 +59,14 @@ static inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 // One bit per lane where a is not below b; NaN is not below anything.
 static inline unsigned not_below(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 static inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
+// Four sums together, in less than four take.
+static inline void store_sums(const Floats (&a)[4], float* out) {
+    const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    const __m512 top = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    const __m512 both = _mm512_add_ps(_mm512_shuffle_ps(low, top, 0x44), _mm512_shuffle_ps(low, top, 0xEE));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 static inline float largest(Floats a) { return _mm512_reduce_max_ps(a); }
 // One bit per lane whose bits, as an unsigned number, are neither 0 nor from `least` to `most`.
 static inline unsigned not_zero_or_between(Floats a, uint32_t least, uint32_t most) {
@@ -112,6 +120,10 @@ static inline float sum(Floats a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+static inline void store_sums(const Floats (&a)[4], float* out) {
+    const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
 }
 static inline unsigned not_zero_or_between(Floats a, uint32_t least, uint32_t most) {
     const __m256i bits = _mm256_castps_si256(a), range = _mm256_set1_epi32(static_cast<int>(most - least));

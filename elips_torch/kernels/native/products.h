@@ -45,23 +45,21 @@ struct Product<float> {
     static int query_correction(const float*, int) { return 0; }
     // The products of FEW rows with one query.
     static void dots(const float* const (&rows)[FEW], const float* query, int dim, int, float* out) {
-        for (int r = 0; r < FEW; ++r) out[r] = dot(rows[r], query, dim);
-    }
-
-   private:
-    static float dot(const float* row, const float* query, int dim) {
-        Floats a = all(0.0f), b = all(0.0f);
+        Floats sums[FEW];
+        for (auto& each : sums) each = all(0.0f);
         int i = 0;
-        for (; i + 2 * LANES <= dim; i += 2 * LANES) {
-            prefetch(row + i, 2 * LANES * sizeof(float));
-            a = times_plus(load(row + i), load(query + i), a);
-            b = times_plus(load(row + i + LANES), load(query + i + LANES), b);
+        for (; i + LANES <= dim; i += LANES) {
+            const Floats q = load(query + i);
+            for (int r = 0; r < FEW; ++r) {
+                prefetch(rows[r] + i, LANES * sizeof(float));
+                sums[r] = times_plus(load(rows[r] + i), q, sums[r]);
+            }
         }
-        for (; i < dim; i += LANES) {
-            const int left = dim - i < LANES ? dim - i : LANES;
-            a = times_plus(load_first(row + i, left), load_first(query + i, left), a);
+        if (i < dim) {
+            const Floats q = load_first(query + i, dim - i);
+            for (int r = 0; r < FEW; ++r) sums[r] = times_plus(load_first(rows[r] + i, dim - i), q, sums[r]);
         }
-        return sum(times_plus(b, all(1.0f), a));
+        store_sums(sums, out);
     }
 };
 

@@ -12,7 +12,8 @@
 #include "reservoir.h"
 
 // Rows at a time: for many queries as many as stay in cache, for few long stretches of memory.
-constexpr int64_t CHUNK_BYTES = 96 * 1024, GRID_CHUNK_BYTES = 160 * 1024, LONG_CHUNK_BYTES = 768 * 1024;
+constexpr int64_t CHUNK_BYTES = 96 * 1024, LONG_CHUNK_BYTES = 768 * 1024;
+constexpr int64_t DECODED_CHUNK_BYTES = 32 * 1024, GRID_CHUNK_BYTES = 160 * 1024;
 constexpr int64_t MOST_CHUNK_ROWS = 12 * 1024;
 constexpr int FEW_QUERIES = 4;
 
@@ -45,9 +46,10 @@ class Rows {
 
     explicit Rows(const Arguments& a) : a_(a) {
         const bool unpacks = UNPACKS && a.packed.packing, on_grid = unpacks && a.grid.steps;
-        const int64_t bytes = on_grid                                  ? GRID_CHUNK_BYTES
-                              : a.n_queries <= FEW_QUERIES && !unpacks ? LONG_CHUNK_BYTES
-                                                                       : CHUNK_BYTES;
+        const int64_t bytes = on_grid                      ? GRID_CHUNK_BYTES
+                              : unpacks                    ? DECODED_CHUNK_BYTES
+                              : a.n_queries <= FEW_QUERIES ? LONG_CHUNK_BYTES
+                                                           : CHUNK_BYTES;
         // On a grid a multiple of 64 rows, which are looked up together.
         const int64_t step = on_grid ? 4 * TILE_STEP : TILE_STEP;
         most_ = std::clamp<int64_t>(bytes / (a.dim * int64_t(sizeof(Code))) / step * step, step, MOST_CHUNK_ROWS);
@@ -114,9 +116,10 @@ class Rows {
         for (int r = first; r < std::min(first + n, c.n); ++r) prefetch_packed(c.row(r));
     }
 
-    // Ask for the first rows of a list that is read soon, wherever they lie.
-    void prefetch_list(int64_t number) const {
+    // Make ready for rows of a list: ask for the first ones, wherever they lie.
+    void take_list(int64_t number) {
         if (!a_.packed.packing) return;
+        list_ = number;
         const int64_t start = a_.list_starts[number];
         const int64_t end = std::min(start + std::min<int64_t>(a_.list_sizes[number], FIRST_ROWS), a_.n_slots);
         for (int64_t slot = std::max<int64_t>(start, 0); slot < end; ++slot) prefetch_packed(a_.slots[slot]);
@@ -129,7 +132,7 @@ class Rows {
     }
 
    private:
-    static constexpr int AHEAD = 8, FIRST_ROWS = 64;
+    static constexpr int AHEAD = 8, DECODED_AHEAD = 24, FIRST_ROWS = 64;
 
     // Every line of memory that holds some of these bytes.
     static void fetch(const void* place, int64_t bytes) {
@@ -161,14 +164,14 @@ class Rows {
     }
 
     void unpack_rows(Chunk<Code>& c) {
-        for (int r = 0; r < std::min(c.n, AHEAD); ++r) prefetch_packed(c.row(r));
+        for (int r = 0; r < std::min(c.n, DECODED_AHEAD); ++r) prefetch_packed(c.row(r));
+        c.unpacked = unpacked_.get();
         if constexpr (std::is_same_v<Code, int8_t>) {
             take_codes(c);
             take_grid_terms(c);
         } else if constexpr (std::is_same_v<Code, float>) {
             decode_rows(c);
         }
-        c.unpacked = unpacked_.get();
     }
 
     // The rows' codes on a grid.
@@ -199,33 +202,88 @@ class Rows {
 
     // The rows' vectors and the terms of their bounds, as `plane.plain_plane` makes them.
     void decode_rows(Chunk<Code>& c) {
-        const double slack = (a_.dim + 8) * UNIT, lost = std::sqrt(double(a_.dim)) / (1ull << 63);
+        float* squares = c.bias;
+        const bool same = list_ >= 0 || !a_.packed.centroids;
+        if (same && a_.packed.packing == HALVES)
+            decode_short_floats<HALVES>(c, squares);
+        else if (same && a_.packed.packing == BFLOATS)
+            decode_short_floats<BFLOATS>(c, squares);
+        else
+            decode_any(c, squares);
+        if (a_.metric == COSINE)
+            take_unit_terms(c, squares);
+        else
+            take_plain_terms(c, squares);
+    }
+
+    void decode_any(Chunk<Code>& c, float* squares) {
+        const float* centroid = list_ < 0 ? nullptr : centroid_of(a_.packed, list_, a_.dim);
         for (int r = 0; r < c.n; ++r) {
-            if (r + AHEAD < c.n) prefetch_packed(c.row(r + AHEAD));
+            if (r + DECODED_AHEAD < c.n) prefetch_packed(c.row(r + DECODED_AHEAD));
             Code* vector = unpacked_.get() + int64_t(r) * a_.dim;
-            unpack(a_.packed, c.row(r), a_.dim, vector);
-            const double square = square_of(vector, a_.dim);
-            const double norm = std::sqrt(square);
-            const bool known = norm < double(1ull << 60);
-            c.scale[r] = 1.0f;
-            c.residual[r] = 0.0f;
-            c.norm[r] = known ? static_cast<float>(norm * (1.0 + slack) + lost) : HIGHEST;
+            if (list_ < 0)
+                unpack(a_.packed, c.row(r), a_.dim, vector);
+            else
+                unpack(a_.packed, c.row(r), a_.dim, centroid, vector);
+            squares[r] = square_in_floats(vector, a_.dim);
+        }
+    }
+
+    template <int32_t PACKING>
+    void decode_short_floats(Chunk<Code>& c, float* squares) {
+        const float* centroid = centroid_of(a_.packed, std::max<int64_t>(list_, 0), a_.dim);
+        for (int first = 0; first < c.n; first += FEW) {
+            prefetch_packed(c, first + DECODED_AHEAD, FEW);
+            const uint8_t* codes[FEW];
+            float* out[FEW];
+            for (int i = 0; i < FEW; ++i) {
+                const int r = std::min(first + i, c.n - 1);
+                codes[i] = packed(c, r);
+                out[i] = unpacked_.get() + int64_t(r) * a_.dim;
+            }
+            unpack_four<PACKING>(codes, a_.dim, centroid, out, squares + first);
+        }
+    }
+
+    // A square in float32 errs by this part of itself, and by what lies below the normal numbers.
+    float square_slack() const { return static_cast<float>((a_.dim + 8) * UNIT); }
+
+    void take_plain_terms(Chunk<Code>& c, const float* squares) {
+        const float slack = square_slack(), lost = static_cast<float>(std::sqrt(double(a_.dim)) / (1ull << 63));
+        const float of_bias = a_.metric == L2 ? -0.5f : 0.0f;
+        const float every = a_.metric == L2 ? a_.slack + 0.5f * (slack + 4.0f * float(UNIT)) : 0.0f;
+        float *scale = c.scale, *residual = c.residual, *norm = c.norm, *bias = c.bias, *rest = c.rest;
+#pragma omp simd
+        for (int r = 0; r < c.n; ++r) {
+            const float square = squares[r], length = std::sqrt(square);
+            const bool known = length < float(1ull << 60);
+            scale[r] = 1.0f;
+            residual[r] = 0.0f;
+            norm[r] = known ? length * (1.0f + slack) + lost : HIGHEST;
+            rest[r] = known ? norm[r] * norm[r] * every : 0.0f;
+            bias[r] = (known ? of_bias * square : 0.0f) + (rest[r] + FLOOR);
+        }
+    }
+
+    void take_unit_terms(Chunk<Code>& c, const float* squares) {
+        const float slack = 2.0f * square_slack();
+        for (int r = 0; r < c.n; ++r) {
+            double square = squares[r];
+            // Too short for float32.
+            if (square < 1.0 / (1ull << 60)) square = square_of(c.unpacked + int64_t(r) * a_.dim, a_.dim);
+            const double length = std::sqrt(square);
+            const bool bounded = length < double(1ull << 60) && (length > 1.0 / (1ull << 50) || square == 0.0);
+            c.scale[r] = length > 0.0 ? static_cast<float>(1.0 / length) : 1.0f;
+            c.residual[r] = slack;
+            c.norm[r] = bounded ? 1.0f + slack : HIGHEST;
             c.rest[r] = 0.0f;
             c.bias[r] = FLOOR;
-            if (a_.metric == COSINE) {
-                const bool bounded = norm > 1.0 / (1ull << 50) || square == 0.0;
-                c.scale[r] = norm > 0.0 ? static_cast<float>(1.0 / norm) : 1.0f;
-                c.residual[r] = static_cast<float>(2.0 * slack);
-                c.norm[r] = known && bounded ? static_cast<float>(1.0 + 2.0 * slack) : HIGHEST;
-            } else if (a_.metric == L2 && known) {
-                c.rest[r] = c.norm[r] * c.norm[r] * a_.slack;
-                c.bias[r] = static_cast<float>(-0.5 * square) + (c.rest[r] + FLOOR);
-            }
         }
     }
 
     const Arguments& a_;
     int64_t most_;
+    int64_t list_ = -1;  // that all rows are of; -1 where they may be of any
     Memory<float> terms_;
     Memory<int> corrections_;
     Memory<Code> unpacked_;

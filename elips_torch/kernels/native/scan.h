@@ -67,7 +67,7 @@ class Scan {
 
     // Take the queries that are to meet the rows of a list, or all: n numbers, or n in a row from `first`.
     void take(const int32_t* queries, int first, int n, int64_t list) {
-        if (a_.probes) source_.prefetch_list(list);
+        if (a_.probes) source_.take_list(list);
         if (a_.grid.steps) origin_.take(a_.packed, a_.grid, list, a_.dim);
         auto* packed = packed_.get();
         n_blocks_ = 0;

@@ -130,6 +130,35 @@ static inline void unpack_floats(const uint8_t* codes, int dim, const float* cen
     store_first(out + i, centroid ? plus(value, load_first(centroid + i, dim - i)) : value, dim - i);
 }
 
+// Writes four vectors of short floats with the same centroid, or null, and their squares.
+template <int32_t PACKING>
+static inline void unpack_four(const uint8_t* const (&codes)[4], int dim, const float* centroid,
+                               float* const (&out)[4], float* squares) {
+    auto widened = [](const uint8_t* from) { return PACKING == HALVES ? load_halves(from) : load_bfloats(from); };
+    Floats sums[4];
+    for (auto& each : sums) each = all(0.0f);
+    int i = 0;
+    for (; i + LANES <= dim; i += LANES) {
+        const Floats more = centroid ? load(centroid + i) : all(0.0f);
+        for (int r = 0; r < 4; ++r) {
+            Floats value = widened(codes[r] + 2 * i);
+            // Adding 0 would take the sign off a zero.
+            if (centroid) value = plus(value, more);
+            store(out[r] + i, value);
+            sums[r] = times_plus(value, value, sums[r]);
+        }
+    }
+    for (int r = 0; i < dim && r < 4; ++r) {
+        uint8_t some[2 * LANES] = {};
+        std::memcpy(some, codes[r] + 2 * i, 2 * (dim - i));
+        Floats value = widened(some);
+        if (centroid) value = plus(value, load_first(centroid + i, dim - i));
+        store_first(out[r] + i, value, dim - i);
+        sums[r] = times_plus(value, value, sums[r]);
+    }
+    store_sums(sums, squares);
+}
+
 template <int SIZE>
 static inline void unpack_parts(const Packed& p, const uint8_t* codes, int dim, float* out) {
     const int size = SIZE ? SIZE : dim / p.parts;
@@ -140,10 +169,14 @@ static inline void unpack_parts(const Packed& p, const uint8_t* codes, int dim, 
     }
 }
 
-// Writes the vector (D,) of a row.
-static inline void unpack(const Packed& p, int64_t row, int dim, float* out) {
+// What is added to a row of a list, or null.
+static inline const float* centroid_of(const Packed& p, int64_t list, int dim) {
+    return p.centroids ? p.centroids + list * dim : nullptr;
+}
+
+// Writes the vector (D,) of a row, given the centroid that is added.
+static inline void unpack(const Packed& p, int64_t row, int dim, const float* centroid, float* out) {
     const uint8_t* codes = p.codes + row * p.code_size;
-    const float* centroid = p.centroids ? p.centroids + int64_t(p.assignments[row]) * dim : nullptr;
     switch (p.packing) {
         case SCALAR8: return unpack_scalars<8>(p, codes, dim, centroid, out);
         case SCALAR6: return unpack_scalars<6>(p, codes, dim, centroid, out);
@@ -160,4 +193,9 @@ static inline void unpack(const Packed& p, int64_t row, int dim, float* out) {
         default: unpack_parts<0>(p, codes, dim, out);
     }
     for (int i = 0; centroid && i < dim; ++i) out[i] += centroid[i];
+}
+
+// Writes the vector (D,) of a row, in whatever list it is.
+static inline void unpack(const Packed& p, int64_t row, int dim, float* out) {
+    unpack(p, row, dim, centroid_of(p, p.centroids ? p.assignments[row] : 0, dim), out);
 }
