@@ -26,7 +26,7 @@ from elips_torch.kernels.search_native import (
 )
 
 # What the code unpacks at a time: so many bytes, or float32 rows where these take more.
-_UNPACKED_BYTES, _UNPACKED_ROWS = 160 * 2**10, 48
+_GRID_BYTES, _DECODED_BYTES, _UNPACKED_ROWS = 160 * 2**10, 32 * 2**10, 48
 # Features of rows whose terms repay a second thread.
 _WORTH_THREADS = 2**16
 
@@ -67,7 +67,8 @@ class PackedSearch(NativeSearch):
             self.thread_bytes += parts * (4 * (ksub + 1) + 64)
         self.n_rows = packed.codes.shape[0]
         # Each thread unpacks a chunk of rows.
-        self.thread_bytes += max(_UNPACKED_BYTES, _UNPACKED_ROWS * dim * 4)
+        unpacked_bytes = _DECODED_BYTES if self.grid is None else _GRID_BYTES
+        self.thread_bytes += max(unpacked_bytes, _UNPACKED_ROWS * dim * 4)
         self.packed = packed.contiguous()
         self.decode = decode
 

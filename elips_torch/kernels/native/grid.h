@@ -172,7 +172,7 @@ class Origin {
 
     // Take the point of a list; of all rows where there are no centroids.
     void take(const Packed& p, const Grid& g, int64_t list, int dim) {
-        const float* centroid = p.centroids ? p.centroids + list * dim : nullptr;
+        const float* centroid = centroid_of(p, list, dim);
         double square = 0.0;
         double* point = point_.get();
         for (int i = 0; i < dim; ++i) point[i] = centroid ? centroid[i] + g.zero[i] : g.zero[i];

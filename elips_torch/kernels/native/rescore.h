@@ -7,8 +7,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "lanes.h"
-
 enum Metric : int32_t {
     L2 = 0,
     IP = 1,
@@ -90,21 +88,6 @@ static inline double square_of(const float* vector, int dim) {
     double total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; i < dim; ++i) total += double(vector[i]) * vector[i];
     return total;
-}
-
-static inline float square_in_floats(const float* vector, int dim) {
-    Floats sums[2] = {all(0.0f), all(0.0f)};
-    int i = 0;
-    for (; i + 2 * LANES <= dim; i += 2 * LANES)
-        for (int part = 0; part < 2; ++part) {
-            const Floats x = load(vector + i + part * LANES);
-            sums[part] = times_plus(x, x, sums[part]);
-        }
-    for (; i < dim; i += LANES) {
-        const Floats x = load_first(vector + i, dim - i < LANES ? dim - i : LANES);
-        sums[0] = times_plus(x, x, sums[0]);
-    }
-    return sum(plus(sums[0], sums[1]));
 }
 
 struct Sums {

@@ -217,16 +217,29 @@ class Rows {
     }
 
     void decode_any(Chunk<Code>& c, float* squares) {
-        const float* centroid = list_ < 0 ? nullptr : centroid_of(a_.packed, list_, a_.dim);
         for (int r = 0; r < c.n; ++r) {
             if (r + DECODED_AHEAD < c.n) prefetch_packed(c.row(r + DECODED_AHEAD));
             Code* vector = unpacked_.get() + int64_t(r) * a_.dim;
-            if (list_ < 0)
-                unpack(a_.packed, c.row(r), a_.dim, vector);
-            else
-                unpack(a_.packed, c.row(r), a_.dim, centroid, vector);
+            const int64_t row = c.row(r);
+            const int64_t list = list_ >= 0 || !a_.packed.centroids ? list_ : a_.packed.assignments[row];
+            unpack(a_.packed, row, a_.dim, centroid_of(a_.packed, list, a_.dim), vector);
             squares[r] = square_in_floats(vector, a_.dim);
         }
+    }
+
+    static float square_in_floats(const float* vector, int dim) {
+        Floats sums[2] = {all(0.0f), all(0.0f)};
+        int i = 0;
+        for (; i + 2 * LANES <= dim; i += 2 * LANES)
+            for (int part = 0; part < 2; ++part) {
+                const Floats x = load(vector + i + part * LANES);
+                sums[part] = times_plus(x, x, sums[part]);
+            }
+        for (; i < dim; i += LANES) {
+            const Floats x = load_first(vector + i, dim - i < LANES ? dim - i : LANES);
+            sums[0] = times_plus(x, x, sums[0]);
+        }
+        return sum(plus(sums[0], sums[1]));
     }
 
     template <int32_t PACKING>
