@@ -1,5 +1,6 @@
 """Growth is amortised, and leaves what was handed out before alone."""
 
+import os
 import statistics
 import time
 
@@ -23,24 +24,28 @@ def _one_thread():
 def test_a_million_rows_in_batches_cost_at_most_twice_adding_at_once():
     vectors = torch.rand(1_000_000, 64)
 
+    # Of the processor, outside the system: getting memory back that a virtual machine has returned to its
+    # host takes as long as the rest of a run, in about every second run.
+    def seconds():
+        return os.times().user
+
     def at_once():
         index = FlatIndex(64)
-        start = time.perf_counter()
+        start = seconds()
         index.add(vectors)
-        return time.perf_counter() - start
+        return seconds() - start
 
     def in_batches():
         index = FlatIndex(64)
-        start = time.perf_counter()
+        start = seconds()
         for part in vectors.split(1000):
             index.add(part)
-        return time.perf_counter() - start
+        return seconds() - start
 
     at_once(), in_batches()
-    # Only ever added to: getting memory back that a virtual machine has returned to its host takes as
-    # long as the rest of a run, in about every second run.
-    batches, once = zip(*((in_batches(), at_once()) for _ in range(9)), strict=True)
-    assert min(batches) <= 2.0 * min(once), (batches, once)
+    # Neighbouring runs share the noise of the machine.
+    ratios = [in_batches() / at_once() for _ in range(9)]
+    assert statistics.median(ratios) <= 2.0, ratios
 
 
 def test_few_copies_are_made(monkeypatch):
