@@ -72,9 +72,14 @@ class ListedPlane(ScreeningPlane):
             return super()._n_places(vectors)
         return self._capacity if self._places is not None and len(self._places) == len(vectors) else -1
 
-    def _append_rows(self, rows: dict[str, Tensor]) -> None:
+    def _make_room(self, n: int) -> None:
+        # In lists there are slots already.
         if not self.in_slots:
-            super()._append_rows(rows)
+            super()._make_room(n)
+
+    def _put_last(self, rows: dict[str, Tensor]) -> None:
+        if not self.in_slots:
+            super()._put_last(rows)
         elif self._places is not None:
             super()._overwrite_rows(self._places[len(self._places) - len(rows["codes"]) :], rows)
 

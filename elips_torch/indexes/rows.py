@@ -25,6 +25,7 @@ from elips_torch.core.validation import (
     check_vectors,
 )
 from elips_torch.indexes.state import RowState
+from elips_torch.indexes.storage import durable
 from elips_torch.indexes.untraced import untraced
 from elips_torch.kernels.selection import EVERYTHING, Selection
 
@@ -269,10 +270,12 @@ class Rows(RowState, ABC):
     def _append(self, encoded: dict[str, Tensor], ids: Tensor, *, automatic: bool) -> Tensor:
         if not ids.numel():
             return ids
-        id_map, first_row = self._current_id_map(), self.ntotal
-        self._append_rows({**encoded, "ids": ids})
-        id_map.append(ids, first_row, largest=None if automatic else self._next_id - 1)
-        id_map.accept(self.ids)
+        # One change of modes for all that follows the rows.
+        with durable():
+            id_map, first_row = self._current_id_map(), self.ntotal
+            self._append_rows({**encoded, "ids": ids})
+            id_map.append(ids, first_row, largest=None if automatic else self._next_id - 1)
+            id_map.accept(self.ids)
         self._next_id = self._next_id + len(ids) if automatic else max(self._next_id, int(ids.max()) + 1)
         return ids
 

@@ -1,6 +1,7 @@
 """The plane of an index: kept right while its vectors change."""
 
 import dataclasses
+import threading
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from elips_torch.core.metric import Metric
 from elips_torch.indexes.row_tensors import RowTensors
-from elips_torch.indexes.storage import Snapshot, durable
+from elips_torch.indexes.storage import Snapshot, durable, extend_rows
 from elips_torch.kernels.plane import (
     CODE_DTYPES,
     NORM,
@@ -23,13 +24,18 @@ from elips_torch.kernels.screen_choice import choose_screen
 
 # The mean moves when that shortens the squared norms by this share.
 _WORTH_MOVING = 0.05
+# Rows, spread evenly, whose mean is looked at.
+_ROWS_FOR_MEAN = 2**16
+# Features that wait to be encoded: few rows take almost as long as these.
+_MOST_WAITING = 2**18
 
 
 class ScreeningPlane(RowTensors):
     """A low-precision copy of an index's vectors; see `elips_torch.kernels.plane`.
 
     It is derived from the vectors: no checkpoint and no file holds it. The mean is that of the first
-    vectors, and is looked at again each time their number has doubled.
+    vectors, and is looked at again each time their number has doubled. Rows that come in small batches wait
+    for each other, at most until the next search, and are encoded together.
 
     Args:
         metric: the distance kind.
@@ -54,7 +60,10 @@ class ScreeningPlane(RowTensors):
         # The kind that was to be made, also where the vectors allow none.
         self._wanted = "none"
         self._rows_at_mean = 0
+        # What the plane has for so many of the last vectors means nothing yet.
+        self._n_waiting = 0
         self._seen: Snapshot | None = None
+        self._attach()
         with durable():
             tensors = self._empty(device)
         for name, tensor in zip(("codes", "terms", "mean"), tensors, strict=True):
@@ -62,7 +71,13 @@ class ScreeningPlane(RowTensors):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has vectors of its own, and looks at them anew.
-        return super().__getstate__() | {"_seen": None}
+        state = super().__getstate__() | {"_seen": None}
+        state.pop("_encoding", None)
+        return state
+
+    def _attach(self) -> None:
+        super()._attach()
+        self._encoding = threading.Lock()
 
     def extra_repr(self) -> str:
         """Return what `repr` shows."""
@@ -76,6 +91,10 @@ class ScreeningPlane(RowTensors):
         if not self._is_plane_of(vectors, wanted):
             # Optimisers, averaging of models and DDP write into vectors behind the index's back.
             self._make(vectors)
+        if self._n_waiting:
+            with self._encoding:
+                # Another thread may have done it meanwhile.
+                self._encode_waiting(vectors)
         if self.kind == "none":
             return None
         codes = vectors.detach() if self.kind == "fp32" else self.codes
@@ -129,18 +148,47 @@ class ScreeningPlane(RowTensors):
         if n_before and self.kind == "none":
             self._seen = Snapshot(vectors)
             return
-        rows = self._encoded(new.to(vectors.dtype)) if n_before else None
+        if not n_before:
+            self.rebuild(vectors)
+            return
+        self._make_room(new.shape[0])
+        self._n_waiting += new.shape[0]
+        self._seen = Snapshot(vectors)
+        if self._n_waiting * self.dim >= _MOST_WAITING:
+            self._encode_waiting(vectors)
+
+    def _make_room(self, n: int) -> None:
+        """Append so many rows that are to be encoded later."""
+        with durable():
+            for name in self.row_tensors:
+                held = getattr(self, name)
+                self._buffers[name], self._reserves[name] = extend_rows(held, self._reserves.get(name), n)
+
+    def _put_last(self, rows: dict[str, Tensor]) -> None:
+        """Write the last rows."""
+        with durable():
+            for name, new in rows.items():
+                held = getattr(self, name)
+                held[held.shape[0] - new.shape[0] :] = new
+
+    def _encode_waiting(self, vectors: Tensor) -> None:
+        """Encode those of the vectors ``(N, D)`` that wait."""
+        if not self._n_waiting:
+            return
+        n = vectors.shape[0]
+        rows = self._encoded(vectors.detach()[n - self._n_waiting :])
         if rows is None:
             self.rebuild(vectors)
             return
-        self._append_rows({"codes": rows.codes, "terms": rows.terms})
-        self._seen = Snapshot(vectors)
+        self._put_last({"codes": rows.codes, "terms": rows.terms})
+        self._n_waiting = 0
         if vectors.shape[0] >= 2 * self._rows_at_mean and self.kind != "fp32" and not self.is_integer:
             self._move_mean(vectors)
 
     def overwrite(self, where: Tensor, new: Tensor, vectors: Tensor) -> None:
         """Follow ``new (M, D)`` rows that were written to rows ``where (M,)`` of the vectors."""
         if self.kind != "none" and where.numel():
+            self._encode_waiting(vectors)
             rows = self._encoded(new.to(vectors.dtype))
             if rows is None:
                 self.rebuild(vectors)
@@ -151,6 +199,7 @@ class ScreeningPlane(RowTensors):
     def keep(self, keep: Tensor, vectors: Tensor) -> None:
         """Follow the removal of the rows where ``keep (N,)`` is False."""
         if self.kind != "none" and vectors.shape[0]:
+            self._n_waiting = int(keep[len(keep) - self._n_waiting :].sum())
             self._keep_rows(keep)
             self._seen = Snapshot(vectors)
         else:
@@ -189,7 +238,8 @@ class ScreeningPlane(RowTensors):
 
     def _move_mean(self, vectors: Tensor) -> None:
         with durable():
-            moved = (mean_of(self.metric, vectors) - self.mean).square().sum()
+            some = vectors.detach()[:: max(1, vectors.shape[0] // _ROWS_FOR_MEAN)]
+            moved = (mean_of(self.metric, some) - self.mean).square().sum()
             spread = self._norms().square().mean()
         self._rows_at_mean = vectors.shape[0]
         if bool(moved > _WORTH_MOVING * spread):
@@ -208,6 +258,7 @@ class ScreeningPlane(RowTensors):
 
     def _take(self, plane: Plane | None, vectors: Tensor) -> None:
         self._rows_at_mean = vectors.shape[0]
+        self._n_waiting = 0
         self._wanted = self._kind_for(vectors)
         if plane is None:
             if self.kind == "none" and self.codes.device == vectors.device:

@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,14 +18,23 @@ _CPU_GROWTH = 64
 _CPU_RESERVE_BYTES = 2**28
 
 
-@contextmanager
-def durable() -> Iterator[None]:
+def durable() -> AbstractContextManager[None]:
     """Allocate ordinary tensors, also while the caller is in inference mode.
 
     What is stored outlives the caller's mode: an index filled during validation is trained through.
     """
+    # Most calls come from within another one, and small batches would mostly wait for these modes.
+    modes_are_right = not torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+    return _NOTHING if modes_are_right else _durable()
+
+
+@contextmanager
+def _durable() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+_NOTHING = nullcontext()
 
 
 def append_rows(tensor: Tensor, reserve: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,12 +49,18 @@ def append_rows(tensor: Tensor, reserve: Tensor | None, rows: Tensor) -> tuple[T
     Returns:
         The tensor ``(N + M, ...)``, a view of the reserve, and the reserve.
     """
-    old, new = tensor.shape[0], tensor.shape[0] + rows.shape[0]
+    grown, reserve = extend_rows(tensor, reserve, rows.shape[0])
+    # Through `data`, so that autograd does not take the rows before for changed.
+    reserve.data[tensor.shape[0] : grown.shape[0]] = rows
+    return grown, reserve
+
+
+def extend_rows(tensor: Tensor, reserve: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+    """Append so many rows, of any values; otherwise as `append_rows`."""
+    old, new = tensor.shape[0], tensor.shape[0] + n
     if reserve is None or not _holds(reserve, tensor) or reserve.shape[0] < new:
         reserve = _allocate(max(new, _grown(tensor)), tensor)
         reserve[:old] = tensor
-    # Through `data`, so that autograd does not take the rows before for changed.
-    reserve.data[old:new] = rows
     return reserve[:new], reserve
 
 

@@ -244,6 +244,8 @@ def test_the_mean_moves_when_the_database_has_doubled_and_drifted():
     index.add(random(150, seed=1) + 50.0)
     assert torch.equal(index.plane.mean, mean)
     index.add(random(100, seed=2) + 50.0)
+    # Rows of small batches wait for the next search.
+    index.plane.current(index.vectors)
     torch.testing.assert_close(index.plane.mean, index.vectors.mean(0))
     assert_follows(index)
 
@@ -267,6 +269,7 @@ def test_integers_stay_integers_until_other_values_come():
     assert index.plane.is_integer
     assert_follows(index)
     index.add(torch.full((1, DIM), 0.5))
+    index.plane.current(index.vectors)
     assert not index.plane.is_integer
     assert_follows(index)
     index = FlatIndex(DIM, k=3, screen="int8")
