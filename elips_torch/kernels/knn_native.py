@@ -49,7 +49,7 @@ _QUERIES = 1024
 # shared unevenly; then the threads share the rows.
 _BLOCK, _BLOCKS_PER_THREAD = 64, 4
 # Reading a code takes as long as so many products; below so much work, one thread is faster.
-_READING, _WORTH_THREADS = 10, 2 * 10**6
+_READING, _WORTH_THREADS = 10, 10**6
 # The share of rows beyond which another search is cheaper than looking at survivors.
 _MOST_SURVIVORS = 1 / 32
 # Bytes of a kept row, in a thread's reservoir and where it is ranked.

@@ -9,13 +9,16 @@
 #include "memory.h"
 #include "outcome.h"
 
+// Features of queries whose coding takes longer than waking threads.
+constexpr int64_t WORTH_SHARING = 2048;
+
 static int code_queries(const Coding& c) {
     if (c.code_type != 0 && c.code_type != 1) return UNKNOWN_TYPE;
     double mean_length = 0.0;
     for (int i = 0; i < c.dim; ++i) mean_length += double(c.mean[i]) * c.mean[i];
     mean_length = std::sqrt(mean_length);
     bool ready = true;
-#pragma omp parallel num_threads(c.n_threads) if (c.n_threads > 1 && c.n_queries > 16)
+#pragma omp parallel num_threads(c.n_threads) if (c.n_threads > 1 && int64_t(c.n_queries) * c.dim > WORTH_SHARING)
     {
         Memory<double> wide = allocate<double>(c.dim);
         if (!wide) {

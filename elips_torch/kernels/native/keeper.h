@@ -47,8 +47,9 @@ class Keeper {
         return r.limit;
     }
 
-    // Whether no query sees a row.
+    // Whether no query sees a row, or there is none.
     bool hidden(int64_t row) const {
+        if (!is_row(a_, row)) return true;
         return a_.mask && !a_.mask_rows && !a_.mask[name_of(a_, row) * a_.mask_step];
     }
 

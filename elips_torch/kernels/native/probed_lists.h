@@ -6,7 +6,7 @@
 #include "arguments.h"
 #include "memory.h"
 
-// The lists that are probed, and the queries of each, ascending.
+// The lists that are probed, those first that are nearest to some query; and the queries of each, ascending.
 struct ListQueries {
     int64_t n = 0;             // lists
     Memory<int64_t> lists;     // (n,)
@@ -23,15 +23,18 @@ struct ListQueries {
         std::fill(places.get(), places.get() + a.n_lists, 0);
         for (int64_t i = 0; i < pairs; ++i)
             if (is_list(a, a.probes[i])) ++places[a.probes[i]];
+        // Rows that are near raise thresholds early. Probes are sorted by how near they are.
         int64_t total = 0;
-        for (int64_t list = 0; list < a.n_lists; ++list) {
-            const int64_t count = places[list];
-            if (!count) continue;
+        for (int64_t i = 0; i < pairs; ++i) {
+            const int64_t list = a.probes[i % a.n_queries * a.n_probes + i / a.n_queries];
+            if (!is_list(a, list) || places[list] <= 0) continue;
             lists[n] = list;
-            starts[n++] = places[list] = total;
-            total += count;
+            starts[n++] = total;
+            total += places[list];
+            places[list] = -starts[n - 1] - 1;
         }
         starts[n] = total;
+        for (int64_t i = 0; i < n; ++i) places[lists[i]] = starts[i];
         for (int64_t i = 0; i < pairs; ++i)
             if (is_list(a, a.probes[i])) queries[places[a.probes[i]]++] = static_cast<int32_t>(i / a.n_probes);
         return true;
@@ -44,11 +47,12 @@ struct ListQueries {
 template <class Visit>
 void visit_list(const Arguments& a, int64_t number, int64_t most, Visit visit) {
     const int64_t start = a.list_starts[number], size = a.list_sizes[number];
-    // Nobody may change lists while they are searched; where somebody has, most wrong slots are seen here.
+    // Nobody may change lists while they are searched; where somebody has, most wrong slots are seen here, or
+    // where a row of theirs is to be kept.
     if (start < 0 || size < 0 || start + size > a.n_slots) return;
-    const uint64_t n_rows = a.n_rows;
+    const bool reads_rows = !a.codes_in_slots && !a.packed.slot_places;
     bool is_wrong = false;
-    for (int64_t slot = start; slot < start + size; ++slot) is_wrong |= static_cast<uint64_t>(a.slots[slot]) >= n_rows;
+    for (int64_t slot = start; reads_rows && slot < start + size; ++slot) is_wrong |= !is_row(a, a.slots[slot]);
     if (is_wrong) return;
     for (int64_t done = 0; done < size; done += most)
         visit(start + done, a.slots + start + done, static_cast<int>(std::min(most, size - done)));

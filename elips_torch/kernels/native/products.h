@@ -157,7 +157,15 @@ struct Product<uint8_t> {
     static void dots(const uint8_t* const (&rows)[FEW], const int8_t* query, int dim, int correction, float* out) {
         __m512i sums[FEW];
         for (int r = 0; r < FEW; ++r) sums[r] = _mm512_setzero_si512();
-        for (int i = 0; i < dim; i += 64) {
+        int i = 0;
+        for (; i + 64 <= dim; i += 64) {
+            const __m512i q = _mm512_loadu_si512(query + i);
+            for (int r = 0; r < FEW; ++r) {
+                prefetch(rows[r] + i, 64);
+                sums[r] = _mm512_dpbusd_epi32(sums[r], _mm512_loadu_si512(rows[r] + i), q);
+            }
+        }
+        if (i < dim) {
             const __m512i q = Product<int8_t>::bytes(query + i, dim - i);
             for (int r = 0; r < FEW; ++r)
                 sums[r] = _mm512_dpbusd_epi32(sums[r], Product<int8_t>::bytes(rows[r] + i, dim - i), q);
