@@ -60,11 +60,14 @@ class RowState(RowTensors):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.index_in_state_dict:
             for name in self.row_tensors:
-                del destination[prefix + name]
+                destination.pop(prefix + name, None)
             return
         for name in self.row_tensors:
-            # A view would drag the spare memory behind it into the file.
-            destination[prefix + name] = owned(destination[prefix + name])
+            # Not all are held under their names. A view would drag the spare memory behind it into the file.
+            rows = destination[prefix + name] if prefix + name in destination else getattr(self, name)
+            destination[prefix + name] = owned(rows)
+        # Ids that somebody else has written count, too.
+        self._current_id_map()
         destination[prefix + "next_id"] = torch.tensor(self._next_id, dtype=torch.int64, device="cpu")
         for name in self.tuned_parameters:
             value = getattr(self, name)
@@ -166,7 +169,7 @@ class RowState(RowTensors):
         self._id_map.rebuild(self.ids)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        rows = {name: getattr(self, name) for name in self.row_tensors}
+        rows = {name: getattr(self, name) for name in self.held_tensors}
         labels = {name: tensor for name, tensor in rows.items() if not tensor.is_floating_point()}
         del rows
         super()._apply(fn, recurse)
