@@ -43,6 +43,8 @@ class CodedIndex(ScreenedCodes):
 
     row_tensors: ClassVar[tuple[str, ...]] = ("codes", "ids")
 
+    codes: Tensor
+
     def __init__(self, quantizer: Quantizer, metric: str, **options: Any) -> None:
         super().__init__(quantizer.dim, metric, **options)
         self.quantizer = quantizer
@@ -181,7 +183,7 @@ class CodedIndex(ScreenedCodes):
 
     def _screened(self) -> PackedRows | None:
         """Return the rows as they are stored with what screens them."""
-        packed, tensors = self._packed(), self._searched_tensors()
+        packed = self._packed()
         n = 0 if packed is None else len(packed.codes)
         if packed is None or not n:
             return packed
@@ -190,7 +192,7 @@ class CodedIndex(ScreenedCodes):
             rows = torch.arange(n, device="cpu")
             return rows, rows
 
-        return self._terms.of(self._metric, packed, tensors, n, placed)
+        return self._with_screen(packed, n, placed)
 
     # The place of a row among the terms is its number.
 
@@ -216,14 +218,14 @@ class CodedIndex(ScreenedCodes):
 
     def _follow(self, change: Callable[[int], SlotChange]) -> None:
         """Let the terms follow a change of the rows, given how many these are now."""
-        if not self._terms.are_made:
+        if not self._screening.is_made:
             return
         try:
             step = change(self.ntotal)
-            self._carry_terms(step, step.filled)
+            self._carry_screen(step, step.filled)
         except (MemoryError, RuntimeError):
             # The rows have changed; the terms are derived from them and can wait for memory.
-            self._terms.forget()
+            self._screening.forget()
 
     def _range_search(
         self,

@@ -149,7 +149,7 @@ def _is_product_quantized(description: Description) -> bool:
 def _names_of_values(module: torch.nn.Module) -> list[str]:
     # Planes follow the vectors.
     if isinstance(module, Index):
-        return [name for name in module.row_tensors if name != "ids"]
+        return [name for name in module.held_tensors if name != "ids"]
     return list(module.learned_buffers) if isinstance(module, Learned) else []
 
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from elips_torch.core.tiling import spans
 from elips_torch.indexes.flat import FlatIndex
-from elips_torch.indexes.inverted_lists import SlotChange
+from elips_torch.indexes.inverted_lists import InvertedLists, SlotChange
 from elips_torch.indexes.ivf import IVFIndex
-from elips_torch.indexes.screened_codes import ScreenedCodes
-from elips_torch.indexes.storage import durable
+from elips_torch.indexes.listed_codes import ListedCodes
 from elips_torch.kernels.coded_rows import PackedRows
 from elips_torch.kernels.list_layout import DecodedRows, RowDecoder
+from elips_torch.kernels.selection import Selection
 from elips_torch.ops.assign import assign
 from elips_torch.quantizers.quantizer import Quantizer
 from elips_torch.quantizers.seeding import sample_rows
@@ -23,7 +23,7 @@ from elips_torch.quantizers.seeding import sample_rows
 _FEATURES_AT_ONCE = 2**22
 
 
-class IVFCodedIndex(ScreenedCodes, IVFIndex):
+class IVFCodedIndex(ListedCodes, IVFIndex):
     """Inverted lists whose rows are codes; base of `IVFSQIndex` and `IVFPQIndex`.
 
     Scores, gradients and `reconstruct` are those of the decoded vectors.
@@ -38,8 +38,6 @@ class IVFCodedIndex(ScreenedCodes, IVFIndex):
 
     row_tensors: ClassVar[tuple[str, ...]] = ("codes", "assignments", "ids")
 
-    codes: Tensor
-
     def __init__(
         self, quantizer: Quantizer, nlist: int, metric: str, *, by_residual: bool, **options: Any
     ) -> None:
@@ -47,9 +45,7 @@ class IVFCodedIndex(ScreenedCodes, IVFIndex):
         self.quantizer = quantizer
         quantizer.in_state_dict = self.index_in_state_dict
         self._by_residual = bool(by_residual)
-        with durable():
-            empty = torch.empty(0, quantizer.code_size, dtype=torch.uint8, device=options.get("device"))
-            self.register_buffer("codes", empty)
+        self._register_codes(quantizer.code_size, options.get("device"))
 
     @abstractmethod
     def _examples(self) -> int | None:
@@ -99,7 +95,7 @@ class IVFCodedIndex(ScreenedCodes, IVFIndex):
         return {"codes": codes}
 
     def _decode(self, rows: Tensor) -> Tensor:
-        vectors = self.quantizer.decode(self.codes.index_select(0, rows))
+        vectors = self.quantizer.decode(self._codes_of(rows))
         if self.by_residual:
             vectors += self._centroids_of(self.assignments.index_select(0, rows))
             low, high = self._metric.domain
@@ -108,21 +104,36 @@ class IVFCodedIndex(ScreenedCodes, IVFIndex):
                 vectors.clamp_(low, high)
         return vectors
 
+    def _search(
+        self,
+        queries: Tensor,
+        k: int,
+        selection: Selection,
+        implementation: str,
+        parameters: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        self._bring_together()
+        return super()._search(queries, k, selection, implementation, parameters)
+
     def _decoder(self) -> RowDecoder:
         return DecodedRows(self._decode, self._candidate_dtype(), self.dim, self._screened())
 
-    def _packed(self) -> PackedRows | None:
+    def _packed(self, lists: InvertedLists | None = None) -> PackedRows | None:
         table, centroids = self.quantizer.packed_table(), None
         if self.by_residual:
             coarse, low = self.coarse, self._metric.domain[0]
             if not isinstance(coarse, FlatIndex) or coarse.dtype != torch.float32 or low > -torch.inf:
                 return None
             centroids = coarse.vectors.detach()
-        return None if table is None else PackedRows(self.codes, table, centroids, self.assignments)
+        if table is None:
+            return None
+        placed = self._placed_codes() if lists is None else self._placed_in(lists)
+        return PackedRows(placed.codes, table, centroids, self.assignments, placed.of_rows, placed.of_slots)
 
     def _screened(self) -> PackedRows | None:
         """Return the rows as they are stored with what screens them."""
-        lists, packed = self.lists, self._packed()
+        lists = self.lists
+        packed = self._packed(lists)
 
         def placed() -> tuple[Tensor, Tensor]:
             places = (lists.slots >= 0).nonzero()[:, 0]
@@ -130,25 +141,14 @@ class IVFCodedIndex(ScreenedCodes, IVFIndex):
 
         if packed is None:
             return None
-        return self._terms.of(self._metric, packed, self._searched_tensors(), lists.capacity, placed)
+        return self._with_screen(packed, lists.capacity, placed)
 
     def _n_places(self) -> int:
         return self.lists.capacity
 
     def _slots_changed(self, change: SlotChange) -> None:
-        self._carry_terms(change, self._lists.slots[change.filled])
-
-    def _append_rows(self, rows: dict[str, Tensor]) -> None:
-        with self._changing_rows():
-            super()._append_rows(rows)
-
-    def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
-        with self._changing_rows():
-            super()._overwrite_rows(where, rows)
-
-    def _keep_rows(self, keep: Tensor) -> None:
-        with self._changing_rows():
-            super()._keep_rows(keep)
+        super()._slots_changed(change)
+        self._carry_screen(change, self._lists.slots[change.filled])
 
     def _centroids_of(self, lists: Tensor) -> Tensor:
         # The coarse index holds list i in row i.

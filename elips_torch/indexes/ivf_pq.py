@@ -44,7 +44,7 @@ class IVFPQIndex(IVFCodedIndex):
         workspace_bytes: limit on temporary memory of a search, in bytes. Default 256 MiB.
 
     Attributes:
-        codes: ``(ntotal, code_size)`` uint8, in the order of insertion.
+        codes: ``(ntotal, code_size)`` uint8, in the order of insertion; a copy.
         assignments: ``(ntotal,)`` int32, the list of each row.
         ids: ``(ntotal,)`` int64, the label of each row.
         coarse: the index of the centroids of the lists.
@@ -137,10 +137,10 @@ class IVFPQIndex(IVFCodedIndex):
         return self.quantizer.n_examples
 
     def _decoder(self) -> RowDecoder:
-        codes, quantizer = self.codes, self.quantizer
+        quantizer = self.quantizer
         return PartRows(
             self._decode,
-            lambda rows: quantizer.entries(codes.index_select(0, rows)),
+            lambda rows: quantizer.entries(self._codes_of(rows)),
             quantizer.codebooks,
             self._centroids_of if self.by_residual else None,
             self._screened(),

@@ -29,15 +29,15 @@ def estimate_memory_bytes(index: Index, n: int) -> int:
     """Return what `memory_bytes` of an index would give with N vectors, which were added at once.
 
     Exact but for the lists, whose ends are padded by what is usual, and but for room for growth: lists
-    that have grown in many steps have about two slots per vector, each of 8 bytes and, in an
-    `IVFFlatIndex`, a code of its plane; and tensors on a GPU take twice as much.
+    that have grown in many steps have about two slots per vector, each of 8 bytes and, where a plane
+    screens them, a code of it; and tensors on a GPU take twice as much.
 
     Args:
         index: trained or not, with any vectors or none.
         n: N, number of vectors.
 
     >>> from elips_torch import SQIndex
-    >>> estimate_memory_bytes(SQIndex(64, "fp16"), 1000)
+    >>> estimate_memory_bytes(SQIndex(64, "fp16", screen="none"), 1000)
     136000
     """
     if isinstance(index, WrapperIndex):
@@ -56,7 +56,7 @@ def _own_bytes(index: Index, n: int, other: Iterable[Index], padding: int = 0) -
 
     What screens rows that lie in lists is padded, too.
     """
-    total = n * sum(_row_bytes(getattr(index, name)) for name in index.row_tensors)
+    total = n * sum(_row_bytes(getattr(index, name)) for name in index.held_tensors)
     if isinstance(index, ScreenedVectors):
         total += _plane_bytes(index.plane, index.vectors, n, padding)
     if isinstance(index, ScreenedCodes):

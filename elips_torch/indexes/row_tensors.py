@@ -21,6 +21,11 @@ class RowTensors(nn.Module):
     # Names of the tensors with one row per vector.
     row_tensors: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def held_tensors(self) -> tuple[str, ...]:
+        """Names of the buffers and parameters that hold the row tensors."""
+        return self.row_tensors
+
     def __init__(self) -> None:
         super().__init__()
         self._reserves: dict[str, Tensor] = {}
@@ -50,7 +55,7 @@ class RowTensors(nn.Module):
 
     def _row_tensors(self) -> tuple[Tensor, ...]:
         """Return all row tensors."""
-        return tensors_of(self, self.row_tensors)
+        return tensors_of(self, self.held_tensors)
 
     def _append_rows(self, rows: dict[str, Tensor]) -> None:
         """Append to every row tensor, all or none."""
@@ -79,8 +84,12 @@ class RowTensors(nn.Module):
     def _keep_rows(self, keep: Tensor) -> None:
         """Drop every row where ``keep (N,)`` is False; the others stay in order."""
         with durable():
-            self._assign_rows({name: getattr(self, name).detach()[keep] for name in self.row_tensors})
+            self._assign_rows(self._kept(keep))
             self._reserves.clear()
+
+    def _kept(self, keep: Tensor) -> dict[str, Tensor]:
+        """Return what is held of the rows where ``keep (N,)`` is True."""
+        return {name: getattr(self, name).detach()[keep] for name in self.held_tensors}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with durable():
@@ -101,7 +110,7 @@ class RowTensors(nn.Module):
     def _drop_reserves(self) -> None:
         self._reserves.clear()
         self._assign_rows(
-            {name: owned(getattr(self, name)) for name in self.row_tensors if name in self._buffers}
+            {name: owned(getattr(self, name)) for name in self.held_tensors if name in self._buffers}
         )
 
     def __copy__(self) -> Self:
@@ -112,7 +121,7 @@ class RowTensors(nn.Module):
         state = self.__dict__.copy()
         state.pop("_reserves", None)
         state["_buffers"] = {
-            name: owned(buffer) if buffer is not None and name in self.row_tensors else buffer
+            name: owned(buffer) if buffer is not None and name in self.held_tensors else buffer
             for name, buffer in self._buffers.items()
         }
         return state

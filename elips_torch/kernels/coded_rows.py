@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from elips_torch.kernels.plane import Plane
+
 
 class Decoder(Protocol):
     """Gives the vectors that codes stand for.
@@ -116,17 +118,23 @@ class PackedRows:
         table: what they stand for.
         centroids: ``(L, D)`` float32, added to the rows of each list; None where nothing is.
         assignments: ``(N,)`` int32, the list of each row; None without centroids.
+        places: ``(N,)`` int32, where in ``codes`` that of each row lies; None where that is its number.
+        slot_places: ``(S,)`` int32, the same of the row in each slot of lists; None without lists.
         grid: makes int8 codes of the codes, where that is possible.
         terms: ``(S, 2)`` float32, of the row in each slot: at least ``|y|``, and close to the bias; None
             without a grid.
+        plane: int8 codes of what the rows decode to, in their places, where these screen; else None.
     """
 
     codes: Tensor
     table: PackedTable
     centroids: Tensor | None = None
     assignments: Tensor | None = None
+    places: Tensor | None = None
+    slot_places: Tensor | None = None
     grid: CodeGrid | None = None
     terms: Tensor | None = None
+    plane: Plane | None = None
 
     def contiguous(self) -> "PackedRows":
         """Return the rows with every tensor contiguous; a copy only of those that are not."""

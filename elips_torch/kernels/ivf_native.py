@@ -47,7 +47,7 @@ def native_lists(
     packed = getattr(decode, "packed", None)
     if packed is not None:
         search = PackedSearch(packed, decode, decode.dim, metric, k, n_excluded)
-        return ScreenedLists(search, layout) if search.plan(1, workspace_bytes) else None
+        return ScreenedLists(search, layout, search.has_plane) if search.plan(1, workspace_bytes) else None
 
     def search_part(part: ListLayout, workspace_bytes: int) -> Step | None:
         vectors = decode(part.slots).contiguous()

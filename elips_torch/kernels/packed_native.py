@@ -54,8 +54,12 @@ class PackedSearch(NativeSearch):
     ) -> None:
         # Stands for vectors that are made where they are needed.
         nothing = torch.empty(0, dim, dtype=torch.float32, device="cpu")
-        self.grid = packed.grid if packed.grid is not None and grid_serves(dim) else None
-        if self.grid is None:
+        serves = grid_serves(dim)
+        self.grid = packed.grid if serves else None
+        self.has_plane = packed.plane is not None and serves
+        if packed.plane is not None and serves:
+            plane = packed.plane
+        elif self.grid is None:
             plane = Plane(nothing, nothing[:, :4], torch.zeros(dim, dtype=torch.float32, device="cpu"))
         else:
             plane = Plane(nothing.to(torch.int8), nothing[:, :4], self.grid.mean)
@@ -66,15 +70,16 @@ class PackedSearch(NativeSearch):
             self.query_bytes += parts * ksub
             self.thread_bytes += parts * (4 * (ksub + 1) + 64)
         self.n_rows = packed.codes.shape[0]
-        # Each thread unpacks a chunk of rows.
-        unpacked_bytes = _DECODED_BYTES if self.grid is None else _GRID_BYTES
-        self.thread_bytes += max(unpacked_bytes, _UNPACKED_ROWS * dim * 4)
+        if not self.has_plane:
+            # Each thread unpacks a chunk of rows.
+            unpacked_bytes = _DECODED_BYTES if self.grid is None else _GRID_BYTES
+            self.thread_bytes += max(unpacked_bytes, _UNPACKED_ROWS * dim * 4)
         self.packed = packed.contiguous()
         self.decode = decode
 
     def shares_queries(self, n_queries: int, threads: int, lists: ProbedLists | None) -> bool:
-        """Whether threads take queries of their own: no, or each would decode every row."""
-        return threads == 1
+        """Whether threads take queries of their own: not where each would decode every row."""
+        return super().shares_queries(n_queries, threads, lists) if self.has_plane else threads == 1
 
     def _queries(self, queries: Tensor) -> dict[str, Any]:
         # On a grid, every row says by how much its bias may err.
@@ -82,6 +87,8 @@ class PackedSearch(NativeSearch):
 
     def _rows(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"packed": packed_facts(self.packed)}
+        if self.has_plane:
+            facts |= {"codes": self.plane.codes, "terms": self.plane.terms}
         if self.grid is not None:
             facts["grid"] = grid_facts(self.grid, self.packed.terms)
         return facts
@@ -135,6 +142,8 @@ def packed_facts(packed: PackedRows) -> Packed:
     parts, ksub = table.table.shape[:2] if table.kind == "parts" else (0, 0)
     return Packed(
         codes=packed.codes.data_ptr(),
+        places=None if packed.places is None else packed.places.data_ptr(),
+        slot_places=None if packed.slot_places is None else packed.slot_places.data_ptr(),
         table=table.table.data_ptr(),
         low=None if table.low is None else table.low.data_ptr(),
         centroids=None if packed.centroids is None else packed.centroids.data_ptr(),

@@ -117,6 +117,8 @@ class Packed(ctypes.Structure):
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("slot_places", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
         ("low", ctypes.c_void_p),
         ("centroids", ctypes.c_void_p),

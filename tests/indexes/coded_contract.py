@@ -13,6 +13,10 @@ class CodedContract(IndexContract):
 
     needs_fit = True
 
+    def screen_bytes(self):
+        # Two float32 numbers.
+        return 8
+
     @pytest.mark.parametrize("metric", ["l2", "ip", "cosine", "l1", "linf"])
     def test_results_are_exact_for_the_decoded_vectors(self, metric):
         index = self.filled(200, metric=metric)
@@ -80,8 +84,8 @@ class CodedContract(IndexContract):
         assert index.codes.dtype == torch.uint8
         before = index.memory_bytes()
         index.add(self.vectors(10))
-        # A code, an id, and two float32 numbers where these screen it.
-        terms = 8 if index.keeps_terms else 0
+        # A code, an id, and what screens it.
+        terms = self.screen_bytes() if index.is_screened else 0
         assert index.memory_bytes() - before == 10 * (index.code_size + 8 + terms)
 
     def test_casts_leave_codes_and_what_was_learned_alone(self):

@@ -32,6 +32,10 @@ class TestShortFloatSQIndex(CodedContract):
     options: ClassVar = {"qtype": "bf16"}
     needs_fit = False
 
+    def screen_bytes(self):
+        # An int8 copy, and four float32 numbers.
+        return self.dim + 16
+
 
 FAISS = {
     "int8": faiss.ScalarQuantizer.QT_8bit,

@@ -92,7 +92,7 @@ def test_terms_bound_what_they_say_they_bound(dim, kind, metric, size, offset, r
     u = int8_codes(grid, table, codes)
     assert bool((u.abs() <= 128).all())
     assert float(torch.linalg.vector_norm(y - u, dim=1).max()) <= grid.residual
-    packed = PackedRows(codes, table, centroids, lists.to(torch.int32) if residual else None, grid)
+    packed = PackedRows(codes, table, centroids, lists.to(torch.int32) if residual else None, grid=grid)
     terms = torch.full((90, 2), -7.0)
     places = torch.randperm(90, generator=generator)[:40]
     assert fill_terms(resolve_metric(metric), packed, torch.arange(40), places, terms)
@@ -230,7 +230,7 @@ def test_codes_of_features_that_do_not_vary_do_not_count():
     index = MAKERS["SQ8"]("ip", False).fit(vectors)
     index.add(vectors)
     # No quantizer writes them, but a file may hold them.
-    index.codes[:, ::3] = torch.arange(1500, dtype=torch.int64).remainder(256).to(torch.uint8)[:, None]
+    index.listed_codes[:, ::3] = torch.arange(1500, dtype=torch.int64).remainder(256).to(torch.uint8)[:, None]
     queries = vectors[:50]
     assert_same(
         index.search(queries, 5, implementation="native"), index.search(queries, 5, implementation="eager")
@@ -253,7 +253,7 @@ def changes(index, generator):
             index.upsert(vectors[: len(chosen)], index.ids[chosen])
         elif change == 2 and n:
             # Behind the back of the index.
-            index.codes[chosen] = index.codes[chosen.flip(0)].clone()
+            index.listed_codes[chosen] = index.listed_codes[chosen.flip(0)].clone()
         elif change == 3 and n:
             index.load_state_dict({name: tensor.clone() for name, tensor in index.state_dict().items()})
         else:
@@ -290,7 +290,7 @@ def test_changes_that_are_known_do_not_make_all_terms_anew(monkeypatch):
         filled.append(len(rows))
         return unhurt(metric, packed, rows, places, terms)
 
-    monkeypatch.setattr("elips_torch.indexes.grid_terms.fill_terms", counted)
+    monkeypatch.setattr("elips_torch.indexes.code_screen.fill_terms", counted)
     index.add(SHAPES["plain"][:7])
     index.search(SHAPES["plain"][:3])
     index.upsert(SHAPES["plain"][:2], index.ids[:2])

@@ -193,7 +193,8 @@ def test_codes_are_decoded_to_the_last_bit(make, metric):
 @pytest.mark.parametrize("qtype", QTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("by_residual", [True, False])
-def test_scalars_of_any_size_are_searched_as_they_are_decoded(qtype, metric, by_residual):
+@pytest.mark.parametrize("screen", ["auto", "none"])
+def test_scalars_of_any_size_are_searched_as_they_are_decoded(qtype, metric, by_residual, screen):
     generator = torch.Generator().manual_seed(0)
     for dim in (5, 13, 31, 67):
         vectors = torch.randn(600, dim, generator=generator)
@@ -201,13 +202,17 @@ def test_scalars_of_any_size_are_searched_as_they_are_decoded(qtype, metric, by_
         vectors[:, 1::4] = 0.5
         vectors[300:350] = vectors[:50]
         queries = torch.randn(70, dim, generator=generator)
-        index = IVFSQIndex(dim, 9, qtype, metric, by_residual=by_residual, nprobe=4, niter=2).fit(vectors)
+        options = {"by_residual": by_residual, "nprobe": 4, "niter": 2, "screen": screen}
+        index = IVFSQIndex(dim, 9, qtype, metric, **options).fit(vectors)
         index.add(vectors)
         index.remove(index.ids[5::7])
         index.search(queries[:1], implementation="native")
         packed = index._decoder().packed
-        is_on_grid = qtype.startswith("int") and metric != "cosine" and device_facts("cpu").vnni
-        assert (packed.grid is not None) == is_on_grid == index.keeps_terms
+        may_be = screen == "auto" and device_facts("cpu").vnni
+        is_on_grid = may_be and qtype.startswith("int") and metric != "cosine"
+        has_plane = may_be and not qtype.startswith("int")
+        assert (packed.grid is not None, packed.plane is not None) == (is_on_grid, has_plane)
+        assert index.is_screened == (is_on_grid or has_plane)
         for n_queries in (1, 6, 70):
             found = index.search(queries[:n_queries], 10, implementation="native")
             assert_same(found, index.search(queries[:n_queries], 10, implementation="eager"))
@@ -216,17 +221,19 @@ def test_scalars_of_any_size_are_searched_as_they_are_decoded(qtype, metric, by_
         assert_same(found, index.search(queries, 10, exclude=exclude, implementation="eager"))
         if qtype.startswith("int"):
             # No quantizer writes just any bits, but a file may hold them.
-            index.codes.random_(generator=generator)
+            index.listed_codes.random_(generator=generator)
             found = index.search(queries, 10, implementation="native")
             assert_same(found, index.search(queries, 10, implementation="eager"))
 
 
 @pytest.mark.parametrize("qtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("metric", METRICS)
-def test_short_floats_that_are_not_finite(qtype, metric):
+@pytest.mark.parametrize("screen", ["auto", "none"])
+def test_short_floats_that_are_not_finite(qtype, metric, screen):
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(600, 13, generator=generator)
-    index = IVFSQIndex(13, 4, qtype, metric, nprobe=4, niter=2, check_finite=False).fit(vectors)
+    options = {"nprobe": 4, "niter": 2, "check_finite": False, "screen": screen}
+    index = IVFSQIndex(13, 4, qtype, metric, **options).fit(vectors)
     vectors[7, 3], vectors[9, 1] = torch.nan, torch.inf
     index.add(vectors)
     queries = torch.randn(20, 13, generator=generator)
@@ -238,12 +245,14 @@ def test_short_floats_that_are_not_finite(qtype, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scales", [(1e-30, 1e-22, 1.0), (1e-30, 1e-30, 1e-30), (1e17, 1e22, 1e30)])
-def test_vectors_whose_squares_leave_float32(metric, scales):
+@pytest.mark.parametrize("screen", ["auto", "none"])
+def test_vectors_whose_squares_leave_float32(metric, scales, screen):
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(600, 21, generator=generator)
     vectors *= torch.tensor(scales).repeat(200)[:, None]
     vectors[5::50] = 0.0
-    index = IVFSQIndex(21, 4, "bf16", metric, nprobe=3, niter=2, by_residual=False).fit(vectors)
+    options = {"nprobe": 3, "niter": 2, "by_residual": False, "screen": screen}
+    index = IVFSQIndex(21, 4, "bf16", metric, **options).fit(vectors)
     index.add(vectors)
     queries = vectors[::29] + 0.1 * vectors[1::29]
     for k in (5, 600):

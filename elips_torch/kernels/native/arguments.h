@@ -10,7 +10,7 @@ extern "C" {
 // All pointers are to contiguous memory that outlives the call.
 struct Arguments {
     // The plane, which distances do without: (N, D) codes, float32 or int8, and (N, 4) scale, residual, norm
-    // and bias. Null where rows are packed.
+    // and bias. Null where packed rows are decoded to be screened.
     const void* codes;
     const float* terms;
     const int64_t* names;  // (N,), what callers call each row; null where that is its number
@@ -76,5 +76,10 @@ struct Arguments {
 
 enum Status : int32_t { CERTIFIED = 0, UNCERTIFIED = 1, UNSURE = 2 };
 }
+
+// Whether rows are decoded, or coded on a grid, where they are screened.
+static inline bool unpacks(const Arguments& a) { return a.packed.packing && !a.codes; }
+
+static inline bool is_row(const Arguments& a, int64_t row) { return static_cast<uint64_t>(row) < static_cast<uint64_t>(a.n_rows); }
 
 static inline int64_t name_of(const Arguments& a, int64_t row) { return a.names ? a.names[row] : row; }

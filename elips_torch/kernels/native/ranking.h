@@ -84,9 +84,17 @@ class Ranking {
     static constexpr int AHEAD = 6;
 
     void prefetch(int64_t row) const {
-        if (a_.packed.packing) return;
-        const char* p = reinterpret_cast<const char*>(static_cast<const Value*>(a_.vectors) + row * a_.dim);
-        for (int64_t i = 0; i < int64_t(a_.dim) * int64_t(sizeof(Value)); i += 64) __builtin_prefetch(p + i, 0, 2);
+        const bool packed = a_.packed.packing;
+        const void* p = packed ? static_cast<const void*>(codes_of(a_.packed, row))
+                               : static_cast<const Value*>(a_.vectors) + row * a_.dim;
+        const int64_t bytes = packed ? a_.packed.code_size : int64_t(a_.dim) * int64_t(sizeof(Value));
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+    }
+
+    // Of what must be known of a packed row before its codes are read.
+    void prefetch_facts(int64_t row) const {
+        if (a_.packed.places) __builtin_prefetch(a_.packed.places + row);
+        if (a_.packed.assignments) __builtin_prefetch(a_.packed.assignments + row);
     }
 
     Score score_of(const double* query, double length, int64_t row) {
@@ -122,6 +130,7 @@ class Ranking {
                 if (r.upper[i] < limit) continue;
                 if (n == a_.capacity) return false;
                 all.rows[n] = r.rows[i];
+                if (a_.packed.packing) prefetch_facts(r.rows[i]);
                 all.upper[n++] = r.upper[i];
             }
         }

@@ -45,9 +45,9 @@ class Rows {
     static constexpr int64_t TILE_STEP = 48;  // a multiple of every tile's rows
 
     explicit Rows(const Arguments& a) : a_(a) {
-        const bool unpacks = UNPACKS && a.packed.packing, on_grid = unpacks && a.grid.steps;
+        const bool decodes = UNPACKS && unpacks(a), on_grid = decodes && a.grid.steps;
         const int64_t bytes = on_grid                      ? GRID_CHUNK_BYTES
-                              : unpacks                    ? DECODED_CHUNK_BYTES
+                              : decodes                    ? DECODED_CHUNK_BYTES
                               : a.n_queries <= FEW_QUERIES ? LONG_CHUNK_BYTES
                                                            : CHUNK_BYTES;
         // On a grid a multiple of 64 rows, which are looked up together.
@@ -61,8 +61,8 @@ class Rows {
     bool prepare() {
         terms_ = allocate<float>(5 * most_);
         corrections_ = allocate<int>(most_ + MOST_TILE);
-        if (UNPACKS && a_.packed.packing) unpacked_ = allocate<Code>(most_ * a_.dim + 64);
-        return terms_ && corrections_ && (unpacked_ || !UNPACKS || !a_.packed.packing);
+        if (UNPACKS && unpacks(a_)) unpacked_ = allocate<Code>(most_ * a_.dim + 64);
+        return terms_ && corrections_ && (unpacked_ || !UNPACKS || !unpacks(a_));
     }
 
     // Take n rows, at most so many as a chunk has; with what products of many queries need, and with the codes
@@ -81,14 +81,14 @@ class Rows {
         c.correction = corrections_.get();
         c.unpacked = nullptr;
         if (!UNPACKS || !with_codes) {
-            prefetch_packed(c, 0, UNPACKS ? FIRST_ROWS : AHEAD);
+            prefetch_packed(c, 0, UNPACKS ? first_rows() : AHEAD);
             take_grid_terms(c);
-        } else if (a_.packed.packing) {
+        } else if (unpacks(a_)) {
             unpack_rows(c);
         } else if (c.scattered) {
             // Rows of a list lie anywhere.
             for (int r = 0; r < n; ++r) _mm_prefetch(reinterpret_cast<const char*>(a_.terms + 4 * slots[r]), _MM_HINT_T0);
-            for (int r = 0; r < std::min(n, AHEAD); ++r) prefetch_row(slots[r]);
+            for (int r = 0; r < std::min(n, AHEAD); ++r) fetch(codes_in(slots[r]), row_bytes());
             take_terms(c, [&](int r) { return a_.terms + 4 * slots[r]; });
         } else {
             take_terms(c, [&](int r) { return a_.terms + 4 * (first + r); });
@@ -100,39 +100,42 @@ class Rows {
         return c;
     }
 
-    const Code* row(int64_t number) const {
-        return static_cast<const Code*>(UNPACKS ? a_.codes : a_.packed.codes) + number * a_.dim;
+    const Code* codes_of(const Chunk<Code>& c, int r) const {
+        if (!UNPACKS) return reinterpret_cast<const Code*>(packed(c, r));
+        return c.unpacked ? c.unpacked + int64_t(r) * a_.dim : codes_in(c.place(r));
     }
 
-    const Code* codes_of(const Chunk<Code>& c, int r) const {
-        return c.unpacked ? c.unpacked + int64_t(r) * a_.dim : row(c.place(r));
-    }
+    // The codes behind which there are no others.
+    const Code* last() const { return codes_in((UNPACKS && a_.codes_in_slots ? a_.n_slots : a_.n_rows) - 1); }
 
     // Where the codes of a row of parts begin.
-    const uint8_t* packed(const Chunk<Code>& c, int r) const { return a_.packed.codes + c.row(r) * a_.packed.code_size; }
+    const uint8_t* packed(const Chunk<Code>& c, int r) const { return packed(c.first + r, c.row(r)); }
 
     // Ask for the codes of n rows of a chunk, as far as there are so many.
     void prefetch_packed(const Chunk<Code>& c, int first, int n) const {
-        for (int r = first; r < std::min(first + n, c.n); ++r) prefetch_packed(c.row(r));
+        for (int r = first; r < std::min(first + n, c.n); ++r) prefetch_packed(c, r);
     }
 
     // Make ready for rows of a list: ask for the first ones, wherever they lie.
     void take_list(int64_t number) {
-        if (!a_.packed.packing) return;
+        if (!unpacks(a_)) return;
         list_ = number;
         const int64_t start = a_.list_starts[number];
-        const int64_t end = std::min(start + std::min<int64_t>(a_.list_sizes[number], FIRST_ROWS), a_.n_slots);
-        for (int64_t slot = std::max<int64_t>(start, 0); slot < end; ++slot) prefetch_packed(a_.slots[slot]);
+        const int64_t end = std::min(start + std::min<int64_t>(a_.list_sizes[number], first_rows()), a_.n_slots);
+        for (int64_t slot = std::max<int64_t>(start, 0); slot < end; ++slot) fetch(packed(slot, a_.slots[slot]), a_.packed.code_size);
     }
 
     // Ask for the rows that follow n rows of a chunk soon.
     void prefetch_ahead(const Chunk<Code>& c, int r, int n = 1) const {
-        if (!c.scattered || c.unpacked) return;
-        for (int i = r + AHEAD; i < std::min(r + AHEAD + n, c.n); ++i) prefetch_row(c.slots[i]);
+        if (!c.scattered || c.unpacked || together(c)) return;
+        for (int i = r + AHEAD; i < std::min(r + AHEAD + n, c.n); ++i) fetch(codes_of(c, i), row_bytes());
     }
 
    private:
-    static constexpr int AHEAD = 8, DECODED_AHEAD = 24, FIRST_ROWS = 64;
+    static constexpr int AHEAD = 8, DECODED_AHEAD = 24, FIRST_BYTES = 8192, MOST_FIRST_ROWS = 64;
+
+    // Rows of a list or chunk that are asked for before the first one is needed.
+    int first_rows() const { return std::clamp(FIRST_BYTES / a_.packed.code_size, AHEAD, MOST_FIRST_ROWS); }
 
     // Every line of memory that holds some of these bytes.
     static void fetch(const void* place, int64_t bytes) {
@@ -141,11 +144,25 @@ class Rows {
         _mm_prefetch(first + bytes - 1, _MM_HINT_T0);
     }
 
-    void prefetch_row(int64_t number) const { fetch(row(number), a_.dim * int64_t(sizeof(Code))); }
-
-    void prefetch_packed(int64_t number) const {
-        fetch(a_.packed.codes + number * a_.packed.code_size, a_.packed.code_size);
+    // Whether the codes of a chunk follow each other, as far as its ends tell: then products ask for what comes.
+    bool together(const Chunk<Code>& c) const {
+        const int32_t* places = UNPACKS ? nullptr : a_.packed.slot_places;
+        return places && c.slots && places[c.first + c.n - 1] - places[c.first] == c.n - 1;
     }
+
+    int64_t row_bytes() const { return a_.dim * int64_t(sizeof(Code)); }
+
+    // What lies in a place of the codes that are searched.
+    const Code* codes_in(int64_t place) const {
+        return static_cast<const Code*>(UNPACKS ? a_.codes : a_.packed.codes) + place * a_.dim;
+    }
+
+    // Where the codes begin of the row in a slot, or of a row.
+    const uint8_t* packed(int64_t slot, int64_t row) const {
+        return a_.packed.slot_places ? codes_at(a_.packed, a_.packed.slot_places[slot]) : ::codes_of(a_.packed, row);
+    }
+
+    void prefetch_packed(const Chunk<Code>& c, int r) const { fetch(packed(c, r), a_.packed.code_size); }
 
     template <class Place>
     void take_terms(Chunk<Code>& c, Place terms_of) {
@@ -164,7 +181,7 @@ class Rows {
     }
 
     void unpack_rows(Chunk<Code>& c) {
-        for (int r = 0; r < std::min(c.n, DECODED_AHEAD); ++r) prefetch_packed(c.row(r));
+        prefetch_packed(c, 0, DECODED_AHEAD);
         c.unpacked = unpacked_.get();
         if constexpr (std::is_same_v<Code, int8_t>) {
             take_codes(c);
@@ -176,12 +193,10 @@ class Rows {
 
     // The rows' codes on a grid.
     void take_codes(Chunk<Code>& c) {
-        const uint8_t* codes = a_.packed.codes;
-        const int64_t size = a_.packed.code_size;
         const int last = c.n - 1;
         auto place = [&](int r) {
-            fetch(codes + c.row(std::min(r + AHEAD, last)) * size, size);
-            return codes + c.row(r) * size;
+            prefetch_packed(c, std::min(r + AHEAD, last));
+            return packed(c, r);
         };
         code_rows(a_.grid, a_.packed, a_.dim, c.n, place, unpacked_.get());
     }
@@ -218,11 +233,11 @@ class Rows {
 
     void decode_any(Chunk<Code>& c, float* squares) {
         for (int r = 0; r < c.n; ++r) {
-            if (r + DECODED_AHEAD < c.n) prefetch_packed(c.row(r + DECODED_AHEAD));
+            if (r + DECODED_AHEAD < c.n) prefetch_packed(c, r + DECODED_AHEAD);
             Code* vector = unpacked_.get() + int64_t(r) * a_.dim;
             const int64_t row = c.row(r);
             const int64_t list = list_ >= 0 || !a_.packed.centroids ? list_ : a_.packed.assignments[row];
-            unpack(a_.packed, row, a_.dim, centroid_of(a_.packed, list, a_.dim), vector);
+            unpack(a_.packed, packed(c, r), a_.dim, centroid_of(a_.packed, list, a_.dim), vector);
             squares[r] = square_in_floats(vector, a_.dim);
         }
     }

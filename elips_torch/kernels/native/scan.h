@@ -236,7 +236,7 @@ class Scan {
 
     // The last step of the last row would read past the end of the codes.
     void copy_last(const Code** rows, int n) {
-        const Code* last = source_.row((Rows<Code>::UNPACKS && a_.codes_in_slots ? a_.n_slots : a_.n_rows) - 1);
+        const Code* last = source_.last();
         for (int r = 0; r < n; ++r) {
             if (rows[r] != last) continue;
             std::memcpy(tail_.get(), last, a_.dim * sizeof(Code));

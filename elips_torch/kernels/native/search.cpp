@@ -28,6 +28,8 @@ constexpr int64_t MOST_LOOKING_UP = 20, MOST_LOOKING_UP_LISTS = 16;
 template <class Value>
 bool rank(const Arguments& a, Reservoir* reservoirs) {
     bool ready = true;
+    // Few queries differ in what they have kept.
+    const int at_once = std::clamp(a.n_queries / (8 * a.n_threads), 1, 4);
 #pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1 && a.n_queries > 1)
     {
         Ranking<Value> ranking(a);
@@ -35,7 +37,7 @@ bool rank(const Arguments& a, Reservoir* reservoirs) {
 #pragma omp atomic write
             ready = false;
         }
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, at_once)
         for (int64_t q = 0; q < a.n_queries; ++q)
             if (ranking.is_ready()) ranking.query(q, reservoirs);
     }
@@ -92,7 +94,7 @@ int outcome_of(const Arguments& a) {
 }
 
 int search(Arguments a) {
-    if (a.packed.packing && a.code_type != (a.grid.steps ? 1 : 0)) return UNKNOWN_TYPE;
+    if (unpacks(a) && a.code_type != (a.grid.steps ? 1 : 0)) return UNKNOWN_TYPE;
     const bool by_distance = is_distance(a.metric);
     CodedHere coded;
     DistanceQueries plain;
@@ -119,7 +121,7 @@ int search(Arguments a) {
         ready = scan<float>(a, reservoirs.get(), shared);
     } else if (a.code_type == 1 && HAS_INT8) {
 #if defined(__AVX512VNNI__)
-        if (a.packed.packing == SCALAR8)
+        if (unpacks(a) && a.packed.packing == SCALAR8)
             ready = scan<uint8_t>(a, reservoirs.get(), shared);
         else
             ready = scan<int8_t>(a, reservoirs.get(), shared);

@@ -13,6 +13,8 @@ extern "C" {
 
 struct Packed {
     const uint8_t* codes;        // (N, code_size)
+    const int32_t* places;       // (N,), where in the codes those of each row lie; null where that is its number
+    const int32_t* slot_places;  // (S,), the same of the row in each slot; or null
     const float* table;          // scalars: (D,) steps; parts: (m, ksub, D / m) centroids; short floats: null
     const float* low;            // scalars: (D,), what code 0 stands for
     const float* centroids;      // (L, D), added to the rows of each list; or null
@@ -169,14 +171,19 @@ static inline void unpack_parts(const Packed& p, const uint8_t* codes, int dim, 
     }
 }
 
+// Where codes begin that lie in a place; and those of a row.
+static inline const uint8_t* codes_at(const Packed& p, int64_t place) { return p.codes + place * p.code_size; }
+static inline const uint8_t* codes_of(const Packed& p, int64_t row) {
+    return codes_at(p, p.places ? p.places[row] : row);
+}
+
 // What is added to a row of a list, or null.
 static inline const float* centroid_of(const Packed& p, int64_t list, int dim) {
     return p.centroids ? p.centroids + list * dim : nullptr;
 }
 
-// Writes the vector (D,) of a row, given the centroid that is added.
-static inline void unpack(const Packed& p, int64_t row, int dim, const float* centroid, float* out) {
-    const uint8_t* codes = p.codes + row * p.code_size;
+// Writes the vector (D,) of codes, given the centroid that is added.
+static inline void unpack(const Packed& p, const uint8_t* codes, int dim, const float* centroid, float* out) {
     switch (p.packing) {
         case SCALAR8: return unpack_scalars<8>(p, codes, dim, centroid, out);
         case SCALAR6: return unpack_scalars<6>(p, codes, dim, centroid, out);
@@ -197,5 +204,5 @@ static inline void unpack(const Packed& p, int64_t row, int dim, const float* ce
 
 // Writes the vector (D,) of a row, in whatever list it is.
 static inline void unpack(const Packed& p, int64_t row, int dim, float* out) {
-    unpack(p, row, dim, centroid_of(p, p.centroids ? p.assignments[row] : 0, dim), out);
+    unpack(p, codes_of(p, row), dim, centroid_of(p, p.centroids ? p.assignments[row] : 0, dim), out);
 }

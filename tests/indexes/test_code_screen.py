@@ -1,4 +1,4 @@
-"""The terms that screen plain codes follow whatever happens to these, and decide nothing about results."""
+"""What screens codes follows whatever happens to these, and decides nothing about results."""
 
 import copy
 import io
@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from elips_torch import IVFPQIndex, IVFSQIndex, PQIndex, SQIndex
 from elips_torch.core.hardware import device_facts
 from elips_torch.core.native import native_reasons
-from elips_torch.indexes import grid_terms
-from elips_torch.indexes.grid_terms import GridTerms
+from elips_torch.indexes import code_screen
+from elips_torch.indexes.code_screen import CodeScreen
 from elips_torch.indexes.inverted_lists import SlotChange
+from elips_torch.kernels.coded_rows import CodeGrid
+from elips_torch.kernels.plane import encode
 from elips_torch.testing.contract import assert_same
 
 REASONS = native_reasons(device_facts("cpu"))
@@ -29,10 +31,12 @@ FAMILIES = {
     "scalars": lambda metric: SQIndex(DIM, "int8", metric),
     "bytes": lambda metric: PQIndex(DIM, 6, metric=metric, niter=2, min_points_per_centroid=1),
     "half bytes": lambda metric: PQIndex(DIM, 8, 4, metric, niter=2, min_points_per_centroid=1),
+    "short floats": lambda metric: SQIndex(DIM, "fp16", metric),
 }
 LISTED = {
     "scalars in lists": lambda metric: IVFSQIndex(DIM, 5, metric=metric, niter=2),
     "bytes in lists": lambda metric: IVFPQIndex(DIM, 5, 6, metric=metric, niter=2, min_points_per_centroid=1),
+    "short floats in lists": lambda metric: IVFSQIndex(DIM, 5, "bf16", metric, niter=2),
 }
 
 
@@ -45,7 +49,7 @@ def made(family="scalars", metric="l2", n=700, searched=True):
         # The code is compiled at the first large search, or here; the terms are made when it is there.
         for _ in range(2):
             index.search(rows[:2], 3, implementation="native")
-        assert index._terms.are_made
+        assert index._screening.is_made
     return index
 
 
@@ -59,13 +63,19 @@ def agrees(index, queries=None, k=5, **parameters):
 
 def terms_as_new(index):
     """Return the terms of the rows, and what they are when they are made anew."""
-    known = index._terms._made
-    grid, terms = known.grid, known.terms[: index.ntotal]
-    anew = GridTerms()
+    known = index._screening._made
     rows = torch.arange(index.ntotal)
-    packed = anew.of(index._metric, index._packed(), (), index.ntotal, lambda: (rows, rows))
-    assert torch.equal(packed.grid.steps, grid.steps)
-    return terms, packed.terms
+    if isinstance(known.fixed, CodeGrid):
+        anew = CodeScreen()
+        anew.of(index._metric, index._packed(), index._decode, (), index.ntotal, lambda: (rows, rows))
+        assert torch.equal(anew._made.fixed.steps, known.fixed.steps)
+        terms = anew._made.tensors["terms"]
+    else:
+        # About the mean of the rows that there were.
+        plane = encode(index._metric, index._decode(rows), known.fixed, "int8")
+        assert torch.equal(known.tensors["codes"][: index.ntotal], plane.codes)
+        terms = plane.terms
+    return known.tensors["terms"][: index.ntotal], terms
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
@@ -140,17 +150,18 @@ def test_features_whose_steps_are_below_zero(qtype, metric):
 
 @pytest.mark.parametrize("family", [*FAMILIES, *LISTED])
 def test_what_is_written_while_terms_are_made_is_seen(family, monkeypatch):
-    index, make = made(family, searched=False), grid_terms._make
+    index, make = made(family, searched=False), code_screen._make
 
     def make_and_write(*arguments):
         found = make(*arguments)
-        index.codes[:350].copy_(index.codes[350:].clone())
+        codes = index.listed_codes if family in LISTED else index.codes
+        codes[:350].copy_(codes[350:].clone())
         return found
 
     with monkeypatch.context() as patches:
-        patches.setattr(grid_terms, "_make", make_and_write)
+        patches.setattr(code_screen, "_make", make_and_write)
         index.search(clustered(3, DIM, 1), 5, implementation="native")
-    assert not index._terms.know(index._searched_tensors())
+    assert not index._screening.know(index._searched_tensors())
     agrees(index)
 
 
@@ -159,13 +170,13 @@ def test_what_is_written_while_terms_are_made_is_seen(family, monkeypatch):
 def test_changes_that_the_index_makes_are_followed(family, change, monkeypatch):
     index = made(family)
     made_anew = []
-    monkeypatch.setattr(grid_terms, "_make", lambda *args: made_anew.append(args))
+    monkeypatch.setattr(code_screen, "_make", lambda *args: made_anew.append(args))
     CHANGES[change](index)
     index.search(clustered(3, DIM, 1), 5, implementation="native")
     assert not made_anew
 
 
-@pytest.mark.parametrize("owner", [SlotChange, grid_terms], ids=["carry", "fill"])
+@pytest.mark.parametrize("owner", [SlotChange, code_screen], ids=["carry", "fill"])
 @pytest.mark.parametrize("change", ["add", "upsert", "remove"])
 def test_a_change_that_memory_is_short_for_happens_all_the_same(monkeypatch, change, owner):
     def short(*args):
@@ -175,7 +186,7 @@ def test_a_change_that_memory_is_short_for_happens_all_the_same(monkeypatch, cha
     with monkeypatch.context() as patches:
         patches.setattr(owner, "carry" if owner is SlotChange else "fill_terms", short)
         CHANGES[change](index)
-    assert not index._terms.are_made
+    assert not index._screening.is_made
     agrees(index)
 
 
@@ -184,7 +195,7 @@ def test_growth_is_amortised(monkeypatch):
     places = []
     for _ in range(400):
         index.add(rows)
-        terms = index._terms._made.terms
+        terms = index._screening._made.tensors["terms"]
         assert len(terms) == index.ntotal
         places.append(terms.data_ptr())
     assert len(set(places)) < 10
@@ -231,7 +242,7 @@ def test_terms_are_no_state():
     index = made()
     assert not any("terms" in name for name in index.state_dict())
     for twin in (copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
-        assert not twin._terms.are_made
+        assert not twin._screening.is_made
         agrees(twin)
     saved = io.BytesIO()
     torch.save(index, saved)
@@ -247,15 +258,23 @@ def test_their_memory_is_counted_before_they_are_made(family):
         # The lists are no buffers.
         stored += index.lists.nbytes
         places = index.lists.capacity
+        # Where the code of the row in each slot lies.
+        stored += 4 * places
     before = index.memory_bytes()
     for _ in range(2):
         index.search(clustered(3, DIM, 1), 3, implementation="native")
-    grid = index._terms._made.grid
-    tensors = (grid.steps, grid.zero, grid.mean, grid.table, grid.scalars, grid.features)
-    assert before == stored + 8 * places + sum(each.nbytes for each in tensors if each is not None)
+    screen = index._screening._made
+    shared = screen.fixed
+    if isinstance(shared, CodeGrid):
+        tensors = (shared.steps, shared.zero, shared.mean, shared.table, shared.scalars, shared.features)
+    else:
+        tensors = (shared,)
+    tensors = (*tensors, *screen.tensors.values())
+    assert all(len(each) == places for each in screen.tensors.values())
+    assert before == stored + sum(each.nbytes for each in tensors if each is not None)
     assert index.memory_bytes() == before
     unscreened = {**FAMILIES, **LISTED}[family]("l1")
-    assert not unscreened.keeps_terms
+    assert not unscreened.is_screened
 
 
 def test_counting_memory_compiles_nothing(monkeypatch):
@@ -271,7 +290,7 @@ def test_threads_that_search_first_find_the_same(listed):
     queries = clustered(40, DIM, 2)
     expected = index.search(queries, 5, implementation="eager" if listed else "decoded")
     for _ in range(30):
-        index._terms.forget()
+        index._screening.forget()
         index._searches.clear()
         found = [None] * 4
         start = threading.Barrier(len(found))
