@@ -31,12 +31,14 @@ class PlacedCodes:
         of_rows: ``(N,)`` int32, the place of the code of each row.
         of_slots: ``(S,)`` int32, that of the row in each slot; None before a search has needed it.
         seen: what the places were when those of the slots were taken from them.
+        slots: ``(S,)`` int64, the rows in the slots that these are of.
     """
 
     codes: Tensor
     of_rows: Tensor
     of_slots: Tensor | None = None
     seen: Snapshot | None = None
+    slots: Tensor | None = None
 
     @property
     def slots_are_known(self) -> bool:
@@ -99,10 +101,12 @@ class ListedCodes(ScreenedCodes, ListedRows):
     def _placed_in(self, lists: InvertedLists) -> PlacedCodes:
         """Return the codes as they lie now, with the places of what is in the slots."""
         placed = self._placed_codes()
-        if placed.of_slots is None or len(placed.of_slots) != lists.capacity or not placed.slots_are_known:
+        slots = lists.slots
+        if placed.slots is not slots or not placed.slots_are_known:
             with durable():
-                of_slots = placed.of_rows[lists.slots.clamp_min(0)] if len(placed.of_rows) else None
-            placed = dataclasses.replace(placed, of_slots=of_slots, seen=Snapshot(placed.of_rows))
+                of_slots = placed.of_rows[slots.clamp_min(0)] if len(placed.of_rows) else None
+            seen = Snapshot(placed.of_rows)
+            placed = dataclasses.replace(placed, of_slots=of_slots, seen=seen, slots=slots)
             # Whoever comes after another thread has moved them makes them again.
             self._placed = placed
         return placed
@@ -155,7 +159,8 @@ class ListedCodes(ScreenedCodes, ListedRows):
             with durable():
                 self._carried = of_slots = change.carry(self._carried)
                 of_slots[change.filled] = placed.of_rows[self._lists.slots[change.filled]]
-            placed = dataclasses.replace(placed, of_slots=of_slots, seen=Snapshot(placed.of_rows))
+            seen = Snapshot(placed.of_rows)
+            placed = dataclasses.replace(placed, of_slots=of_slots, seen=seen, slots=self._lists.slots)
         self._placed = placed
 
     @contextmanager

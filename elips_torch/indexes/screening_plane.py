@@ -88,17 +88,21 @@ class ScreeningPlane(RowTensors):
         wanted = self._kind_for(vectors)
         if wanted == self.kind == "none":
             return None
-        if not self._is_plane_of(vectors, wanted):
-            # Optimisers, averaging of models and DDP write into vectors behind the index's back.
-            self._make(vectors)
-        if self._n_waiting:
+        if not self._is_plane_of(vectors, wanted) or self._n_waiting:
             with self._encoding:
                 # Another thread may have done it meanwhile.
-                self._encode_waiting(vectors)
+                self._bring_up_to_date(vectors, wanted)
         if self.kind == "none":
             return None
         codes = vectors.detach() if self.kind == "fp32" else self.codes
         return Plane(codes, self.terms, self.mean, self.is_integer)
+
+    def _bring_up_to_date(self, vectors: Tensor, wanted: str) -> None:
+        if self._is_plane_of(vectors, wanted):
+            self._encode_waiting(vectors)
+        if not self._is_plane_of(vectors, wanted):
+            # Optimisers, averaging of models and DDP write into vectors behind the index's back.
+            self._make(vectors)
 
     def knows(self, vectors: Tensor) -> bool:
         """Whether this is the plane of the vectors as they are now.
@@ -175,20 +179,30 @@ class ScreeningPlane(RowTensors):
         """Encode those of the vectors ``(N, D)`` that wait."""
         if not self._n_waiting:
             return
-        n = vectors.shape[0]
+        # Unknown meanwhile: another thread waits for the end.
+        n, self._seen = vectors.shape[0], None
         rows = self._encoded(vectors.detach()[n - self._n_waiting :])
         if rows is None:
             self.rebuild(vectors)
             return
         self._put_last({"codes": rows.codes, "terms": rows.terms})
         self._n_waiting = 0
-        if vectors.shape[0] >= 2 * self._rows_at_mean and self.kind != "fp32" and not self.is_integer:
-            self._move_mean(vectors)
+        if (
+            n < 2 * self._rows_at_mean
+            or self.kind == "fp32"
+            or self.is_integer
+            or not self._move_mean(vectors)
+        ):
+            self._seen = Snapshot(vectors)
 
     def overwrite(self, where: Tensor, new: Tensor, vectors: Tensor) -> None:
         """Follow ``new (M, D)`` rows that were written to rows ``where (M,)`` of the vectors."""
         if self.kind != "none" and where.numel():
             self._encode_waiting(vectors)
+            if self._seen is None:
+                # The rows that waited do not fit it: the next search makes it anew.
+                return
+        if self.kind != "none" and where.numel():
             rows = self._encoded(new.to(vectors.dtype))
             if rows is None:
                 self.rebuild(vectors)
@@ -236,14 +250,17 @@ class ScreeningPlane(RowTensors):
         plane = plain_plane(self.metric, vectors.detach())
         return None if plane is None else dataclasses.replace(plane, codes=vectors.detach()[:, :0].clone())
 
-    def _move_mean(self, vectors: Tensor) -> None:
+    def _move_mean(self, vectors: Tensor) -> bool:
+        """Make the plane anew about another mean where that repays; return whether it did."""
         with durable():
             some = vectors.detach()[:: max(1, vectors.shape[0] // _ROWS_FOR_MEAN)]
             moved = (mean_of(self.metric, some) - self.mean).square().sum()
             spread = self._norms().square().mean()
         self._rows_at_mean = vectors.shape[0]
-        if bool(moved > _WORTH_MOVING * spread):
-            self.rebuild(vectors)
+        if not bool(moved > _WORTH_MOVING * spread):
+            return False
+        self.rebuild(vectors)
+        return True
 
     def _norms(self) -> Tensor:
         """Return the norm of each row, ``(N,)``."""

@@ -3,18 +3,21 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from elips_torch import ArgumentError, FlatIndex, IndexFileError, load_index
+from elips_torch import ArgumentError, FlatIndex, IndexFileError, IVFFlatIndex, load_index
 from elips_torch.core.hardware import DeviceFacts
+from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.kernels.knn_native import NativeSearch
 from elips_torch.kernels.knn_screened import ScreenedSearch
 from elips_torch.kernels.plane import NORM, RESIDUAL
 from elips_torch.kernels.prepared_native import PreparedSearch
+from elips_torch.testing.contract import assert_same
 
 DIM = 16
 METRICS = ["l2", "ip", "cosine"]
@@ -436,3 +439,73 @@ def test_the_default_dtype_changes_nothing(default):
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found.ids, expected.ids)
     assert torch.equal(found.scores, expected.scores)
+
+
+# Rows of small batches wait.
+
+
+def waiting(kind="float", listed=False, metric="l2"):
+    """Return an index whose last rows wait, and vectors like these: further away, no integers, too long."""
+    index = IVFFlatIndex(DIM, 3, metric, nprobe=3, niter=2, screen="int8") if listed else None
+    index = index or FlatIndex(DIM, metric, screen="int8")
+    rows = (random(600) * 20).round() if kind == "integers" else random(600)
+    index.fit(rows)
+    index.add(rows)
+    index.search(rows[:2], 3)
+    new = {
+        "float": random(40, seed=3) + 5,
+        "integers": random(40, seed=3) * 20,
+        "long": random(40, seed=3) * 1e19,
+    }[kind]
+    for some in new.split(5):
+        index.add(some)
+    assert index.plane._n_waiting == 40
+    return index, new
+
+
+@pytest.mark.parametrize("kind", ["float", "integers", "long"])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("change", ["nothing", "upsert", "upsert waiting", "remove", "copy", "double"])
+def test_rows_that_wait_are_found(kind, listed, metric, change):
+    index, new = waiting(kind, listed, metric)
+    if change == "upsert":
+        index.upsert(random(3, seed=4), torch.tensor([1, 2, 900]))
+    elif change == "upsert waiting":
+        index.upsert(random(3, seed=4), torch.tensor([1, 605, 630]))
+    elif change == "remove":
+        index.remove(index.ids[::7])
+    elif change == "copy":
+        index = copy.deepcopy(index)
+    elif change == "double":
+        # As many again: the mean is looked at.
+        index.add(random(700, seed=6) + 9)
+    for _ in range(2):
+        for queries in (new, random(5, seed=5)):
+            assert_same(index.search(queries, 4), index.search(queries, 4, implementation="eager"))
+
+
+def test_a_thread_waits_for_another_that_encodes(monkeypatch):
+    index, new = waiting()
+    index.add(random(700, seed=6) + 40)
+    index.add(random(5, seed=7) + 40)
+    reached, go_on, found = threading.Event(), threading.Event(), []
+    unhurt = ScreeningPlane._encoded
+
+    def slow(plane, rows):
+        reached.set()
+        go_on.wait(20)
+        return unhurt(plane, rows)
+
+    monkeypatch.setattr(ScreeningPlane, "_encoded", slow)
+    threads = [threading.Thread(target=lambda: found.append(index.search(new, 4))) for _ in range(2)]
+    threads[0].start()
+    assert reached.wait(20)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert not found
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    for each in found:
+        assert_same(each, index.search(new, 4, implementation="eager"))
