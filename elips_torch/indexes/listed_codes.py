@@ -51,7 +51,8 @@ class ListedCodes(ScreenedCodes, ListedRows):
 
     Rows keep the order of insertion, their codes do not: that of row i is ``listed_codes[code_places[i]]``.
     Codes that come are appended; when many lie apart from those of their list, the next search moves
-    them all. Results rest on no order. A subclass calls `_register_codes` in its constructor.
+    them all, for which it takes as much memory again. Results rest on no order. A subclass calls
+    `_register_codes` in its constructor.
     """
 
     listed_codes: Tensor
@@ -105,6 +106,13 @@ class ListedCodes(ScreenedCodes, ListedRows):
         if placed.slots is not slots or not placed.slots_are_known:
             with durable():
                 of_slots = placed.of_rows[slots.clamp_min(0)] if len(placed.of_rows) else None
+            if of_slots is not None:
+                # C++ reads where they say.
+                low, high = (int(extreme) for extreme in torch.aminmax(placed.of_rows))
+                if low < 0 or high >= len(placed.codes):
+                    raise IndexError(
+                        f"code_places is {low} to {high}, expected 0 <= place < {len(placed.codes)}"
+                    )
             seen = Snapshot(placed.of_rows)
             placed = dataclasses.replace(placed, of_slots=of_slots, seen=seen, slots=slots)
             # Whoever comes after another thread has moved them makes them again.
@@ -131,7 +139,9 @@ class ListedCodes(ScreenedCodes, ListedRows):
             return False
         codes = self._placed_codes().codes
         many = self._n_apart * _MOST_APART > len(codes)
-        return many and codes.device.type == "cpu" and codes.nbytes > _FEW_BYTES
+        # Other processes may read shared codes, which must stay shared.
+        may_move = codes.device.type == "cpu" and not codes.is_shared()
+        return many and may_move and codes.nbytes > _FEW_BYTES
 
     def _move_codes(self) -> None:
         slots = self.lists.slots
@@ -206,6 +216,15 @@ class ListedCodes(ScreenedCodes, ListedRows):
         return {"listed_codes": self.listed_codes[stays], "code_places": moved[places[keep]], **rest}
 
     # Checkpoints and copies.
+
+    def _like(self, name: str) -> Tensor:
+        return self.listed_codes if name == "codes" else super()._like(name)
+
+    def _drop_reserves(self) -> None:
+        # Before they are shared: after that they stay where they are.
+        if self.is_trained:
+            self._bring_together()
+        super()._drop_reserves()
 
     def _load_rows(self, rows: dict[str, Tensor], *, assign: bool) -> None:
         codes = rows["codes"]

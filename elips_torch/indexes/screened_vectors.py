@@ -46,12 +46,6 @@ class ScreenedVectors(Index):
             # The vectors have changed; the plane is derived from them and can wait for memory.
             self.plane.forget()
 
-    def memory_bytes(self) -> int:
-        """Return the bytes of the stored tensors and of the plane; see `Index.memory_bytes`."""
-        # What searches need counts before the first one, too.
-        self.plane.current(self.vectors)
-        return super().memory_bytes()
-
     def _drop_reserves(self) -> None:
         known = self.plane.knows(self.vectors)
         super()._drop_reserves()

@@ -27,7 +27,7 @@ _WORTH_MOVING = 0.05
 # Rows, spread evenly, whose mean is looked at.
 _ROWS_FOR_MEAN = 2**16
 # Features that wait to be encoded: few rows take almost as long as these.
-_MOST_WAITING = 2**18
+_MOST_WAITING = 2**19
 
 
 class ScreeningPlane(RowTensors):

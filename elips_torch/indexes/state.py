@@ -124,11 +124,12 @@ class RowState(RowTensors):
         if next_id.dtype != torch.int64 or next_id.numel() != 1 or int(next_id) < 0:
             faults.append(f"next_id: got {next_id}, expected one int64 number >= 0")
         for name, tensor in rows.items():
-            wanted = getattr(self, name).shape[1:]
+            like = self._like(name)
+            wanted = like.shape[1:]
             if tensor.ndim != 1 + len(wanted) or tensor.shape[1:] != wanted:
                 shape = ", ".join(("N", *map(str, wanted)))
                 faults.append(f"{name}: got shape {tuple(tensor.shape)}, expected ({shape})")
-            own = getattr(self, name).dtype
+            own = like.dtype
             if tensor.dtype != own and not {tensor.dtype, own} <= set(FLOAT_DTYPES):
                 faults.append(f"{name}: got dtype {tensor.dtype}, expected {own}")
         lengths = {name: len(tensor) for name, tensor in rows.items() if tensor.ndim}
@@ -144,6 +145,11 @@ class RowState(RowTensors):
                 span = f"{int(ids.min())} to {int(ids.max())}"
                 faults.append(f"ids: got {span}, expected 0 <= id < {int(next_id)}")
         return faults
+
+    def _like(self, name: str) -> Tensor:
+        """Return a tensor of the dtype and the shape that rows of a row tensor have."""
+        tensor: Tensor = getattr(self, name)
+        return tensor
 
     def _load_rows(self, rows: dict[str, Tensor], *, assign: bool) -> None:
         with durable():

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from elips_torch import IVFPQIndex, IVFSQIndex
 from elips_torch.indexes import listed_codes
+from elips_torch.indexes.inverted_lists import InvertedLists
 from elips_torch.testing.contract import assert_same
 
 DIM = 24
@@ -196,11 +197,45 @@ def test_memory_that_is_short_leaves_codes_where_they_are(monkeypatch):
 
 def test_shared_memory():
     index = made().share_memory()
-    agrees(index)
+    assert is_together(index)
+    for _ in range(2):
+        agrees(index)
+        assert index.listed_codes.is_shared()
+        assert index.code_places.is_shared()
+
+
+def test_places_that_somebody_has_spoiled_are_refused():
+    index = made()
     search(index, clustered(3, DIM, 1))
-    index.share_memory()
-    assert index.listed_codes.is_shared()
-    agrees(index)
+    index.code_places[5] = 10**9
+    with pytest.raises(IndexError, match=r"code_places is 0 to 1000000000, expected 0 <= place < 600"):
+        search(index, clustered(3, DIM, 1))
+
+
+def test_lists_that_another_thread_makes_anew_go_with_their_own_places(monkeypatch):
+    index = made()
+    queries = clustered(40, DIM, 2)
+    search(index, queries)
+    # Behind the back of the index; as many slots as before.
+    index.assignments.copy_((index.assignments + 1) % 7)
+    reached, go_on, found = threading.Event(), threading.Event(), []
+    unhurt = InvertedLists.rebuild
+
+    def slow(lists, *args):
+        change = unhurt(lists, *args)
+        if threading.current_thread().name == "first":
+            reached.set()
+            go_on.wait(20)
+        return change
+
+    monkeypatch.setattr(InvertedLists, "rebuild", slow)
+    first = threading.Thread(target=lambda: search(index, queries), name="first")
+    first.start()
+    assert reached.wait(20)
+    found.append(search(index, queries))
+    go_on.set()
+    first.join()
+    assert_same(found[0], index.search(queries, 5, implementation="eager"))
 
 
 @pytest.mark.parametrize("family", ["scalars", "short floats", "parts"])
