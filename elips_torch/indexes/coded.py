@@ -194,7 +194,7 @@ class CodedIndex(ScreenedCodes):
 
         return self._with_screen(packed, n, placed)
 
-    # The place of a row among the terms is its number.
+    # The place of a row in what screens it is its number.
 
     def _n_places(self) -> int:
         return self.ntotal
@@ -217,14 +217,14 @@ class CodedIndex(ScreenedCodes):
             self._follow(lambda n: SlotChange(n, places, torch.arange(n, device="cpu"), _NONE))
 
     def _follow(self, change: Callable[[int], SlotChange]) -> None:
-        """Let the terms follow a change of the rows, given how many these are now."""
+        """Let what screens the rows follow a change of these, given how many they are now."""
         if not self._screening.is_made:
             return
         try:
             step = change(self.ntotal)
             self._carry_screen(step, step.filled)
         except (MemoryError, RuntimeError):
-            # The rows have changed; the terms are derived from them and can wait for memory.
+            # The rows have changed; what screens them is derived from them and can wait for memory.
             self._screening.forget()
 
     def _range_search(

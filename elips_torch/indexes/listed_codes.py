@@ -154,9 +154,11 @@ class ListedCodes(ScreenedCodes, ListedRows):
             places = torch.empty_like(placed.of_rows)
             places[rows] = torch.arange(len(rows), dtype=torch.int32, device=places.device)
         with self._changing_rows():
-            # Spare memory behind the codes would keep them.
-            self._reserves.clear()
-            self._assign_rows({"listed_codes": moved, "code_places": places})
+            held = {"listed_codes": moved, "code_places": places}
+            for name in held:
+                # Spare memory behind what there was would keep it.
+                self._reserves.pop(name, None)
+            self._assign_rows(held)
 
     def _rows_changed(self) -> None:
         super()._rows_changed()
@@ -189,17 +191,15 @@ class ListedCodes(ScreenedCodes, ListedRows):
     def _append_rows(self, rows: dict[str, Tensor]) -> None:
         n, codes = self.ntotal, rows["codes"]
         places = torch.arange(n, n + len(codes), dtype=torch.int32, device=codes.device)
-        rest = {name: tensor for name, tensor in rows.items() if name != "codes"}
         with self._changing_places():
-            super()._append_rows({"listed_codes": codes, "code_places": places, **rest})
+            super()._append_rows({"listed_codes": codes, "code_places": places, **_without_codes(rows)})
         self._n_apart += len(codes)
 
     def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
-        rest = {name: tensor for name, tensor in rows.items() if name != "codes"}
         with self._changing_places():
             places = self.code_places.index_select(0, where).long()
             RowTensors._overwrite_rows(self, places, {"listed_codes": rows["codes"]})
-            super()._overwrite_rows(where, rest)
+            super()._overwrite_rows(where, _without_codes(rows))
         self._n_apart += len(where)
 
     def _keep_rows(self, keep: Tensor) -> None:
@@ -229,8 +229,8 @@ class ListedCodes(ScreenedCodes, ListedRows):
     def _load_rows(self, rows: dict[str, Tensor], *, assign: bool) -> None:
         codes = rows["codes"]
         places = torch.arange(len(codes), dtype=torch.int32, device=codes.device)
-        rest = {name: tensor for name, tensor in rows.items() if name != "codes"}
-        super()._load_rows({"listed_codes": codes, "code_places": places, **rest}, assign=assign)
+        held = {"listed_codes": codes, "code_places": places, **_without_codes(rows)}
+        super()._load_rows(held, assign=assign)
         self._n_apart = len(codes)
 
     def _attach(self) -> None:
@@ -246,3 +246,7 @@ class ListedCodes(ScreenedCodes, ListedRows):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._placed = PlacedCodes(self.listed_codes, self.code_places)
+
+
+def _without_codes(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in rows.items() if name != "codes"}

@@ -56,7 +56,8 @@ class ScreenedCodes(PreparesSearches):
         self, packed: PackedRows, n_places: int, placed: Callable[[], tuple[Tensor, Tensor]]
     ) -> PackedRows:
         """Return rows with what screens them; arguments as for `CodeScreen.of`."""
-        if self.screen == "none":
+        if self.screen != "auto":
+            self._screening.forget()
             return packed
         return self._screening.of(
             self._metric, packed, self._decode, self._searched_tensors(), n_places, placed

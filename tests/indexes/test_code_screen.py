@@ -313,3 +313,12 @@ def test_what_was_learned_may_be_learned_further():
     codebooks = index.quantizer._buffers.pop("codebooks")
     index.quantizer.codebooks = torch.nn.Parameter(codebooks.clone())
     agrees(index)
+
+
+def test_nothing_is_kept_once_that_is_not_wanted():
+    index = made("short floats")
+    before = index.memory_bytes()
+    index.screen = "none"
+    agrees(index)
+    assert not index._screening.is_made
+    assert index.memory_bytes() < before

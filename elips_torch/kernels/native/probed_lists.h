@@ -31,7 +31,7 @@ struct ListQueries {
             lists[n] = list;
             starts[n++] = total;
             total += places[list];
-            places[list] = -starts[n - 1] - 1;
+            places[list] = -1;  // has been taken
         }
         starts[n] = total;
         for (int64_t i = 0; i < n; ++i) places[lists[i]] = starts[i];

@@ -120,6 +120,8 @@ class Rows {
     void take_list(int64_t number) {
         if (!unpacks(a_)) return;
         list_ = number;
+        // Nobody has looked at the rows in its slots yet, whose places would have to be read.
+        if (a_.packed.places && !a_.packed.slot_places) return;
         const int64_t start = a_.list_starts[number];
         const int64_t end = std::min(start + std::min<int64_t>(a_.list_sizes[number], first_rows()), a_.n_slots);
         for (int64_t slot = std::max<int64_t>(start, 0); slot < end; ++slot) fetch(packed(slot, a_.slots[slot]), a_.packed.code_size);
