@@ -8,7 +8,10 @@ from torch import Tensor
 from elips_torch.indexes.inverted_lists import SlotChange
 from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.storage import durable
-from elips_torch.kernels.plane import CODE_DTYPES, NORM, Plane
+from elips_torch.kernels.packed_native import has_grids
+from elips_torch.kernels.plane import CODE_DTYPES, Plane
+from elips_torch.kernels.search_native import VECTOR_TYPES
+from elips_torch.kernels.step_plane import METRICS
 
 
 class ListedPlane(ScreeningPlane):
@@ -36,6 +39,13 @@ class ListedPlane(ScreeningPlane):
     def __getstate__(self) -> dict[str, Any]:
         # The lists of a copy are its own.
         return super().__getstate__() | {"_places": None}
+
+    def kind_for(self, vectors: Tensor) -> str:
+        """Return the kind of plane to keep of vectors, or "none"."""
+        if self.screen == "auto" and self.metric.name in METRICS and vectors.dtype in VECTOR_TYPES:
+            # Vectors of a list lie anywhere, their codes one after the other.
+            return "int8" if has_grids(self.dim, vectors.device) else "none"
+        return super().kind_for(vectors)
 
     def rebuild(self, vectors: Tensor) -> None:
         """Make the plane anew when the next search asks for it, which has the lists."""
@@ -93,9 +103,8 @@ class ListedPlane(ScreeningPlane):
         if not self.in_slots:
             super()._keep_rows(keep)
 
-    def _norms(self) -> Tensor:
-        norms = self.terms[:, NORM]
-        return norms[self._places] if self.in_slots and self._places is not None else norms
+    def _row_terms(self) -> Tensor:
+        return self.terms[self._places] if self.in_slots and self._places is not None else self.terms
 
     def _take(self, plane: Plane | None, vectors: Tensor) -> None:
         if plane is not None and plane.kind in CODE_DTYPES and self._places is not None:

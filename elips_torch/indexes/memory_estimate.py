@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from elips_torch.indexes.base import Index
@@ -14,7 +13,6 @@ from elips_torch.indexes.screened_vectors import ScreenedVectors
 from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.wrappers import WrapperIndex
 from elips_torch.kernels.plane import CODE_DTYPES
-from elips_torch.kernels.screen_choice import choose_screen
 from elips_torch.quantizers.learned import Learned
 
 # Scale, residual, norm and bias of a row in a plane, float32.
@@ -70,9 +68,7 @@ def _own_bytes(index: Index, n: int, other: Iterable[Index], padding: int = 0) -
 
 
 def _plane_bytes(plane: ScreeningPlane, vectors: Tensor, n: int, padding: int) -> int:
-    if vectors.dtype == torch.float64:
-        return 0
-    kind = choose_screen(plane.screen, plane.metric, vectors.dtype, plane.dim, vectors.device)
+    kind = plane.kind_for(vectors)
     if kind == "none":
         return 0
     if kind not in CODE_DTYPES:

@@ -1,6 +1,7 @@
 """The plane of an index: kept right while its vectors change."""
 
 import dataclasses
+import math
 import threading
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from elips_torch.indexes.storage import Snapshot, durable, extend_rows
 from elips_torch.kernels.plane import (
     CODE_DTYPES,
     NORM,
+    RESIDUAL,
     Plane,
     encode,
     integer_offset,
@@ -21,6 +23,7 @@ from elips_torch.kernels.plane import (
     plain_plane,
 )
 from elips_torch.kernels.screen_choice import choose_screen
+from elips_torch.kernels.step_plane import METRICS, encode_in_steps, make_step_plane
 
 # The mean moves when that shortens the squared norms by this share.
 _WORTH_MOVING = 0.05
@@ -57,6 +60,7 @@ class ScreeningPlane(RowTensors):
         self.screen = screen
         self.kind = "none"
         self.is_integer = False
+        self.step: float | None = None
         # The kind that was to be made, also where the vectors allow none.
         self._wanted = "none"
         self._rows_at_mean = 0
@@ -85,7 +89,7 @@ class ScreeningPlane(RowTensors):
 
     def current(self, vectors: Tensor) -> Plane | None:
         """Return the plane of the vectors as they are now, or None where none is kept."""
-        wanted = self._kind_for(vectors)
+        wanted = self.kind_for(vectors)
         if wanted == self.kind == "none":
             return None
         if not self._is_plane_of(vectors, wanted) or self._n_waiting:
@@ -95,7 +99,7 @@ class ScreeningPlane(RowTensors):
         if self.kind == "none":
             return None
         codes = vectors.detach() if self.kind == "fp32" else self.codes
-        return Plane(codes, self.terms, self.mean, self.is_integer)
+        return Plane(codes, self.terms, self.mean, self.is_integer, self.step)
 
     def _bring_up_to_date(self, vectors: Tensor, wanted: str) -> None:
         if self._is_plane_of(vectors, wanted):
@@ -109,7 +113,7 @@ class ScreeningPlane(RowTensors):
 
         Nobody can tell that of a parameter: fused optimisers leave no trace of what they write.
         """
-        return self._is_plane_of(vectors, self._kind_for(vectors))
+        return self._is_plane_of(vectors, self.kind_for(vectors))
 
     def _is_plane_of(self, vectors: Tensor, wanted: str) -> bool:
         if self._seen is None or isinstance(vectors, nn.Parameter):
@@ -136,12 +140,12 @@ class ScreeningPlane(RowTensors):
         self._make(vectors)
 
     def _make(self, vectors: Tensor) -> None:
-        kind = self._kind_for(vectors)
+        kind = self.kind_for(vectors)
         plane = None
         if kind != "none" and vectors.shape[0] and not vectors.is_meta:
             with durable():
                 data = vectors.detach()
-                plane = self._plain(data) if kind == "fp32" else make_plane(self.metric, data, kind)
+                plane = self._plain(data) if kind == "fp32" else self._coded(data, kind)
         self._take(plane, vectors)
 
     # Changes of vectors that the plane knows.
@@ -222,13 +226,14 @@ class ScreeningPlane(RowTensors):
     def follow(self, vectors: Tensor, dtype: torch.dtype) -> None:
         """Follow a move of vectors that had a dtype to another device or to shared memory."""
         casts = self.codes.dtype not in CODE_DTYPES.values() or self.terms.dtype != torch.float32
-        kept = self._kind_for(vectors) == self._wanted and vectors.dtype == dtype
+        kept = self.kind_for(vectors) == self._wanted and vectors.dtype == dtype
         if kept and not casts and not vectors.is_meta and self.terms.device == vectors.device:
             self._seen = Snapshot(vectors)
         else:
             self.rebuild(vectors)
 
-    def _kind_for(self, vectors: Tensor) -> str:
+    def kind_for(self, vectors: Tensor) -> str:
+        """Return the kind of plane to keep of vectors, or "none"."""
         # An index may have become float64 since its screen was checked.
         if vectors.dtype == torch.float64:
             return "none"
@@ -243,7 +248,15 @@ class ScreeningPlane(RowTensors):
                 low, high = (float(each - self.mean[0]) for each in torch.aminmax(new))
                 if integer_offset(self.metric, new) is None or low < -128 or high > 127:
                     return None
+            if self.step is not None:
+                return encode_in_steps(new.detach(), self.mean, self.step)
             return encode(self.metric, new.detach(), self.mean, self.kind, is_integer=self.is_integer)
+
+    def _coded(self, vectors: Tensor, kind: str) -> Plane | None:
+        """Return a plane of codes of all vectors ``(N, D)``."""
+        if self.metric.name in METRICS:
+            return make_step_plane(self.metric, vectors)
+        return make_plane(self.metric, vectors, kind)
 
     def _plain(self, vectors: Tensor) -> Plane | None:
         """Return the plane of the vectors as they are, without a copy of them."""
@@ -252,19 +265,30 @@ class ScreeningPlane(RowTensors):
 
     def _move_mean(self, vectors: Tensor) -> bool:
         """Make the plane anew about another mean where that repays; return whether it did."""
+        self._rows_at_mean = vectors.shape[0]
         with durable():
             some = vectors.detach()[:: max(1, vectors.shape[0] // _ROWS_FOR_MEAN)]
-            moved = (mean_of(self.metric, some) - self.mean).square().sum()
-            spread = self._norms().square().mean()
-        self._rows_at_mean = vectors.shape[0]
-        if not bool(moved > _WORTH_MOVING * spread):
-            return False
-        self.rebuild(vectors)
-        return True
+            repays = self._leaves_less(some) if self.step is not None else self._shortens(some)
+        if repays:
+            self.rebuild(vectors)
+        return repays
 
-    def _norms(self) -> Tensor:
-        """Return the norm of each row, ``(N,)``."""
-        return self.terms[:, NORM]
+    def _shortens(self, some: Tensor) -> bool:
+        """Whether the squared norms would be shorter about the mean of some rows."""
+        moved = (mean_of(self.metric, some) - self.mean).square().sum()
+        return bool(moved > _WORTH_MOVING * self._row_terms()[:, NORM].square().mean())
+
+    def _leaves_less(self, some: Tensor) -> bool:
+        """Whether codes made for some rows would leave less than those of now."""
+        other = make_step_plane(self.metric, some)
+        if other is None:
+            return False
+        now, then = (terms[:, RESIDUAL].log().mean() for terms in (self._row_terms(), other.terms))
+        return bool(then < now + math.log(1 - _WORTH_MOVING))
+
+    def _row_terms(self) -> Tensor:
+        """Return the terms of each row, ``(N, 4)``."""
+        return self.terms
 
     def _empty(self, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
         return (
@@ -276,7 +300,7 @@ class ScreeningPlane(RowTensors):
     def _take(self, plane: Plane | None, vectors: Tensor) -> None:
         self._rows_at_mean = vectors.shape[0]
         self._n_waiting = 0
-        self._wanted = self._kind_for(vectors)
+        self._wanted = self.kind_for(vectors)
         if plane is None:
             if self.kind == "none" and self.codes.device == vectors.device:
                 self._seen = Snapshot(vectors)
@@ -286,7 +310,7 @@ class ScreeningPlane(RowTensors):
             plane, self.kind = Plane(codes, terms, mean), "none"
         else:
             self.kind = plane.kind
-        self.is_integer = plane.is_integer
+        self.is_integer, self.step = plane.is_integer, plane.step
         self._buffers["mean"] = plane.mean
         self._assign_rows({"codes": plane.codes, "terms": plane.terms})
         self._reserves.clear()

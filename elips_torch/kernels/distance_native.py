@@ -19,7 +19,7 @@ from elips_torch.kernels.knn_native import (
     native_serves,
 )
 from elips_torch.kernels.knn_screened import ScreenedSearch
-from elips_torch.kernels.plane import Plane
+from elips_torch.kernels.plane import LARGEST_NORM, Plane
 from elips_torch.kernels.search_native import SOURCE_TYPES
 
 # Bounds that say less than this about a distance would keep too many rows.
@@ -101,3 +101,24 @@ class DistanceSearch(NativeSearch):
         facts = super()._rows()
         del facts["codes"], facts["terms"]
         return facts
+
+
+class StepSearch(NativeSearch):
+    """Screen by codes whose differences are summed, and rescore what survives.
+
+    Args:
+        database: ``(N, D)`` float32, float16 or bfloat16, contiguous, on a CPU.
+        metric: "l1" or "gower".
+        plane: one that has a step.
+        k: number of neighbours.
+        n_excluded: rows that are left out for each query, at most.
+    """
+
+    def _queries(self, queries: Tensor) -> dict[str, Any]:
+        return {
+            "source": queries.resolve_neg().contiguous(),
+            "source_type": SOURCE_TYPES[queries.dtype],
+            "mean": self.plane.mean,
+            "largest": LARGEST_NORM / self.dim,
+            "step": self.plane.step,
+        }

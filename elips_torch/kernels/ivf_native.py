@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.metric import Metric
-from elips_torch.kernels.distance_native import distance_first
+from elips_torch.kernels.distance_native import StepSearch, distance_first
 from elips_torch.kernels.ivf_decoded import DecodedLists
 from elips_torch.kernels.ivf_search_eager import Step
 from elips_torch.kernels.knn_native import NativeSearch, native_serves
@@ -34,14 +34,15 @@ def native_lists(
     """Return a search of lists in C++, or None where it cannot serve."""
     if decode.dtype == torch.float64:
         return None
-    if metric.form != "product":
-        return _distance_lists(layout, decode, metric, k, n_excluded, workspace_bytes)
     if isinstance(decode, StoredRows) and decode.plane is not None:
         n_places = layout.slots.shape[0] if decode.in_slots else None
         if not native_serves(decode.vectors, decode.plane, n_places):
             return None
-        search = NativeSearch(decode.vectors, metric, decode.plane, k, n_excluded)
+        kind = NativeSearch if decode.plane.step is None else StepSearch
+        search = kind(decode.vectors, metric, decode.plane, k, n_excluded)
         return ScreenedLists(search, layout, decode.in_slots) if search.plan(1, workspace_bytes) else None
+    if metric.form != "product":
+        return _distance_lists(layout, decode, metric, k, n_excluded, workspace_bytes)
     if not library_compiles():
         return None
     packed = getattr(decode, "packed", None)

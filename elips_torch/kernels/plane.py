@@ -40,12 +40,15 @@ class Plane:
             close to ``-|x - mean|**2 / 2`` for "l2", zero for the others.
         mean: ``(D,)`` float32. For "cosine" all of this is of the normalised rows.
         is_integer: the vectors are the codes plus the mean, without any error.
+        step: None, or that of codes whose differences are summed, see `elips_torch.kernels.step_plane`: then
+            scale and norm of a row are 1, its residual is a sum of magnitudes, and its bias is zero.
     """
 
     codes: Tensor
     terms: Tensor
     mean: Tensor
     is_integer: bool = False
+    step: float | None = None
 
     @property
     def n_rows(self) -> int:
@@ -80,7 +83,7 @@ def directions(metric: Metric, vectors: Tensor) -> Tensor:
 def mean_of(metric: Metric, vectors: Tensor) -> Tensor:
     """Return the mean ``(D,)`` float32 of the rows as a plane encodes them."""
     total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    for start, stop in _chunks(vectors):
+    for start, stop in chunks_of(vectors):
         total += directions(metric, vectors[start:stop]).sum(0)
     return (total / max(1, vectors.shape[0])).float()
 
@@ -93,7 +96,7 @@ def integer_offset(metric: Metric, vectors: Tensor) -> float | None:
     if not high - low <= 255 or not max(abs(low), abs(high)) <= 1024:
         return None
     offset = 0.0 if low >= -128 and high <= 127 else float(round((low + high + 1) / 2))
-    for start, stop in _chunks(vectors):
+    for start, stop in chunks_of(vectors):
         part = vectors[start:stop]
         if not torch.equal(part, part.round()):
             return None
@@ -124,7 +127,7 @@ def encode(
     slack = norm_slack(dim)
     # Normalising loses as much as a norm; squares below the normal numbers, up to 2**-126 each.
     lost = slack if metric.name == "cosine" else math.sqrt(dim) * 2.0**-63
-    for start, stop in _chunks(vectors):
+    for start, stop in chunks_of(vectors):
         part = slice(start, stop)
         centred = directions(metric, vectors[part]) - mean
         norm = torch.linalg.vector_norm(centred, dim=1)
@@ -163,7 +166,7 @@ def plain_plane(metric: Metric, vectors: Tensor) -> Plane | None:
     slack = norm_slack(vectors.shape[1])
     # As in `encode`: squares below the normal numbers may be lost.
     lost = math.sqrt(vectors.shape[1]) * 2.0**-63
-    for start, stop in _chunks(vectors):
+    for start, stop in chunks_of(vectors):
         part = slice(start, stop)
         wide = vectors[part].float()
         norm = torch.linalg.vector_norm(wide, dim=1)
@@ -183,5 +186,6 @@ def plain_plane(metric: Metric, vectors: Tensor) -> Plane | None:
     return Plane(vectors, terms, vectors.new_zeros(vectors.shape[1], dtype=torch.float32))
 
 
-def _chunks(vectors: Tensor) -> "list[tuple[int, int]]":
+def chunks_of(vectors: Tensor) -> list[tuple[int, int]]:
+    """Return from where to where rows are to be encoded at a time."""
     return list(spans(vectors.shape[0], max(1, _FEATURES_AT_ONCE // vectors.shape[1])))

@@ -1,5 +1,6 @@
 """The plane in the order of the lists stays right, and small, through whatever happens to these."""
 
+import copy
 import sys
 import threading
 
@@ -9,6 +10,8 @@ import torch
 from elips_torch import FlatIndex, IVFFlatIndex
 from elips_torch.indexes import inverted_lists
 from elips_torch.indexes.inverted_lists import InvertedLists, SlotChange
+from elips_torch.indexes.memory_estimate import estimate_memory_bytes
+from elips_torch.kernels.packed_native import has_grids
 from elips_torch.testing.contract import assert_same
 
 DIM, NLIST = 16, 8
@@ -21,10 +24,10 @@ def near(lists, seed=0):
     return CENTROIDS[lists] + noise
 
 
-def made(n=160, searched=True):
+def made(n=160, searched=True, metric="l2", screen="int8", dtype=torch.float32):
     coarse = FlatIndex(DIM)
     coarse.add(CENTROIDS)
-    index = IVFFlatIndex(DIM, NLIST, coarse=coarse, nprobe=NLIST, screen="int8")
+    index = IVFFlatIndex(DIM, NLIST, metric, coarse=coarse, nprobe=NLIST, screen=screen, dtype=dtype)
     index.add(near(torch.arange(n) % NLIST))
     if searched:
         index.search(CENTROIDS, 3)
@@ -32,7 +35,7 @@ def made(n=160, searched=True):
 
 
 def assert_exact(index):
-    flat = FlatIndex(DIM, screen="none")
+    flat = FlatIndex(DIM, index.metric, screen="none", dtype=index.dtype)
     flat.add(index.vectors.clone(), index.ids)
     assert_same(index(CENTROIDS, 7), flat(CENTROIDS, 7))
 
@@ -112,3 +115,85 @@ def test_threads_that_search_first_find_the_same():
             assert_exact(index)
     finally:
         sys.setswitchinterval(interval)
+
+
+# Sums of differences have codes of their own.
+
+in_steps = pytest.mark.skipif(
+    not has_grids(DIM, torch.device("cpu")), reason="codes are compared where int8 products are fast"
+)
+
+
+@in_steps
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_codes_of_differences_follow_changes(change, dtype):
+    index = made(metric="l1", screen="auto", dtype=dtype)
+    assert index.plane.kind == "int8"
+    assert index.plane.in_slots
+    assert index.plane.step is not None
+    for _ in range(3):
+        CHANGES[change](index)
+        assert_exact(index)
+        assert index.plane.knows(index.vectors)
+    again = copy.deepcopy(index)
+    assert_same(again(CENTROIDS, 7), index(CENTROIDS, 7))
+
+
+@in_steps
+def test_mean_differences_have_codes_too():
+    index = IVFFlatIndex(DIM, NLIST, "gower", nprobe=NLIST)
+    vectors = near(torch.arange(400) % NLIST).sigmoid()
+    index.fit(vectors).add(vectors)
+    flat = FlatIndex(DIM, "gower", screen="none")
+    flat.add(vectors)
+    queries = near(torch.arange(20) % NLIST, seed=1).sigmoid()
+    assert_same(index(queries, 7), flat(queries, 7))
+    assert index.plane.step is not None
+
+
+@in_steps
+def test_a_step_grows_with_the_rows():
+    index = made(metric="l1", screen="auto")
+    before = index.plane.step
+    for number in range(6):
+        index.add(30 * near(torch.arange(100) % NLIST, seed=number))
+        assert_exact(index)
+    assert index.plane.step > 5 * before
+    codes = index.plane.codes[index.lists.places].float()
+    assert float(codes.abs().amax()) > 100
+
+
+@in_steps
+def test_rows_that_codes_cannot_bound_are_compared_as_they_are():
+    index = made(metric="l1", screen="auto")
+    long = index.add(torch.full((1, DIM), 1e30))
+    assert_exact(index)
+    assert index.plane.kind == "none"
+    index.remove(long)
+    assert_exact(index)
+    index.plane.forget()
+    assert_exact(index)
+    assert index.plane.kind == "int8"
+
+
+@in_steps
+def test_no_codes_where_none_are_wanted():
+    assert made(metric="l1", screen="none").plane.kind == "none"
+    assert made(metric="linf", screen="auto").plane.kind == "none"
+    assert made(metric="l1", screen="auto", dtype=torch.float64).plane.kind == "none"
+    index = made(metric="l1", screen="auto")
+    index.double()
+    assert_exact(index)
+    assert index.plane.kind == "none"
+    index.float()
+    assert_exact(index)
+    assert index.plane.kind == "int8"
+
+
+@in_steps
+def test_memory_of_codes_is_known_beforehand():
+    index = made(4000, metric="l1", screen="auto")
+    assert index.memory_bytes() == pytest.approx(estimate_memory_bytes(index, 4000), rel=0.02)
+    without = made(4000, metric="l1", screen="none")
+    assert index.memory_bytes() > without.memory_bytes() + 4000 * (DIM + 16)

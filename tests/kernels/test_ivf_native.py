@@ -8,7 +8,7 @@ from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.native import native_reasons
 from elips_torch.indexes.inverted_lists import InvertedLists
-from elips_torch.kernels import ivf_decoded, knn_native
+from elips_torch.kernels import ivf_decoded, knn_native, step_plane
 from elips_torch.kernels.ivf_native import native_lists
 from elips_torch.kernels.list_layout import DecodedRows, StoredRows
 from elips_torch.kernels.plane import Plane, make_plane, plain_plane
@@ -22,13 +22,23 @@ pytestmark = pytest.mark.skipif(
 METRICS = ["l2", "ip", "cosine"]
 WORKSPACE = 64 * 2**20
 DECODERS = ["fp32", "in slots", "decoded", *(["int8", "int8 in slots"] if device_facts("cpu").vnni else [])]
+STEPS = ["decoded", "stored", *(["steps", "steps in slots"] if device_facts("cpu").vnni else [])]
+WAYS = [
+    *((metric, kind) for metric in METRICS for kind in DECODERS),
+    *((metric, kind) for metric in step_plane.METRICS for kind in STEPS),
+]
 
 
 def decoder(kind, metric, database, layout):
     if kind == "decoded":
         return DecodedRows(lambda rows: database[rows], torch.float32, database.shape[1])
+    if kind == "stored":
+        return StoredRows(database)
     metric = resolve_metric(metric)
-    plane = make_plane(metric, database, "int8") if "int8" in kind else plain_plane(metric, database)
+    if "steps" in kind:
+        plane = step_plane.make_step_plane(metric, database)
+    else:
+        plane = make_plane(metric, database, "int8") if "int8" in kind else plain_plane(metric, database)
     if "in slots" not in kind:
         return StoredRows(database, plane)
     # What lies in slots without rows would win.
@@ -38,7 +48,7 @@ def decoder(kind, metric, database, layout):
     ]
     for slots, rows in zip(spread, (plane.codes, plane.terms), strict=True):
         slots[layout.places] = rows
-    return StoredRows(database, Plane(*spread, plane.mean, plane.is_integer), in_slots=True)
+    return StoredRows(database, Plane(*spread, plane.mean, plane.is_integer, plane.step), in_slots=True)
 
 
 def problem(n_queries, n=700, nlist=17, n_probes=9, dim=24):
@@ -77,8 +87,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("n_queries", [1, 5, 70])
-@pytest.mark.parametrize("kind", DECODERS)
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("metric", "kind"), WAYS)
 def test_equals_the_reference(metric, kind, n_queries, threads, monkeypatch):
     monkeypatch.setattr(knn_native, "native_threads", lambda: threads)
     monkeypatch.setattr(knn_native, "_WORTH_THREADS", 0)
@@ -88,8 +97,8 @@ def test_equals_the_reference(metric, kind, n_queries, threads, monkeypatch):
         assert_same(found, ivf_search(queries, database, assignments, probes, k, metric))
 
 
-@pytest.mark.parametrize("kind", DECODERS)
-def test_selections_ranks_and_probes_of_nothing(kind):
+@pytest.mark.parametrize(("metric", "kind"), [way for way in WAYS if way[0] in ("l2", "l1")])
+def test_selections_ranks_and_probes_of_nothing(metric, kind):
     queries, database, assignments, probes, layout = problem(20)
     probes[3] = -1
     probes[4, 2:] = -1
@@ -101,7 +110,7 @@ def test_selections_ranks_and_probes_of_nothing(kind):
     for mask in (None, shared, own):
         found = search(
             kind,
-            "l2",
+            metric,
             queries,
             database,
             probes,
@@ -111,7 +120,7 @@ def test_selections_ranks_and_probes_of_nothing(kind):
             Selection(mask, exclude),
         )
         wanted = ivf_search(
-            queries, database, assignments, probes, 12, "l2", ids=ids, mask=mask, exclude=excluded_ids
+            queries, database, assignments, probes, 12, metric, ids=ids, mask=mask, exclude=excluded_ids
         )
         known = torch.where(found[1] < 0, -1, ids[found[1].clamp_min(0)])
         assert_same((found[0], known), wanted)

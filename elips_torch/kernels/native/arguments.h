@@ -9,8 +9,8 @@ extern "C" {
 
 // All pointers are to contiguous memory that outlives the call.
 struct Arguments {
-    // The plane, which distances do without: (N, D) codes, float32 or int8, and (N, 4) scale, residual, norm
-    // and bias. Null where packed rows are decoded to be screened.
+    // The plane: (N, D) codes, float32 or int8, and (N, 4) scale, residual, norm and bias. Null where packed
+    // rows are decoded to be screened, and where distances are of the vectors.
     const void* codes;
     const float* terms;
     const int64_t* names;  // (N,), what callers call each row; null where that is its number
@@ -34,6 +34,7 @@ struct Arguments {
     double rounded;  // of distances instead: the share of a distance by which one in float32 may err
     double largest;
     double power;  // exponent of LP
+    double step;   // of codes whose differences are summed
     const void* query_codes;
     const float* query_terms;
     const double* rounding;  // (Q,)

@@ -14,6 +14,7 @@ constexpr int64_t WORTH_SHARING = 2048;
 
 static int code_queries(const Coding& c) {
     if (c.code_type != 0 && c.code_type != 1) return UNKNOWN_TYPE;
+    if (is_distance(c.metric) && (c.code_type != 1 || !(c.step > 0.0))) return UNKNOWN_TYPE;
     double mean_length = 0.0;
     for (int i = 0; i < c.dim; ++i) mean_length += double(c.mean[i]) * c.mean[i];
     mean_length = std::sqrt(mean_length);
@@ -28,7 +29,9 @@ static int code_queries(const Coding& c) {
 #pragma omp for
         for (int64_t q = 0; q < c.n_queries; ++q) {
             if (!wide) continue;
-            if (c.code_type == 0)
+            if (is_distance(c.metric))
+                code_query_in_steps(c, q);
+            else if (c.code_type == 0)
                 code_query<float>(c, q, mean_length, wide.get());
             else
                 code_query<int8_t>(c, q, mean_length, wide.get());
@@ -67,6 +70,7 @@ class CodedHere {
         c.usable = usable_.get();
         c.rounded = a.rounded;
         c.largest = a.largest;
+        c.step = a.step;
         c.dim = a.dim;
         c.n_queries = a.n_queries;
         c.metric = a.metric;

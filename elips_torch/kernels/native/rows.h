@@ -93,9 +93,11 @@ class Rows {
         } else {
             take_terms(c, [&](int r) { return a_.terms + 4 * (first + r); });
         }
-        for (int r = 0; UNPACKS && with_codes && with_corrections && r < n; ++r) {
-            prefetch_ahead(c, r);
-            c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
+        if constexpr (UNPACKS && Product<Code>::TILES) {
+            for (int r = 0; with_codes && with_corrections && r < n; ++r) {
+                prefetch_ahead(c, r);
+                c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
+            }
         }
         return c;
     }

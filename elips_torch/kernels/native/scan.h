@@ -72,7 +72,7 @@ class Scan {
         auto* packed = packed_.get();
         n_blocks_ = 0;
         looks_up_ = tables_ && n <= LOOKING_UP;
-        const bool few = n <= FEW_QUERIES || looks_up_;
+        const bool few = !Product<Code>::TILES || n <= FEW_QUERIES || looks_up_;
         for (int i = 0; i < n;) {
             Block<Code>& block = blocks_[n_blocks_++];
             block.vectors = few ? 0 : std::min((n - i + LANES - 1) / LANES, MOST_VECTORS);
@@ -110,13 +110,28 @@ class Scan {
         for (int b = 0; b < n_blocks_; ++b) {
             Block<Code>& block = blocks_[b];
             refresh(block);
-            switch (block.vectors) {
-                case 0: dots(c, block); break;
-                case 1: tiles<12 * LANES / 16, 1>(c, block); break;
-                case 2: tiles<8 * LANES / 16, 2>(c, block); break;
-                case 3: tiles<8 * LANES / 16, 3>(c, block); break;
-                default: tiles<WIDE_ROWS, 4>(c, block);
-            }
+            if (block.vectors == 0)
+                dots(c, block);
+            else if constexpr (Product<Code>::TILES)
+                multiply_all(c, block);
+        }
+    }
+
+    void multiply_all(const Chunk<Code>& c, Block<Code>& block) {
+        switch (block.vectors) {
+            case 1: tiles<12 * LANES / 16, 1>(c, block); break;
+            case 2: tiles<8 * LANES / 16, 2>(c, block); break;
+            case 3: tiles<8 * LANES / 16, 3>(c, block); break;
+            default: tiles<WIDE_ROWS, 4>(c, block);
+        }
+    }
+
+    static void pack(const Query* const* queries, Block<Code>& block, int dim) {
+        switch (block.vectors) {
+            case 4: pack_queries<Code, 4>(queries, block.n, dim, block.packed); break;
+            case 3: pack_queries<Code, 3>(queries, block.n, dim, block.packed); break;
+            case 2: pack_queries<Code, 2>(queries, block.n, dim, block.packed); break;
+            case 1: pack_queries<Code, 1>(queries, block.n, dim, block.packed); break;
         }
     }
 
@@ -124,12 +139,7 @@ class Scan {
         const auto* codes = static_cast<const Query*>(a_.query_codes);
         const Query* queries[MOST_VECTORS * LANES];
         for (int i = 0; i < block.n; ++i) queries[i] = codes + int64_t(block.queries[i]) * a_.dim;
-        switch (block.vectors) {
-            case 4: pack_queries<Code, 4>(queries, block.n, a_.dim, block.packed); break;
-            case 3: pack_queries<Code, 3>(queries, block.n, a_.dim, block.packed); break;
-            case 2: pack_queries<Code, 2>(queries, block.n, a_.dim, block.packed); break;
-            case 1: pack_queries<Code, 1>(queries, block.n, a_.dim, block.packed); break;
-        }
+        if constexpr (Product<Code>::TILES) pack(queries, block, a_.dim);
         for (int i = 0; i < MOST_VECTORS * LANES; ++i) {
             const bool real = i < block.n;
             const int64_t q = real ? block.queries[i] : 0;

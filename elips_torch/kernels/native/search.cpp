@@ -95,7 +95,9 @@ int outcome_of(const Arguments& a) {
 
 int search(Arguments a) {
     if (unpacks(a) && a.code_type != (a.grid.steps ? 1 : 0)) return UNKNOWN_TYPE;
-    const bool by_distance = is_distance(a.metric);
+    const bool in_steps = is_distance(a.metric) && a.codes;
+    const bool by_distance = is_distance(a.metric) && !in_steps;
+    if (in_steps && a.code_type != 1) return UNKNOWN_TYPE;
     CodedHere coded;
     DistanceQueries plain;
     if (a.source) {
@@ -121,7 +123,9 @@ int search(Arguments a) {
         ready = scan<float>(a, reservoirs.get(), shared);
     } else if (a.code_type == 1 && HAS_INT8) {
 #if defined(__AVX512VNNI__)
-        if (unpacks(a) && a.packed.packing == SCALAR8)
+        if (in_steps)
+            ready = scan<StepCode>(a, reservoirs.get(), shared);
+        else if (unpacks(a) && a.packed.packing == SCALAR8)
             ready = scan<uint8_t>(a, reservoirs.get(), shared);
         else
             ready = scan<int8_t>(a, reservoirs.get(), shared);

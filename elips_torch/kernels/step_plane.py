@@ -1,0 +1,103 @@
+"""Planes for sums of absolute differences: int8 codes with one step for all features and rows.
+
+Where x - m is close to s c, and q - m to s d, differences of codes are differences of vectors:
+
+    | sum |q - x| - s sum |d - c| - offset(q) |  <=  residual(x) + residual(q).
+
+The residual of a row is the sum |x - m - s c|. That of a query leaves out the features that lie beyond all
+codes: what their codes leave adds the same to every row, which ranks none before another; see
+`code_query_in_steps` in `native/coding.h`.
+"""
+
+import torch
+from torch import Tensor
+
+from elips_torch.core.metric import Metric
+from elips_torch.kernels.plane import (
+    LARGEST_NORM,
+    NORM,
+    RESIDUAL,
+    SCALE,
+    SMALLEST_SCALE,
+    UNIT,
+    Plane,
+    chunks_of,
+    integer_offset,
+    mean_of,
+    norm_slack,
+)
+
+# The metrics whose differences are summed: "gower" is their mean.
+METRICS = ("l1", "gower")
+# Roundoffs of float32 that centring, coding and the bounds of a row may lose, relative to its size.
+_ROUNDED = 24
+# Features, of rows spread evenly, by which steps are compared.
+_FEATURES_FOR_STEP = 2**17
+# Steps that are tried, each shorter by the square root of two.
+_STEPS = 32
+# What codes leave of a feature counts as at least this part of a step.
+_LEAST = 2.0**-10
+
+
+def make_step_plane(metric: Metric, vectors: Tensor) -> Plane | None:
+    """Return a plane of all rows ``(N, D)`` about their mean, or None as `encode_in_steps` does."""
+    offset = integer_offset(metric, vectors)
+    if offset is not None:
+        # Such rows are their codes.
+        mean = torch.full((vectors.shape[1],), offset, dtype=torch.float32, device=vectors.device)
+        return encode_in_steps(vectors, mean, 1.0)
+    mean = mean_of(metric, vectors)
+    return encode_in_steps(vectors, mean, step_for(vectors, mean))
+
+
+def step_for(vectors: Tensor, mean: Tensor) -> float:
+    """Return the step with which codes of rows ``(N, D)`` leave least; a few long rows may be cut off.
+
+    Least is meant of the geometric mean over the rows, which few rows cannot rule.
+    """
+    n_rows, dim = vectors.shape
+    centred = vectors[:: max(1, n_rows * dim // _FEATURES_FOR_STEP)].float() - mean
+    longest = centred.abs().max() / 127
+    steps = longest * 2.0 ** (-0.5 * torch.arange(_STEPS, dtype=torch.float32, device=vectors.device))
+    left = [(centred - _codes(centred, step) * step).abs_().mean(1) for step in steps]
+    # Codes may leave nothing.
+    costs = torch.stack(
+        [(each + _LEAST * step).log_().mean() for each, step in zip(left, steps, strict=True)]
+    )
+    return max(float(steps[costs.argmin()]), SMALLEST_SCALE)
+
+
+def encode_in_steps(
+    vectors: Tensor,  # (N, D) float32, float16 or bfloat16
+    mean: Tensor,  # (D,) float32
+    step: float,
+) -> Plane | None:
+    """Return the plane of some rows; None where a row is not finite or too long to be bounded.
+
+    Args:
+        vectors: ``(N, D)``.
+        mean: ``(D,)`` float32, any point.
+        step: a float32 number above zero.
+    """
+    n_rows, dim = vectors.shape
+    codes = torch.empty(n_rows, dim, dtype=torch.int8, device=vectors.device)
+    terms = torch.zeros(n_rows, 4, dtype=torch.float32, device=vectors.device)
+    terms[:, SCALE] = terms[:, NORM] = 1.0
+    wider = 1 + norm_slack(dim)
+    for start, stop in chunks_of(vectors):
+        part = slice(start, stop)
+        centred = vectors[part].float() - mean
+        size = centred.abs().sum(1)
+        code = _codes(centred, step)
+        codes[part] = code
+        left = centred.sub_(code.mul_(step)).abs_().sum(1)
+        # What lies below the normal numbers may be lost.
+        terms[part, RESIDUAL] = (left + size * (_ROUNDED * UNIT)) * wider + dim * 2.0**-120
+    if n_rows and not bool(terms[:, RESIDUAL].max() < LARGEST_NORM):
+        return None
+    return Plane(codes, terms, mean, step=step)
+
+
+def _codes(centred: Tensor, step: Tensor | float) -> Tensor:
+    """Return the codes of rows as numbers."""
+    return (centred / step).round_().clamp_(-128.0, 127.0)

@@ -1,0 +1,146 @@
+"""Codes whose differences are summed bound every distance, and drop what is far away."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elips_torch.core.hardware import device_facts
+from elips_torch.core.metric import resolve_metric
+from elips_torch.core.native import native_reasons
+from elips_torch.kernels import search_native
+from elips_torch.kernels.plane import LARGEST_NORM, RESIDUAL
+from elips_torch.kernels.step_plane import METRICS, encode_in_steps, make_step_plane, step_for
+
+pytestmark = pytest.mark.skipif(
+    bool(native_reasons(device_facts("cpu"))), reason="; ".join(native_reasons(device_facts("cpu")))
+)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def code(metric, queries, plane):
+    """Return codes, terms, rounding and usable of queries, as a search makes them."""
+    n_queries, dim = queries.shape
+    codes = torch.empty(n_queries, dim, dtype=torch.int8)
+    terms = torch.empty(3, n_queries)
+    rounding, offsets = torch.empty(2, n_queries, dtype=torch.float64)
+    usable = torch.empty(n_queries, dtype=torch.bool)
+    assert search_native.native_code(
+        queries=queries.double(),
+        mean=plane.mean,
+        codes=codes,
+        terms=terms,
+        rounding=rounding,
+        offsets=offsets,
+        usable=usable,
+        largest=LARGEST_NORM / dim,
+        step=plane.step,
+        dim=dim,
+        n_queries=n_queries,
+        metric=search_native.METRICS[metric],
+        code_type=search_native.CODE_TYPES[torch.int8],
+        n_threads=1,
+    )
+    assert torch.equal(rounding[usable], offsets[usable])
+    return codes, terms.double(), rounding, usable
+
+
+def slack(metric, queries, vectors, plane):
+    """Return how far distances ``(Q, N)`` are from their bounds, in units of the errors said."""
+    codes, (scale, residual_factor, norm_factor), offsets, usable = code(metric, queries, plane)
+    assert bool(usable.all())
+    differences = (codes[:, None].double() - plane.codes[None].double()).abs().sum(2)
+    error = residual_factor[:, None] * plane.terms[:, RESIDUAL].double() + norm_factor[:, None]
+    distances = resolve_metric(metric).score(queries[:, None].double(), vectors[None].double())
+    # What adds the same to every row of a query is not rounded alike here.
+    rounded = 2.0**-50 * queries.shape[1] * (distances + offsets[:, None])
+    return ((distances + scale[:, None] * differences - offsets[:, None]).abs() - rounded) / error
+
+
+@st.composite
+def problems(draw):
+    dim = draw(st.sampled_from([1, 2, 5, 16, 63, 64, 65, 200]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    vectors = torch.randn(draw(st.integers(1, 60)), dim, generator=generator)
+    queries = torch.randn(7, dim, generator=generator)
+    scale = 10.0 ** draw(st.integers(-30, 10))
+    shape = draw(
+        st.sampled_from(["plain", "far queries", "long rows", "constant", "whole", "offset", "heavy"])
+    )
+    if shape == "far queries":
+        queries = queries * 10.0 ** torch.arange(-2, 5)[:, None]
+    elif shape == "long rows":
+        vectors[::5] *= 1000
+    elif shape == "constant":
+        vectors = vectors[:1].expand_as(vectors).contiguous()
+    elif shape == "whole":
+        vectors, scale = (20 * vectors).round(), 1.0
+    elif shape == "offset":
+        vectors, queries = vectors + 1000, queries + 1000
+    elif shape == "heavy":
+        vectors = vectors.exp().square()
+    return queries * scale, vectors * scale
+
+
+@settings(deadline=None, max_examples=200)
+@given(problems(), st.sampled_from(METRICS), st.sampled_from(DTYPES))
+def test_no_distance_leaves_its_bounds(problem, metric, dtype):
+    queries, vectors = (each.to(dtype) for each in problem)
+    if not bool(vectors.isfinite().all() and queries.isfinite().all()):
+        return
+    plane = make_step_plane(resolve_metric(metric), vectors)
+    assert float(slack(metric, queries, vectors, plane).max()) <= 1.0
+
+
+def test_bounds_are_not_wider_than_codes_leave():
+    generator = torch.Generator().manual_seed(0)
+    vectors, queries = torch.randn(500, 256, generator=generator), torch.randn(20, 256, generator=generator)
+    plane = make_step_plane(resolve_metric("l1"), vectors)
+    _, (_, _, norm_factor), _, _ = code("l1", queries, plane)
+    # A feature that lies anywhere in its step is a quarter of it away from its code, on average.
+    quarter = 256 * plane.step / 4
+    assert float(plane.terms[:, RESIDUAL].mean()) < 1.1 * quarter
+    assert float(norm_factor.mean()) < 1.1 * quarter
+
+
+def test_whole_numbers_are_their_codes():
+    vectors = torch.randint(0, 256, (300, 40), generator=torch.Generator().manual_seed(0)).float()
+    plane = make_step_plane(resolve_metric("l1"), vectors)
+    assert plane.step == 1.0
+    assert torch.equal(plane.codes.float() + plane.mean, vectors)
+    assert float(plane.terms[:, RESIDUAL].max()) < 0.02
+
+
+def test_queries_far_from_all_rows_are_bounded_as_closely():
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(500, 64, generator=generator)
+    plane = make_step_plane(resolve_metric("l1"), vectors)
+    near, far = vectors[:20], vectors[:20] + 1e5
+    factors = [code("l1", each, plane)[1][2].mean() for each in (near, far)]
+    assert float(factors[1]) < 1.1 * float(factors[0])
+
+
+def test_a_few_long_rows_do_not_make_the_others_coarse():
+    vectors = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    mean = torch.zeros(64)
+    step = step_for(vectors, mean)
+    vectors[7] *= 1e4
+    assert step_for(vectors, mean) < 4 * step
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e38])
+def test_what_cannot_be_bounded(value):
+    vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    plane = make_step_plane(resolve_metric("l1"), vectors)
+    queries = vectors[:3].clone()
+    queries[1, 4] = value
+    assert code("l1", queries, plane)[3].tolist() == [True, False, True]
+    vectors[3, 2] = value
+    assert make_step_plane(resolve_metric("l1"), vectors) is None
+    assert encode_in_steps(vectors, plane.mean, plane.step) is None
+
+
+def test_no_rows():
+    plane = encode_in_steps(torch.empty(0, 8), torch.zeros(8), 0.5)
+    assert plane.codes.shape == (0, 8)
+    assert plane.terms.shape == (0, 4)
