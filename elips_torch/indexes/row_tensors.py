@@ -20,6 +20,8 @@ class RowTensors(nn.Module):
 
     # Names of the tensors with one row per vector.
     row_tensors: ClassVar[tuple[str, ...]] = ()
+    # The attribute whose dictionary has those that are no parameters.
+    _holder: ClassVar[str] = "_buffers"
 
     @property
     def held_tensors(self) -> tuple[str, ...]:
@@ -30,12 +32,25 @@ class RowTensors(nn.Module):
         super().__init__()
         self._reserves: dict[str, Tensor] = {}
 
+    @property
+    def _held(self) -> dict[str, Tensor | None]:
+        held: dict[str, Tensor | None] = self.__dict__[self._holder]
+        return held
+
+    def stored_tensors(self) -> list[Tensor]:
+        """Return all parameters and buffers, and what is stored beside these."""
+        tensors = [*self.parameters(), *self.buffers()]
+        for module in self.modules():
+            if isinstance(module, RowTensors) and module._held is not module._buffers:
+                tensors += [tensor for tensor in module._held.values() if tensor is not None]
+        return tensors
+
     def _attach(self) -> None:
         """Make what belongs to this object alone and is not copied along."""
         with durable():
-            for name, buffer in self._buffers.items():
-                if buffer is not None and buffer.is_inference():
-                    self._buffers[name] = buffer.clone()
+            for name, tensor in self._held.items():
+                if tensor is not None and tensor.is_inference():
+                    self._held[name] = tensor.clone()
         self._reserves = {}
 
     def _assign_rows(self, tensors: dict[str, Tensor]) -> None:
@@ -47,7 +62,7 @@ class RowTensors(nn.Module):
                 # backward holds the old one with its shape.
                 self._parameters[name] = nn.Parameter(tensor, requires_grad=trained)
             else:
-                self._buffers[name] = tensor
+                self._held[name] = tensor
         self._rows_changed()
 
     def _rows_changed(self) -> None:
@@ -110,7 +125,7 @@ class RowTensors(nn.Module):
     def _drop_reserves(self) -> None:
         self._reserves.clear()
         self._assign_rows(
-            {name: owned(getattr(self, name)) for name in self.held_tensors if name in self._buffers}
+            {name: owned(getattr(self, name)) for name in self.held_tensors if name in self._held}
         )
 
     def __copy__(self) -> Self:
@@ -120,9 +135,9 @@ class RowTensors(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_reserves", None)
-        state["_buffers"] = {
-            name: owned(buffer) if buffer is not None and name in self.held_tensors else buffer
-            for name, buffer in self._buffers.items()
+        state[self._holder] = {
+            name: owned(tensor) if tensor is not None and name in self.held_tensors else tensor
+            for name, tensor in self._held.items()
         }
         return state
 

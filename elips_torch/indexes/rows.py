@@ -121,7 +121,7 @@ class Rows(RowState, ABC):
 
         On a CPU that room is address space that no memory stands behind.
         """
-        tensors = (*self.parameters(), *self.buffers())
+        tensors = self.stored_tensors()
         if self.device.type == "cpu":
             return sum(tensor.nbytes for tensor in tensors)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

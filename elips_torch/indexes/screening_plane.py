@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import threading
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,10 @@ _MOST_WAITING = 2**19
 class ScreeningPlane(RowTensors):
     """A low-precision copy of an index's vectors; see `elips_torch.kernels.plane`.
 
-    It is derived from the vectors: no checkpoint and no file holds it. The mean is that of the first
-    vectors, and is looked at again each time their number has doubled. Rows that come in small batches wait
-    for each other, at most until the next search, and are encoded together.
+    It is derived from the vectors: no checkpoint and no file holds it, and its tensors are no buffers, which
+    averages of models and processes that train together expect to have the same sizes everywhere. The mean
+    is that of the first vectors, and is looked at again each time their number has doubled. Rows that come in
+    small batches wait for each other, at most until the next search, and are encoded together.
 
     Args:
         metric: the distance kind.
@@ -48,10 +50,7 @@ class ScreeningPlane(RowTensors):
     """
 
     row_tensors: ClassVar[tuple[str, ...]] = ("codes", "terms")
-
-    codes: Tensor
-    terms: Tensor
-    mean: Tensor
+    _holder: ClassVar[str] = "_tensors"
 
     def __init__(self, metric: Metric, dim: int, screen: str, device: torch.device | str | None) -> None:
         super().__init__()
@@ -67,11 +66,10 @@ class ScreeningPlane(RowTensors):
         # What the plane has for so many of the last vectors means nothing yet.
         self._n_waiting = 0
         self._seen: Snapshot | None = None
-        self._attach()
         with durable():
-            tensors = self._empty(device)
-        for name, tensor in zip(("codes", "terms", "mean"), tensors, strict=True):
-            self.register_buffer(name, tensor, persistent=False)
+            codes, terms, mean = self._empty(device)
+        self._tensors = {"codes": codes, "terms": terms, "mean": mean}
+        self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has vectors of its own, and looks at them anew.
@@ -82,6 +80,26 @@ class ScreeningPlane(RowTensors):
     def _attach(self) -> None:
         super()._attach()
         self._encoding = threading.Lock()
+
+    @property
+    def codes(self) -> Tensor:
+        """``(N, D)``, see `Plane`; without columns where those of a plane are the vectors."""
+        return self._tensors["codes"]
+
+    @property
+    def terms(self) -> Tensor:
+        """``(N, 4)``, see `Plane`."""
+        return self._tensors["terms"]
+
+    @property
+    def mean(self) -> Tensor:
+        """``(D,)``, see `Plane`."""
+        return self._tensors["mean"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with durable():
+            self._tensors = {name: fn(tensor) for name, tensor in self._tensors.items()}
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Return what `repr` shows."""
@@ -170,7 +188,7 @@ class ScreeningPlane(RowTensors):
         with durable():
             for name in self.row_tensors:
                 held = getattr(self, name)
-                self._buffers[name], self._reserves[name] = extend_rows(held, self._reserves.get(name), n)
+                self._tensors[name], self._reserves[name] = extend_rows(held, self._reserves.get(name), n)
 
     def _put_last(self, rows: dict[str, Tensor]) -> None:
         """Write the last rows."""
@@ -311,7 +329,7 @@ class ScreeningPlane(RowTensors):
         else:
             self.kind = plane.kind
         self.is_integer, self.step = plane.is_integer, plane.step
-        self._buffers["mean"] = plane.mean
+        self._tensors["mean"] = plane.mean
         self._assign_rows({"codes": plane.codes, "terms": plane.terms})
         self._reserves.clear()
         self._seen = Snapshot(vectors)

@@ -253,7 +253,7 @@ def test_terms_are_no_state():
 @pytest.mark.parametrize("family", [*FAMILIES, *LISTED])
 def test_their_memory_is_counted_before_they_are_made(family):
     index = made(family, searched=False)
-    stored, places = sum(tensor.nbytes for tensor in index.buffers()), 700
+    stored, places = sum(tensor.nbytes for tensor in index.stored_tensors()), 700
     if family in LISTED:
         # The lists are no buffers.
         stored += index.lists.nbytes

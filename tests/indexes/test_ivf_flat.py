@@ -463,7 +463,7 @@ def test_the_parts_of_an_index_are_shown_and_counted():
     assert f"nlist=20, nprobe=8, {spread}" in repr(index)
     # Vectors, ids, assignments, centroids and the plane; then slots, places and three numbers per list.
     assert index.memory_bytes() == index.memory_bytes()
-    plane = sum(tensor.nbytes for tensor in index.plane.buffers())
+    plane = sum(tensor.nbytes for tensor in index.plane.stored_tensors())
     stored = 2000 * (16 * 4 + 8 + 4) + index.coarse.memory_bytes() + plane
     lists = 8 * (index.lists.capacity + 2000 + 3 * 20)
     assert index.memory_bytes() == stored + lists

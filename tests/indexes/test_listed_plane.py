@@ -6,6 +6,8 @@ import threading
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from elips_torch import FlatIndex, IVFFlatIndex
 from elips_torch.indexes import inverted_lists
@@ -197,3 +199,36 @@ def test_memory_of_codes_is_known_beforehand():
     assert index.memory_bytes() == pytest.approx(estimate_memory_bytes(index, 4000), rel=0.02)
     without = made(4000, metric="l1", screen="none")
     assert index.memory_bytes() > without.memory_bytes() + 4000 * (DIM + 16)
+
+
+@pytest.mark.parametrize("metric", ["l2", "l1"])
+@pytest.mark.parametrize("searched", [(), ("model",), ("average",), ("model", "average")])
+def test_averaged_models_follow(metric, searched):
+    model = nn.ModuleDict(
+        {"layer": nn.Linear(2, 2), "index": made(searched=False, metric=metric, screen="auto")}
+    )
+    average = AveragedModel(model)
+    owners = {"model": model, "average": average.module}
+    for _ in range(3):
+        for owner in searched:
+            assert_exact(owners[owner]["index"])
+        model["index"].upsert(near(torch.full((100,), 7), seed=2), model["index"].ids[:100])
+        average.update_parameters(model)
+    assert torch.equal(average.module["index"].vectors, model["index"].vectors)
+    assert_exact(average.module["index"])
+
+
+def test_a_plane_moves_and_is_copied_though_it_has_no_buffers():
+    index = made()
+    assert not list(index.plane.buffers())
+    kept = sum(tensor.nbytes for tensor in index.plane.stored_tensors())
+    assert kept == index.lists.capacity * (DIM + 16) + 4 * DIM
+    assert index.memory_bytes() > kept
+    index.share_memory()
+    assert all(tensor.is_shared() for tensor in index.plane.stored_tensors())
+    assert index.plane.knows(index.vectors)
+    copied = copy.deepcopy(index)
+    assert copied.plane.codes.data_ptr() != index.plane.codes.data_ptr()
+    for each in (index, copied):
+        assert_exact(each)
+    assert index.to("meta").plane.codes.is_meta
