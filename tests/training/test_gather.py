@@ -56,6 +56,8 @@ def test_where_tensors_are_exchanged(group, config, device, expected):
 def test_a_batch_goes_where_the_group_exchanges_and_comes_back(
     group, monkeypatch, config, exchanges_on, held_on
 ):
+    if "cuda" in (exchanges_on, held_on) and not torch.backends.cuda.is_built():
+        pytest.skip("this torch is built without CUDA: not even fake tensors move there")
     group(config, exchanges_on)
     # Of tensors that are fake there are no numbers.
     sizes_on = []
