@@ -19,6 +19,12 @@ def blocks():
     return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
+def test_the_example_of_screens_runs(capsys):
+    (block,) = (block for block in blocks() if 'screen="int8")  # on bare tensors' in block)
+    exec(block, {})
+    assert "chosen" in capsys.readouterr().out
+
+
 def test_the_first_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

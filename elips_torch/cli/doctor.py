@@ -71,7 +71,10 @@ def examine() -> dict[str, Any]:
 def _faiss() -> dict[str, Any] | None:
     if not is_installed():
         return None
-    build = load_installed()
+    try:
+        build = load_installed()
+    except ImportError as error:
+        return {"broken": str(error)}
     return {
         "version": build.version,
         "level": build.level,
@@ -173,6 +176,8 @@ def _native_lines(native: dict[str, Any]) -> list[str]:
 def _faiss_lines(faiss: dict[str, Any] | None) -> list[str]:
     if faiss is None:
         return [_line("faiss", "not installed")]
+    if "broken" in faiss:
+        return [_line("faiss", faiss["broken"])]
     gpu = ", GPU code" if faiss["gpu"] else ""
     options = faiss["compile_options"] or "no options"
     lines = [

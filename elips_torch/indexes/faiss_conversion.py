@@ -119,11 +119,11 @@ def to_faiss(
     """Make an index of faiss; see `Index.to_faiss`."""
     build = load_installed()
     numbers = gpu_numbers(device)
+    options = read_options(precomputed_tables=bool(precomputed_tables), **gpu_options)
     if gpu_options and not numbers:
         raise ArgumentError(f"{', '.join(gpu_options)}: options of indexes on GPUs, device is {device}")
     if binary and numbers:
         raise DeviceError(f"device is {device}, binary=True makes indexes on the CPU")
-    options = read_options(precomputed_tables=bool(precomputed_tables), **gpu_options)
     for number in numbers:
         # Before memory is filled.
         check_gpu(build, number)

@@ -9,6 +9,7 @@ from torch import Tensor
 from elips_torch.core.errors import DeviceError, ElipsError
 from elips_torch.engines.faiss import opaque
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed
+from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.gpu_options import GpuOptions, read_options
 from elips_torch.engines.faiss.row_search import RowSearch
 from elips_torch.engines.faiss.search import cuda_device
@@ -33,6 +34,7 @@ class FaissState(Index):
         register, build = self.__dict__, load_installed()
         # What comes back from a GPU has forgotten where its rows are.
         opaque.prepare_to_reconstruct(build, index)
+        mend_fast_scan(build, index)
         register["_faiss"] = index
         register["_holders"] = parameter_holders(build, index)
         register["_search_rows"] = None

@@ -55,6 +55,15 @@ def test_the_smoke_test_is_quick():
     assert sum(outcome.seconds for outcome in outcomes) < 10
 
 
+def test_a_broken_faiss_is_reported_and_the_rest_examined(monkeypatch):
+    def fail():
+        raise ImportError("faiss is installed and cannot be imported: why")
+
+    monkeypatch.setattr(doctor, "load_installed", fail)
+    (line,) = doctor._faiss_lines(doctor._faiss())
+    assert line.endswith("faiss is installed and cannot be imported: why")
+
+
 def native_line(**changes):
     """Return what is said of the C++ code, with changed findings."""
     found = {"compiled": False, "reasons": [], "instructions": "avx2", "file": "/cache/search_0.so"}

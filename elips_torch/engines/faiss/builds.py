@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,21 +61,37 @@ _installed: dict[ModuleType, FaissBuild] = {}
 
 def is_installed() -> bool:
     """Whether `load_installed` would find faiss; imports nothing."""
-    return importlib.util.find_spec("faiss") is not None
+    spec = importlib.util.find_spec("faiss")
+    # Uninstalling one of two distributions leaves a folder without code.
+    return spec is not None and spec.origin is not None
 
 
 def load_installed() -> FaissBuild:
     """Import the faiss of this environment.
 
     Raises:
-        ImportError: there is none, with the line that installs it.
+        ImportError: there is none, or it is broken; with the line that helps.
     """
     if not is_installed():
         raise ImportError(INSTALL)
-    module = importlib.import_module("faiss")
+    try:
+        module = importlib.import_module("faiss")
+    except (Exception, SystemExit) as error:
+        raise ImportError(f"faiss is installed and cannot be imported: {error}{_repair()}") from error
     if module not in _installed:
         _installed[module] = _describe(module, _faiss_modules())
     return _installed[module]
+
+
+def _repair() -> str:
+    """Return how to mend what several distributions, which all fill the folder ``faiss``, have made of it."""
+    names = sorted({each.name for each in distributions() if each.name.startswith("faiss")})
+    if len(names) < 2:
+        return ""
+    return (
+        f"; {' and '.join(names)} have written into the same folder: "
+        f"pip uninstall -y {' '.join(names)}, then install one of them"
+    )
 
 
 def load_from(folder: str | os.PathLike[str]) -> FaissBuild:

@@ -7,6 +7,7 @@ from typing import Any
 
 from elips_torch.core.errors import DtypeError, IndexFileError
 from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.messages import reason_of
 
@@ -43,13 +44,13 @@ def read_index(
     if holds_bits and not bits:
         raise DtypeError(
             f"{where!r} holds an index whose vectors are bits, expected an index of floats; "
-            "faiss.read_index_binary reads it"
+            "read_faiss makes a FlatIndex of an IndexBinaryFlat, faiss.read_index_binary reads any"
         )
     # Tables of product codes are computed anew.
     use_one_thread_if_forked(build)
     read = build.module.read_index_binary if holds_bits else build.module.read_index
     try:
-        return read(where, build.module.IO_FLAG_MMAP if mmap else 0)
+        return mend_fast_scan(build, read(where, build.module.IO_FLAG_MMAP if mmap else 0))
     except (RuntimeError, MemoryError) as error:
         raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {reason_of(error)}") from error
 

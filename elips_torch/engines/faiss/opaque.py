@@ -17,6 +17,7 @@ from elips_torch.core.errors import (
 from elips_torch.core.metric import Metric, resolve_metric
 from elips_torch.core.validation import check_count
 from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.messages import reason_of
 from elips_torch.engines.faiss.search import cuda_device, index_gpu, placed
@@ -120,7 +121,12 @@ def without_labels(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
     rows = torch.arange(len(labels))
     if torch.equal(labels, rows):
         return index, None
-    index = copied(build, index)
+    try:
+        index = copied(build, index)
+    except ConversionError as error:
+        raise ConversionError(
+            f"the labels are not 0 to N - 1 and are to be kept apart, but {error}, as read_faiss does"
+        ) from error
     lists = inverted_file(build, index)
     lists.set_direct_map_type(faiss.DirectMap.NoMap)
     for each in list_labels(build, lists):
@@ -145,7 +151,7 @@ def copied(build: FaissBuild, index: Any) -> Any:
             )
     use_one_thread_if_forked(build)
     try:
-        return faiss.clone_index(index)
+        return mend_fast_scan(build, faiss.clone_index(index))
     except RuntimeError:
         # Some families are written but not cloned.
         return from_bytes(build, to_bytes(build, index))
@@ -236,7 +242,7 @@ def from_bytes(build: FaissBuild, content: Tensor) -> Any:
     # Tables are computed anew.
     use_one_thread_if_forked(build)
     try:
-        return build.module.deserialize_index(content.contiguous().cpu().numpy())
+        return mend_fast_scan(build, build.module.deserialize_index(content.contiguous().cpu().numpy()))
     except (RuntimeError, MemoryError) as error:
         raise IndexFileError(f"faiss cannot read the index: {reason_of(error)}") from error
 

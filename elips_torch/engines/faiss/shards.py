@@ -14,7 +14,7 @@ from elips_torch.core.validation import check_k, check_vectors
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed, standing_as_faiss
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.index_files import read_index, write_index
-from elips_torch.engines.faiss.opaque import to_bytes
+from elips_torch.engines.faiss.opaque import list_labels, to_bytes
 
 
 def merge_faiss_shards(
@@ -34,13 +34,13 @@ def merge_faiss_shards(
         path: the index file to write; it must not exist.
         data_path: where the lists go, default ``path`` with ".ivfdata" at its end; it must not exist.
         shift_ids: number the vectors of each shard after those of the ones before; for shards that each
-            count from 0.
+            count from 0, which are refused otherwise.
 
     Returns:
         Number of vectors.
 
     Raises:
-        ArgumentError: no shards, or a file to write is there already.
+        ArgumentError: no shards, several that count from 0, or a file to write is there already.
         FileNotFoundError: there is no such shard.
         IndexFileError: a shard is damaged or foreign, or trained otherwise than the first.
         ConversionError: a shard has no inverted lists.
@@ -68,6 +68,8 @@ def merge_faiss_shards(
     build = load_installed()
     faiss = build.module
     first = _read_shard(build, shards[0])
+    if not shift_ids:
+        _check_labels(build, shards)
     nprobe = faiss.extract_index_ivf(first).nprobe
     for shard in shards[1:]:
         _check_same_training(build, first, _read_shard(build, shard), shard)
@@ -94,6 +96,22 @@ def _read_shard(build: FaissBuild, path: str | os.PathLike[str]) -> Any:
             f"{os.fspath(path)!r} holds a {type(index).__name__}, expected an inverted file"
         )
     return index
+
+
+def _check_labels(build: FaissBuild, shards: Sequence[str | os.PathLike[str]]) -> None:
+    """Raise `ArgumentError` where two shards number their vectors from 0."""
+    counting = []
+    for shard in shards:
+        index = _read_shard(build, shard)
+        ivf = build.module.extract_index_ivf(index)
+        spans = [(int(each.min()), int(each.max())) for each in list_labels(build, ivf)]
+        if spans and min(low for low, _ in spans) == 0 and max(high for _, high in spans) == ivf.ntotal - 1:
+            counting.append(repr(os.fspath(shard)))
+    if len(counting) > 1:
+        raise ArgumentError(
+            f"{counting[0]} and {counting[1]} both number their vectors from 0; "
+            "shift_ids=True numbers those of each shard after the ones before"
+        )
 
 
 def _empty(build: FaissBuild, index: Any) -> None:
@@ -214,7 +232,10 @@ def add_preassigned(
 def _inverted_file(build: FaissBuild, index: Any) -> Any:
     faiss = build.module
     if not isinstance(index, faiss.Index):
-        raise DtypeError(f"index is a {type(index).__name__}, expected an inverted file of faiss")
+        raise DtypeError(
+            f"index is a {type(index).__name__}, expected an inverted file of faiss, such as the "
+            "faiss_index of a FaissIndex"
+        )
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexIVF):
         return index

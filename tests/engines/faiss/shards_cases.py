@@ -6,6 +6,7 @@ from elips_torch import (
     ArgumentError,
     ConversionError,
     DtypeError,
+    FaissIndex,
     IndexFileError,
     ShapeError,
     add_preassigned,
@@ -80,6 +81,25 @@ def test_shards_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, vec
     with pytest.raises(ArgumentError, match="is there already"):
         merge_faiss_shards(paths, flat)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_shards_that_all_count_from_0_are_refused(tmp_path, vectors):
+    paths = write_shards(tmp_path, trained(vectors), vectors, own_ids=False)
+    with pytest.raises(ArgumentError, match=r"0\.faiss' and '.*1\.faiss' both number.*shift_ids=True"):
+        merge_faiss_shards(paths, tmp_path / "all.faiss")
+    assert merge_faiss_shards(paths[:1], tmp_path / "one.faiss") == 200
+
+
+def test_lists_on_disk_stay_there_where_their_labels_are_row_numbers(tmp_path, vectors):
+    paths = write_shards(tmp_path, trained(vectors), vectors)
+    merge_faiss_shards(paths, tmp_path / "all.faiss")
+    index = FaissIndex.read(tmp_path / "all.faiss", nprobe=NLIST)
+    assert isinstance(faiss.downcast_InvertedLists(index.faiss_index.invlists), faiss.OnDiskInvertedLists)
+    assert index.search(vectors[:20], 1).ids[:, 0].tolist() == list(range(20))
+    merge_faiss_shards(paths[1:], tmp_path / "rest.faiss")
+    with pytest.raises(IndexFileError, match=r"the labels are not 0 to N - 1.*as read_faiss does"):
+        FaissIndex.read(tmp_path / "rest.faiss")
+    assert read_faiss(tmp_path / "rest.faiss").ids.min() == 200
 
 
 def test_other_codebooks_are_noticed_and_other_parameters_are_not(tmp_path, vectors):

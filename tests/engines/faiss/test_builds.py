@@ -1,4 +1,5 @@
 import importlib
+import re
 import sys
 import types
 
@@ -62,6 +63,30 @@ def test_a_missing_faiss_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert not is_installed()
     with pytest.raises(ImportError, match="pip install"):
+        load_installed()
+
+
+def test_a_folder_that_uninstalling_has_left_is_no_faiss(monkeypatch):
+    left = types.SimpleNamespace(origin=None)
+    monkeypatch.setattr(builds.importlib.util, "find_spec", lambda name: left)
+    assert not is_installed()
+    with pytest.raises(ImportError, match="pip install"):
+        load_installed()
+
+
+@pytest.mark.parametrize("error", [AttributeError("no attribute 'delete_X'"), SystemExit(1)])
+def test_a_broken_faiss_says_how_to_mend_it(monkeypatch, error):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(builds.importlib, "import_module", fail)
+    installed = [types.SimpleNamespace(name=name) for name in ("torch", "faiss-gpu-cu12", "faiss-cpu")]
+    monkeypatch.setattr(builds, "distributions", lambda: installed)
+    message = f"cannot be imported: {error}; faiss-cpu and faiss-gpu-cu12 have written into the same folder: "
+    with pytest.raises(ImportError, match=re.escape(message + "pip uninstall -y faiss-cpu faiss-gpu-cu12")):
+        load_installed()
+    monkeypatch.setattr(builds, "distributions", lambda: installed[:2])
+    with pytest.raises(ImportError, match=re.escape(f"cannot be imported: {error}") + "$"):
         load_installed()
 
 
