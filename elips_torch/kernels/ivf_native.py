@@ -1,6 +1,8 @@
 """Search of inverted lists in C++: the first step of a search, which answers almost every query."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,9 +40,17 @@ def native_lists(
         n_places = layout.slots.shape[0] if decode.in_slots else None
         if not native_serves(decode.vectors, decode.plane, n_places):
             return None
-        kind = NativeSearch if decode.plane.step is None else StepSearch
+        kind, otherwise = NativeSearch, None
+        if decode.plane.step is not None:
+            # Rows that are much longer than most, or many near ties, leave codes nothing to say.
+            kind = StepSearch
+            otherwise = functools.partial(
+                distance_first, decode.vectors, metric, k, n_excluded, workspace_bytes
+            )
         search = kind(decode.vectors, metric, decode.plane, k, n_excluded)
-        return ScreenedLists(search, layout, decode.in_slots) if search.plan(1, workspace_bytes) else None
+        if not search.plan(1, workspace_bytes):
+            return None
+        return ScreenedLists(search, layout, decode.in_slots, otherwise)
     if metric.form != "product":
         return _distance_lists(layout, decode, metric, k, n_excluded, workspace_bytes)
     if not library_compiles():
@@ -89,12 +99,21 @@ class ScreenedLists:
         search: of all rows.
         layout: the rows of each list.
         in_slots: the plane lies in the order of the slots.
+        otherwise: makes the search of queries that this one does not certify; it reads no codes. None where
+            there is none.
     """
 
-    def __init__(self, search: NativeSearch, layout: ListLayout, in_slots: bool = False) -> None:
+    def __init__(
+        self,
+        search: NativeSearch,
+        layout: ListLayout,
+        in_slots: bool = False,
+        otherwise: Callable[[], NativeSearch | None] | None = None,
+    ) -> None:
         self.search = search
         self.layout = layout
         self.in_slots = in_slots
+        self.otherwise = otherwise
 
     def lists(self, probes: Tensor) -> ProbedLists:
         """Return the lists ``(Q, P)`` of queries as the code is told of them."""
@@ -114,4 +133,15 @@ class ScreenedLists:
         workspace_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores ``(Q, K)``, rows ``(Q, K)`` and bool ``(Q,)``, which queries are certified."""
-        return self.search.run(queries, k, ranks, selection, workspace_bytes, self.lists(probes))
+        lists = self.lists(probes)
+        scores, rows, certified = self.search.run(queries, k, ranks, selection, workspace_bytes, lists)
+        if self.otherwise is None or bool(certified.all()):
+            return scores, rows, certified
+        second = self.otherwise()
+        if second is not None:
+            left = (~certified).nonzero()[:, 0]
+            chosen, lists = selection.for_queries(left), ProbedLists(self.layout, probes[left])
+            scores[left], rows[left], certified[left] = second.run(
+                queries[left], k, ranks, chosen, workspace_bytes, lists
+            )
+        return scores, rows, certified

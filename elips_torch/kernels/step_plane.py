@@ -18,7 +18,6 @@ from elips_torch.kernels.plane import (
     NORM,
     RESIDUAL,
     SCALE,
-    SMALLEST_SCALE,
     UNIT,
     Plane,
     chunks_of,
@@ -35,6 +34,8 @@ _ROUNDED = 24
 _FEATURES_FOR_STEP = 2**17
 # Steps that are tried, each shorter by the square root of two.
 _STEPS = 32
+# Bounds may err by 2**-100 anyway.
+_SMALLEST_STEP = 2.0**-90
 # What codes leave of a feature counts as at least this part of a step.
 _LEAST = 2.0**-10
 
@@ -64,7 +65,7 @@ def step_for(vectors: Tensor, mean: Tensor) -> float:
     costs = torch.stack(
         [(each + _LEAST * step).log_().mean() for each, step in zip(left, steps, strict=True)]
     )
-    return max(float(steps[costs.argmin()]), SMALLEST_SCALE)
+    return max(float(steps[costs.argmin()]), _SMALLEST_STEP)
 
 
 def encode_in_steps(

@@ -126,6 +126,25 @@ def test_selections_ranks_and_probes_of_nothing(metric, kind):
         assert_same((found[0], known), wanted)
 
 
+@pytest.mark.skipif("steps" not in STEPS, reason="no codes of differences here")
+@pytest.mark.parametrize("kind", ["steps", "steps in slots"])
+def test_distances_answer_where_codes_say_nothing(kind):
+    queries, database, assignments, probes, layout = problem(40, n=9000)
+    # Rows that no code fits are kept for every query, and there are more of them than is worth while.
+    database[::8] *= 1e4
+    exclude = torch.arange(40 * 30).reshape(40, 30)
+    selection = Selection(None, exclude)
+    step = native_lists(
+        layout, decoder(kind, "l1", database, layout), resolve_metric("l1"), 10, 9, 30, WORKSPACE
+    )
+    alone = step.search.run(queries, 10, None, selection, WORKSPACE, step.lists(probes))[2]
+    assert not bool(alone.any())
+    scores, rows, certified = step.run(queries, probes, 10, None, selection, WORKSPACE)
+    assert bool(certified.all())
+    wanted = ivf_search(queries, database, assignments, probes, 10, "l1", exclude=exclude)
+    assert_same((scores, rows), wanted)
+
+
 def test_what_does_not_fit_is_decoded_in_parts(monkeypatch):
     queries, database, assignments, probes, _ = problem(40, n=20_000, dim=64)
     # One list is longer than the workspace has room for.

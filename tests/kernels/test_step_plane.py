@@ -120,6 +120,13 @@ def test_queries_far_from_all_rows_are_bounded_as_closely():
     assert float(factors[1]) < 1.1 * float(factors[0])
 
 
+def test_a_step_is_as_short_as_the_rows():
+    vectors = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    step = step_for(vectors, torch.zeros(64))
+    assert step_for(vectors * 2.0**-70, torch.zeros(64)) == step * 2.0**-70
+    assert step_for(vectors * 0.0, torch.zeros(64)) > 0.0
+
+
 def test_a_few_long_rows_do_not_make_the_others_coarse():
     vectors = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     mean = torch.zeros(64)
