@@ -39,8 +39,9 @@ class ScreeningPlane(RowTensors):
 
     It is derived from the vectors: no checkpoint and no file holds it, and its tensors are no buffers, which
     averages of models and processes that train together expect to have the same sizes everywhere. The mean
-    is that of the first vectors, and is looked at again each time their number has doubled. Rows that come in
-    small batches wait for each other, at most until the next search, and are encoded together.
+    is that of the first vectors, and is looked at again when their number has doubled or half of them have
+    been replaced. Rows that come in small batches wait for each other, at most until the next search, and
+    are encoded together.
 
     Args:
         metric: the distance kind.
@@ -136,8 +137,10 @@ class ScreeningPlane(RowTensors):
     def _is_plane_of(self, vectors: Tensor, wanted: str) -> bool:
         if self._seen is None or isinstance(vectors, nn.Parameter):
             return False
-        if self.kind != "none" and self.terms.shape[0] != self._n_places(vectors):
-            # Another thread has looked between two steps of a change.
+        if self.kind != "none" and (
+            self.terms.shape[0] != self._n_places(vectors) or self.terms.device != vectors.device
+        ):
+            # Another thread has looked between two steps of a change, or memory was short in between.
             return False
         return self._wanted == wanted and self._seen.matches(vectors)
 
@@ -172,7 +175,7 @@ class ScreeningPlane(RowTensors):
         """Follow ``new (M, D)`` rows that now end the vectors ``(N, D)``."""
         n_before = vectors.shape[0] - new.shape[0]
         if n_before and self.kind == "none":
-            self._seen = Snapshot(vectors)
+            self._accept_changed(vectors)
             return
         if not n_before:
             self.rebuild(vectors)
@@ -209,12 +212,15 @@ class ScreeningPlane(RowTensors):
             return
         self._put_last({"codes": rows.codes, "terms": rows.terms})
         self._n_waiting = 0
-        if (
-            n < 2 * self._rows_at_mean
-            or self.kind == "fp32"
-            or self.is_integer
-            or not self._move_mean(vectors)
-        ):
+        self._accept_changed(vectors)
+
+    def _accept_changed(self, vectors: Tensor) -> None:
+        """Take changes that have been followed for known, unless most rows are new and want another plane."""
+        are_new = len(vectors) >= 2 * self._rows_at_mean
+        if self.kind == "none":
+            # What other rows did not allow, these may.
+            self._seen = None if are_new and self._wanted != "none" else Snapshot(vectors)
+        elif not are_new or self.kind == "fp32" or self.is_integer or not self._move_mean(vectors):
             self._seen = Snapshot(vectors)
 
     def overwrite(self, where: Tensor, new: Tensor, vectors: Tensor) -> None:
@@ -228,9 +234,10 @@ class ScreeningPlane(RowTensors):
             rows = self._encoded(new.to(vectors.dtype))
             if rows is None:
                 self.rebuild(vectors)
-            else:
-                self._overwrite_rows(where, {"codes": rows.codes, "terms": rows.terms})
-        self._seen = Snapshot(vectors)
+                return
+            self._overwrite_rows(where, {"codes": rows.codes, "terms": rows.terms})
+        self._rows_at_mean = max(0, self._rows_at_mean - where.numel())
+        self._accept_changed(vectors)
 
     def keep(self, keep: Tensor, vectors: Tensor) -> None:
         """Follow the removal of the rows where ``keep (N,)`` is False."""
@@ -297,10 +304,10 @@ class ScreeningPlane(RowTensors):
         return bool(moved > _WORTH_MOVING * self._row_terms()[:, NORM].square().mean())
 
     def _leaves_less(self, some: Tensor) -> bool:
-        """Whether codes made for some rows would leave less than those of now."""
+        """Whether codes made for some rows would leave less than those of now, or are not worth making."""
         other = make_step_plane(self.metric, some)
         if other is None:
-            return False
+            return True
         now, then = (terms[:, RESIDUAL].log().mean() for terms in (self._row_terms(), other.terms))
         return bool(then < now + math.log(1 - _WORTH_MOVING))
 

@@ -22,7 +22,9 @@ def screen_reasons(screen: str, metric: Metric, dtype: torch.dtype, dim: int) ->
     """
     reasons = []
     if metric.form != "product":
-        reasons.append(f"metric {metric.name!r} is no product; screens serve 'l2', 'ip' and 'cosine'")
+        reasons.append(
+            f"metric {metric.name!r} is no product; screens that are asked for serve 'l2', 'ip' and 'cosine'"
+        )
     if dtype == torch.float64:
         reasons.append("float64 vectors differ by less than a screen can bound")
     if screen == "int8" and dim > LARGEST_INT8_DIM:

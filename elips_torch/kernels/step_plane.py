@@ -22,7 +22,6 @@ from elips_torch.kernels.plane import (
     Plane,
     chunks_of,
     integer_offset,
-    mean_of,
     norm_slack,
 )
 
@@ -38,26 +37,36 @@ _STEPS = 32
 _SMALLEST_STEP = 2.0**-90
 # What codes leave of a feature counts as at least this part of a step.
 _LEAST = 2.0**-10
+# Where more than this share of rows may be the nearest one, as far as codes tell, distances of the vectors
+# themselves are faster (measured). It is looked at for so many rows and queries among them.
+_MOST_SURVIVORS, _ROWS_FOR_SURVIVORS, _QUERIES_FOR_SURVIVORS = 1 / 20, 1024, 64
 
 
 def make_step_plane(metric: Metric, vectors: Tensor) -> Plane | None:
-    """Return a plane of all rows ``(N, D)`` about their mean, or None as `encode_in_steps` does."""
+    """Return a plane of rows ``(N, D)``, or None as `step_for` and `encode_in_steps` do."""
     offset = integer_offset(metric, vectors)
     if offset is not None:
         # Such rows are their codes.
         mean = torch.full((vectors.shape[1],), offset, dtype=torch.float32, device=vectors.device)
         return encode_in_steps(vectors, mean, 1.0)
-    mean = mean_of(metric, vectors)
-    return encode_in_steps(vectors, mean, step_for(vectors, mean))
+    # A few long rows do not move the median.
+    median = _some(vectors).median(0).values
+    step = step_for(vectors, median)
+    return None if step is None else encode_in_steps(vectors, median, step)
 
 
-def step_for(vectors: Tensor, mean: Tensor) -> float:
+def _some(vectors: Tensor) -> Tensor:
+    """Return rows spread evenly, float32."""
+    return vectors[:: max(1, vectors.numel() // _FEATURES_FOR_STEP)].float()
+
+
+def step_for(vectors: Tensor, mean: Tensor) -> float | None:
     """Return the step with which codes of rows ``(N, D)`` leave least; a few long rows may be cut off.
 
-    Least is meant of the geometric mean over the rows, which few rows cannot rule.
+    Least is meant of the geometric mean over the rows, which few rows cannot rule. None where codes with this
+    step leave so much of so many rows that these would survive every screen.
     """
-    n_rows, dim = vectors.shape
-    centred = vectors[:: max(1, n_rows * dim // _FEATURES_FOR_STEP)].float() - mean
+    centred = _some(vectors) - mean
     longest = centred.abs().max() / 127
     steps = longest * 2.0 ** (-0.5 * torch.arange(_STEPS, dtype=torch.float32, device=vectors.device))
     left = [(centred - _codes(centred, step) * step).abs_().mean(1) for step in steps]
@@ -65,7 +74,23 @@ def step_for(vectors: Tensor, mean: Tensor) -> float:
     costs = torch.stack(
         [(each + _LEAST * step).log_().mean() for each, step in zip(left, steps, strict=True)]
     )
-    return max(float(steps[costs.argmin()]), _SMALLEST_STEP)
+    best = int(costs.argmin())
+    if _survivors(centred, steps[best]) > _MOST_SURVIVORS:
+        return None
+    return max(float(steps[best]), _SMALLEST_STEP)
+
+
+def _survivors(rows: Tensor, step: Tensor) -> float:
+    """Return the share of centred rows ``(N, D)`` that may be nearest to one, as far as codes tell."""
+    rows = rows[:: max(1, len(rows) // _ROWS_FOR_SURVIVORS)]
+    coded = _codes(rows, step) * step
+    chosen = torch.arange(0, len(rows), max(1, len(rows) // _QUERIES_FOR_SURVIVORS), device=rows.device)
+    distances = torch.cdist(coded[chosen], coded, p=1.0)
+    # Of a query at most half a step is left of each feature, a quarter on average.
+    errors = (rows - coded).abs_().sum(1) + rows.shape[1] * step / 4
+    # No row is its own neighbour here; it survives, and so does the nearest other one.
+    upper = (distances + errors).scatter_(1, chosen[:, None], torch.inf).amin(1, keepdim=True)
+    return float((distances - errors <= upper).float().mean()) - 2 / len(rows)
 
 
 def encode_in_steps(

@@ -232,3 +232,49 @@ def test_a_plane_moves_and_is_copied_though_it_has_no_buffers():
     for each in (index, copied):
         assert_exact(each)
     assert index.to("meta").plane.codes.is_meta
+
+
+@pytest.mark.parametrize("metric", ["l2", "l1"])
+def test_a_row_that_no_code_bounds_takes_the_place_of_one(metric):
+    index = made(metric=metric, screen="auto")
+    before = index.reconstruct(index.ids[5:6])
+    index.upsert(torch.full((1, DIM), 1e19), index.ids[5:6])
+    flat = FlatIndex(DIM, metric, screen="none")
+    flat.add(index.vectors.clone(), index.ids)
+    assert_same(index(before, 1), flat(before, 1))
+    assert_exact(index)
+
+
+@in_steps
+@pytest.mark.parametrize("size", [0.01, 30.0])
+def test_a_step_follows_rows_that_are_replaced_in_batches(size):
+    index = made(640, metric="l1", screen="auto")
+    before = index.plane.step
+    for part in index.ids.clone().repeat(2).split(50):
+        index.upsert(size * near(part % NLIST, seed=int(part[0])), part)
+        index.search(CENTROIDS, 1)
+    assert index.plane.step == pytest.approx(size * before, rel=0.5)
+    assert_exact(index)
+
+
+@in_steps
+def test_a_plane_stays_where_another_would_leave_as_much(monkeypatch):
+    index = made(640, metric="l1", screen="auto")
+    codes = index.plane.codes.data_ptr()
+    monkeypatch.setattr(type(index.plane), "_make", lambda *args: pytest.fail("made anew"))
+    for part in index.ids.clone().split(50):
+        index.upsert(near(part % NLIST, seed=int(part[0])), part)
+        index.search(CENTROIDS, 1)
+    assert index.plane.codes.data_ptr() == codes
+
+
+@in_steps
+def test_codes_come_when_the_rows_allow_them():
+    index = made(40, searched=False, metric="l1", screen="auto")
+    index.upsert(1e4 * near(torch.arange(0, 40, 4) % NLIST), index.ids[::4])
+    index.search(CENTROIDS, 1)
+    assert index.plane.kind == "none"
+    for number in range(20):
+        index.add(near(torch.arange(100) % NLIST, seed=number))
+        assert_exact(index)
+    assert index.plane.kind == "int8"

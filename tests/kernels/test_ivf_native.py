@@ -36,7 +36,7 @@ def decoder(kind, metric, database, layout):
         return StoredRows(database)
     metric = resolve_metric(metric)
     if "steps" in kind:
-        plane = step_plane.make_step_plane(metric, database)
+        plane = step_plane.encode_in_steps(database, database[1::8].mean(0), 0.04)
     else:
         plane = make_plane(metric, database, "int8") if "int8" in kind else plain_plane(metric, database)
     if "in slots" not in kind:
@@ -95,6 +95,15 @@ def test_equals_the_reference(metric, kind, n_queries, threads, monkeypatch):
     for k in (1, 10, 400) if n_queries <= 5 else (10,):
         found = search(kind, metric, queries, database, probes, layout, k)
         assert_same(found, ivf_search(queries, database, assignments, probes, k, metric))
+
+
+@pytest.mark.parametrize("dim", [4, 63, 64, 65, 128, 200])
+@pytest.mark.parametrize("kind", STEPS)
+def test_differences_of_any_number_of_features(dim, kind):
+    for n_queries in (1, 20):
+        queries, database, assignments, probes, layout = problem(n_queries, dim=dim)
+        found = search(kind, "l1", queries, database, probes, layout, 5)
+        assert_same(found, ivf_search(queries, database, assignments, probes, 5, "l1"))
 
 
 @pytest.mark.parametrize(("metric", "kind"), [way for way in WAYS if way[0] in ("l2", "l1")])

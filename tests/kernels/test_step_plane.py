@@ -89,6 +89,9 @@ def test_no_distance_leaves_its_bounds(problem, metric, dtype):
     if not bool(vectors.isfinite().all() and queries.isfinite().all()):
         return
     plane = make_step_plane(resolve_metric(metric), vectors)
+    if plane is None:
+        # Codes would say little of such rows, but nothing wrong.
+        plane = encode_in_steps(vectors, vectors.float().mean(0), float(vectors.float().abs().max()) / 127)
     assert float(slack(metric, queries, vectors, plane).max()) <= 1.0
 
 
@@ -97,6 +100,9 @@ def test_bounds_are_not_wider_than_codes_leave():
     vectors, queries = torch.randn(500, 256, generator=generator), torch.randn(20, 256, generator=generator)
     plane = make_step_plane(resolve_metric("l1"), vectors)
     _, (_, _, norm_factor), _, _ = code("l1", queries, plane)
+    factors = code("gower", queries, plane)[1]
+    assert float(factors[1].mean()) == pytest.approx(1 / 256, rel=1e-5)
+    assert float(factors[2].mean()) == pytest.approx(float(norm_factor.mean()) / 256, rel=1e-5)
     # A feature that lies anywhere in its step is a quarter of it away from its code, on average.
     quarter = 256 * plane.step / 4
     assert float(plane.terms[:, RESIDUAL].mean()) < 1.1 * quarter
@@ -133,6 +139,24 @@ def test_a_few_long_rows_do_not_make_the_others_coarse():
     step = step_for(vectors, mean)
     vectors[7] *= 1e4
     assert step_for(vectors, mean) < 4 * step
+
+
+def test_rows_of_all_sizes_have_no_codes():
+    vectors = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    vectors[::17] *= 1e4
+    assert step_for(vectors, torch.zeros(64)) is None
+    assert make_step_plane(resolve_metric("l1"), vectors) is None
+    vectors[::17] /= 1e4
+    assert make_step_plane(resolve_metric("l1"), vectors) is not None
+    vectors[:, 3] *= 1000
+    assert make_step_plane(resolve_metric("l1"), vectors) is None
+
+
+def test_rows_that_are_their_codes_do_not_choose_the_step():
+    vectors = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    step = step_for(vectors, torch.zeros(64))
+    vectors[::100], vectors[7] = 0.0, 1e4
+    assert step_for(vectors, torch.zeros(64)) == pytest.approx(step, rel=0.5)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e38])

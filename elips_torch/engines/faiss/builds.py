@@ -85,7 +85,9 @@ def load_installed() -> FaissBuild:
 
 def _repair() -> str:
     """Return how to mend what several distributions, which all fill the folder ``faiss``, have made of it."""
-    names = sorted({each.name for each in distributions() if each.name.startswith("faiss")})
+    # One that was not uninstalled to the end has no name.
+    found = {str(each.name) for each in distributions()}
+    names = sorted(name for name in found if name.startswith("faiss"))
     if len(names) < 2:
         return ""
     return (

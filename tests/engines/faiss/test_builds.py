@@ -80,7 +80,7 @@ def test_a_broken_faiss_says_how_to_mend_it(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(builds.importlib, "import_module", fail)
-    installed = [types.SimpleNamespace(name=name) for name in ("torch", "faiss-gpu-cu12", "faiss-cpu")]
+    installed = [types.SimpleNamespace(name=name) for name in ("torch", "faiss-gpu-cu12", None, "faiss-cpu")]
     monkeypatch.setattr(builds, "distributions", lambda: installed)
     message = f"cannot be imported: {error}; faiss-cpu and faiss-gpu-cu12 have written into the same folder: "
     with pytest.raises(ImportError, match=re.escape(message + "pip uninstall -y faiss-cpu faiss-gpu-cu12")):
