@@ -9,6 +9,8 @@ codes: what their codes leave adds the same to every row, which ranks none befor
 `code_query_in_steps` in `native/coding.h`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ from elips_torch.kernels.plane import (
 METRICS = ("l1", "gower")
 # Roundoffs of float32 that centring, coding and the bounds of a row may lose, relative to its size.
 _ROUNDED = 24
+# By its multiples, numbers from 0 to 1 are spread evenly.
+_GOLDEN = (math.sqrt(5) - 1) / 2
 # Features, of rows spread evenly, by which steps are compared.
 _FEATURES_FOR_STEP = 2**17
 # Steps that are tried, each shorter by the square root of two.
@@ -39,7 +43,7 @@ _SMALLEST_STEP = 2.0**-90
 _LEAST = 2.0**-10
 # Where more than this share of rows may be the nearest one, as far as codes tell, distances of the vectors
 # themselves are faster (measured). It is looked at for so many rows and queries among them.
-_MOST_SURVIVORS, _ROWS_FOR_SURVIVORS, _QUERIES_FOR_SURVIVORS = 1 / 20, 1024, 64
+_MOST_SURVIVORS, _ROWS_FOR_SURVIVORS, _QUERIES_FOR_SURVIVORS = 1 / 32, 1024, 64
 
 
 def make_step_plane(metric: Metric, vectors: Tensor) -> Plane | None:
@@ -50,14 +54,17 @@ def make_step_plane(metric: Metric, vectors: Tensor) -> Plane | None:
         mean = torch.full((vectors.shape[1],), offset, dtype=torch.float32, device=vectors.device)
         return encode_in_steps(vectors, mean, 1.0)
     # A few long rows do not move the median.
-    median = _some(vectors).median(0).values
+    median = _some(vectors, _ROWS_FOR_SURVIVORS).median(0).values
     step = step_for(vectors, median)
     return None if step is None else encode_in_steps(vectors, median, step)
 
 
-def _some(vectors: Tensor) -> Tensor:
-    """Return rows spread evenly, float32."""
-    return vectors[:: max(1, vectors.numel() // _FEATURES_FOR_STEP)].float()
+def _some(vectors: Tensor, n: int) -> Tensor:
+    """Return so many rows, float32, or all where there are fewer; spread evenly whatever their order is."""
+    if len(vectors) <= n:
+        return vectors.float()
+    places = torch.arange(n, dtype=torch.float64, device=vectors.device).mul_(_GOLDEN).frac_()
+    return vectors[places.mul_(len(vectors)).long()].float()
 
 
 def step_for(vectors: Tensor, mean: Tensor) -> float | None:
@@ -66,7 +73,7 @@ def step_for(vectors: Tensor, mean: Tensor) -> float | None:
     Least is meant of the geometric mean over the rows, which few rows cannot rule. None where codes with this
     step leave so much of so many rows that these would survive every screen.
     """
-    centred = _some(vectors) - mean
+    centred = _some(vectors, max(1, _FEATURES_FOR_STEP // vectors.shape[1])) - mean
     longest = centred.abs().max() / 127
     steps = longest * 2.0 ** (-0.5 * torch.arange(_STEPS, dtype=torch.float32, device=vectors.device))
     left = [(centred - _codes(centred, step) * step).abs_().mean(1) for step in steps]
@@ -74,17 +81,18 @@ def step_for(vectors: Tensor, mean: Tensor) -> float | None:
     costs = torch.stack(
         [(each + _LEAST * step).log_().mean() for each, step in zip(left, steps, strict=True)]
     )
-    best = int(costs.argmin())
-    if _survivors(centred, steps[best]) > _MOST_SURVIVORS:
+    step = max(float(steps[costs.argmin()]), _SMALLEST_STEP)
+    # Of few rows little can be said, and little is lost.
+    can_tell = len(vectors) >= _ROWS_FOR_SURVIVORS
+    if can_tell and _survivors(_some(vectors, _ROWS_FOR_SURVIVORS) - mean, step) > _MOST_SURVIVORS:
         return None
-    return max(float(steps[best]), _SMALLEST_STEP)
+    return step
 
 
-def _survivors(rows: Tensor, step: Tensor) -> float:
+def _survivors(rows: Tensor, step: float) -> float:
     """Return the share of centred rows ``(N, D)`` that may be nearest to one, as far as codes tell."""
-    rows = rows[:: max(1, len(rows) // _ROWS_FOR_SURVIVORS)]
     coded = _codes(rows, step) * step
-    chosen = torch.arange(0, len(rows), max(1, len(rows) // _QUERIES_FOR_SURVIVORS), device=rows.device)
+    chosen = torch.arange(0, len(rows), len(rows) // _QUERIES_FOR_SURVIVORS, device=rows.device)
     distances = torch.cdist(coded[chosen], coded, p=1.0)
     # Of a query at most half a step is left of each feature, a quarter on average.
     errors = (rows - coded).abs_().sum(1) + rows.shape[1] * step / 4

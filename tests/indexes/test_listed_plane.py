@@ -270,11 +270,16 @@ def test_a_plane_stays_where_another_would_leave_as_much(monkeypatch):
 
 @in_steps
 def test_codes_come_when_the_rows_allow_them():
-    index = made(40, searched=False, metric="l1", screen="auto")
-    index.upsert(1e4 * near(torch.arange(0, 40, 4) % NLIST), index.ids[::4])
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(8000, DIM, generator=generator)
+    rows[:1200:10] *= 1e4
+    coarse = FlatIndex(DIM)
+    coarse.add(CENTROIDS / 10)
+    index = IVFFlatIndex(DIM, NLIST, "l1", coarse=coarse, nprobe=NLIST)
+    index.add(rows[:1200])
     index.search(CENTROIDS, 1)
     assert index.plane.kind == "none"
-    for number in range(20):
-        index.add(near(torch.arange(100) % NLIST, seed=number))
+    for part in rows[1200:].split(1000):
+        index.add(part)
         assert_exact(index)
     assert index.plane.kind == "int8"

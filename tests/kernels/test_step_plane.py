@@ -130,7 +130,7 @@ def test_a_step_is_as_short_as_the_rows():
     vectors = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     step = step_for(vectors, torch.zeros(64))
     assert step_for(vectors * 2.0**-70, torch.zeros(64)) == step * 2.0**-70
-    assert step_for(vectors * 0.0, torch.zeros(64)) > 0.0
+    assert step_for(vectors[:20] * 0.0, torch.zeros(64)) > 0.0
 
 
 def test_a_few_long_rows_do_not_make_the_others_coarse():
