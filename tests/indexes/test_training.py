@@ -191,8 +191,8 @@ def test_two_processes_train_and_keep_their_own_rows():
             kept, same_weights, ignored = results[rank]
             assert kept
             assert same_weights
-            planes = ["index.plane.codes", "index.plane.mean", "index.plane.terms"]
-            assert ignored == ["index.ids", *planes, "index.vectors"]
+            # What screens the vectors is no state of the module: nobody would broadcast it.
+            assert ignored == ["index.ids", "index.vectors"]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")
