@@ -39,6 +39,8 @@ _FEATURES_FOR_STEP = 2**17
 _STEPS = 32
 # Bounds may err by 2**-100 anyway.
 _SMALLEST_STEP = 2.0**-90
+# Features that the median and survivors are looked for in, at most.
+_MOST_FEATURES = 2**22
 # What codes leave of a feature counts as at least this part of a step.
 _LEAST = 2.0**-10
 # Where more than this share of rows may be the nearest one, as far as codes tell, distances of the vectors
@@ -54,7 +56,9 @@ def make_step_plane(metric: Metric, vectors: Tensor) -> Plane | None:
         mean = torch.full((vectors.shape[1],), offset, dtype=torch.float32, device=vectors.device)
         return encode_in_steps(vectors, mean, 1.0)
     # A few long rows do not move the median.
-    median = _some(vectors, _ROWS_FOR_SURVIVORS).median(0).values
+    median = (
+        _some(vectors, max(1, min(_ROWS_FOR_SURVIVORS, _MOST_FEATURES // vectors.shape[1]))).median(0).values
+    )
     step = step_for(vectors, median)
     return None if step is None else encode_in_steps(vectors, median, step)
 
@@ -64,7 +68,7 @@ def _some(vectors: Tensor, n: int) -> Tensor:
     if len(vectors) <= n:
         return vectors.float()
     places = torch.arange(n, dtype=torch.float64, device=vectors.device).mul_(_GOLDEN).frac_()
-    return vectors[places.mul_(len(vectors)).long()].float()
+    return vectors[places.mul_(len(vectors)).long().unique()].float()
 
 
 def step_for(vectors: Tensor, mean: Tensor) -> float | None:
@@ -82,8 +86,10 @@ def step_for(vectors: Tensor, mean: Tensor) -> float | None:
         [(each + _LEAST * step).log_().mean() for each, step in zip(left, steps, strict=True)]
     )
     step = max(float(steps[costs.argmin()]), _SMALLEST_STEP)
-    # Of few rows little can be said, and little is lost.
-    can_tell = len(vectors) >= _ROWS_FOR_SURVIVORS
+    # Of few rows little can be said, and little is lost; of many features it takes long.
+    can_tell = (
+        len(vectors) >= _ROWS_FOR_SURVIVORS and vectors.shape[1] * _ROWS_FOR_SURVIVORS <= _MOST_FEATURES
+    )
     if can_tell and _survivors(_some(vectors, _ROWS_FOR_SURVIVORS) - mean, step) > _MOST_SURVIVORS:
         return None
     return step

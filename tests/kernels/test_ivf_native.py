@@ -154,6 +154,39 @@ def test_distances_answer_where_codes_say_nothing(kind):
     assert_same((scores, rows), wanted)
 
 
+@pytest.mark.skipif("steps" not in STEPS, reason="no codes of differences here")
+@pytest.mark.parametrize("kind", ["steps", "steps in slots"])
+def test_some_queries_are_left_to_distances_with_what_is_theirs(kind):
+    queries, database, assignments, probes, layout = problem(40, n=9000)
+    # No code fits most rows of one list: they survive for the queries that probe it.
+    database[(torch.arange(9000) % 8 != 1) & (assignments == 3)] *= 1e4
+    generator = torch.Generator().manual_seed(1)
+    exclude = torch.randint(0, 9000, (40, 600), generator=generator)
+    mask = torch.rand(40, 9000, generator=generator) < 0.5
+    selection = Selection(mask, exclude)
+    decode = decoder(kind, "l1", database, layout)
+    step = native_lists(layout, decode, resolve_metric("l1"), 10, 9, 600, WORKSPACE)
+    alone = step.search.run(queries, 10, None, selection, WORKSPACE, step.lists(probes))[2]
+    assert 0 < int(alone.sum()) < 40
+    scores, rows, certified = step.run(queries, probes, 10, None, selection, WORKSPACE)
+    assert bool(certified.all())
+    wanted = ivf_search(queries, database, assignments, probes, 10, "l1", mask=mask, exclude=exclude)
+    assert_same((scores, rows), wanted)
+
+
+@pytest.mark.skipif("steps" not in STEPS, reason="no codes of differences here")
+@pytest.mark.parametrize("dim", [63, 65, 100, 127])
+def test_the_last_feature_counts(dim):
+    queries, database, assignments, probes, layout = problem(20, n=3000, dim=dim)
+    database[:, :-1] = queries[:, :-1] = 0.5
+    database[:, -1] = torch.randperm(3000, generator=torch.Generator().manual_seed(dim)) / 700 - 2.1
+    decode = decoder("steps", "l1", database, layout)
+    step = native_lists(layout, decode, resolve_metric("l1"), 3, 9, 0, WORKSPACE)
+    scores, rows, certified = step.search.run(queries, 3, None, Selection(), WORKSPACE, step.lists(probes))
+    assert bool(certified.all())
+    assert_same((scores, rows), ivf_search(queries, database, assignments, probes, 3, "l1"))
+
+
 def test_what_does_not_fit_is_decoded_in_parts(monkeypatch):
     queries, database, assignments, probes, _ = problem(40, n=20_000, dim=64)
     # One list is longer than the workspace has room for.

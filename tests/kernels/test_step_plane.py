@@ -95,6 +95,25 @@ def test_no_distance_leaves_its_bounds(problem, metric, dtype):
     assert float(slack(metric, queries, vectors, plane).max()) <= 1.0
 
 
+@pytest.mark.parametrize("edge", [-128, 127])
+def test_queries_at_the_ends_of_the_codes(edge):
+    step = float(torch.tensor(0.037))
+    vectors = (torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * 60).round() * step
+    plane = encode_in_steps(vectors, torch.zeros(8), step)
+    queries = (edge + torch.linspace(-0.9, 0.9, 37))[:, None].expand(-1, 8).contiguous() * step
+    assert float(slack("l1", queries, vectors, plane).max()) <= 1.0
+
+
+def test_what_rows_lose_by_rounding_counts():
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        mean, step = torch.randn(1, generator=generator), float(torch.tensor(0.01 + seed * 0.0137))
+        vectors = mean + step * torch.randint(-128, 128, (3000, 1), generator=generator)
+        plane = encode_in_steps(vectors, mean, step)
+        # A query that is the mean loses nothing itself.
+        assert float(slack("l1", mean[None], vectors, plane).max()) <= 1.0
+
+
 def test_bounds_are_not_wider_than_codes_leave():
     generator = torch.Generator().manual_seed(0)
     vectors, queries = torch.randn(500, 256, generator=generator), torch.randn(20, 256, generator=generator)
