@@ -39,7 +39,9 @@ def native_lists(
     if isinstance(decode, StoredRows) and decode.plane is not None:
         n_places = layout.slots.shape[0] if decode.in_slots else None
         if not native_serves(decode.vectors, decode.plane, n_places):
-            return None
+            if decode.plane.step is None:
+                return None
+            return _distance_lists(layout, decode, metric, k, n_excluded, workspace_bytes)
         kind, otherwise = NativeSearch, None
         if decode.plane.step is not None:
             # Rows that are much longer than most, or many near ties, leave codes nothing to say.

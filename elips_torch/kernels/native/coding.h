@@ -1,7 +1,6 @@
 // Queries as codes of a plane, and the factors of their bounds: what `screen.code_queries` computes.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -103,7 +102,7 @@ static void code_query(const Coding& c, int64_t q, double mean_length, double* w
 // For sums of differences, see `step_plane.py`: |q - x| is step * |code of q - code of x|, give or take what either
 // code leaves. Where q lies beyond all codes, what its code leaves adds the same to every row, and errs by nothing.
 static void code_query_in_steps(const Coding& c, int64_t q) {
-    constexpr double LEAST_FACTOR = 1.0 / (1ull << 60) / (1ull << 60), UNIT_32 = 1.0 / 16777216.0, ROUNDED = 16.0 * UNIT_32;
+    constexpr double LEAST_FACTOR = 1.0 / (1ull << 60) / (1ull << 60), ROUNDED = 16.0 / 16777216.0;
     const double* query = c.queries + q * c.dim;
     int8_t* codes = static_cast<int8_t*>(c.codes) + q * c.dim;
     const double unit = c.metric == GOWER ? 1.0 / c.dim : 1.0;

@@ -35,7 +35,7 @@ struct Product<float> {
     using Query = float;
     using Packed = float;
     using Sums = Floats;
-    static constexpr bool TILES = true;     // many queries are multiplied together
+    static constexpr bool TILES = true;  // many queries are multiplied together
     static constexpr int PER_STEP = 1;  // features in a step
 
     static float pack(float code) { return code; }
