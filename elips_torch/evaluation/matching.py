@@ -1,6 +1,7 @@
 """Which of the retrieved ids are relevant, and at which place: the one comparison behind every metric."""
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class Match:
     n_relevant: Tensor
     gains: Tensor | None = None
     ideal: Tensor | None = None
+
+    @functools.cached_property
+    def first(self) -> Tensor:
+        """``(Q,)`` int64, the place of the first hit, `NOWHERE` without one; M is at least 1."""
+        return self.places.amin(1)
 
 
 def match_ids(

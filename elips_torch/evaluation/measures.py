@@ -31,8 +31,7 @@ def reciprocal_rank(match: Match, k: int) -> Tensor:
     """Return one over the rank of the first hit, 0 where that is not among the first k, ``(Q,)`` float64."""
     if not match.places.shape[1]:
         return torch.zeros_like(match.n_relevant, dtype=torch.float64)
-    first = match.places.amin(1)
-    return (1.0 / (first + 1.0).double()).masked_fill_(first >= k, 0.0)
+    return (1.0 / (match.first + 1.0).double()).masked_fill_(match.first >= k, 0.0)
 
 
 def ndcg(match: Match, k: int) -> Tensor:

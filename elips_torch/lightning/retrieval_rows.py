@@ -122,8 +122,11 @@ class RowCollection:
             kept = places < total
             if loader in parts:
                 vectors, integers = _joined(parts.pop(loader))
-                kept, places = kept.to(vectors.device), places.to(vectors.device)
-                pieces.append((vectors[kept], integers[kept], places[kept] + first))
+                places = places.to(vectors.device)
+                if not bool(kept.all()):
+                    kept = kept.to(vectors.device)
+                    vectors, integers, places = vectors[kept], integers[kept], places[kept]
+                pieces.append((vectors, integers, places + first))
             first += total
         if not pieces:
             shape = (0, 1) if meaning == "relevant" else (0,)
@@ -175,6 +178,8 @@ def _count(pairs: Iterable[tuple[Tensor, Tensor]]) -> int:
 
 
 def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
     if len({vectors.shape[1] for vectors, _ in pairs}) > 1:
         dims = sorted({vectors.shape[1] for vectors, _ in pairs})
         raise ShapeError(f"the retrieval step returned vectors of dims {dims}, expected one dim")

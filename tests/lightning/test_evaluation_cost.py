@@ -75,7 +75,7 @@ def test_the_callback_costs_little_beside_embedding_and_search(tmp_path):
     loaders = [DataLoader(table, batch_size=None) for table in (queries, documents)]
     model = Model()
     seconds = {"with": [], "without": []}
-    for _ in range(6):
+    for _ in range(12):
         for name, module, callbacks in (
             ("without", Without(model), []),
             ("with", model, [RetrievalEvaluation(k=(1, 5, 10))]),
