@@ -28,7 +28,9 @@ def estimate_memory_bytes(index: Index, n: int) -> int:
 
     Exact but for the lists, whose ends are padded by what is usual, and but for room for growth: lists
     that have grown in many steps have about two slots per vector, each of 8 bytes and, where a plane
-    screens them, a code of it; and tensors on a GPU take twice as much.
+    screens them, a code of it; and tensors on a GPU take twice as much. Which codes vectors in lists have
+    under "l1" and "gower" is known when the index holds some: before, int8 codes are reckoned with, from 64
+    features on, where these may turn out to be bfloat16 ones or none.
 
     Args:
         index: trained or not, with any vectors or none.
@@ -68,7 +70,7 @@ def _own_bytes(index: Index, n: int, other: Iterable[Index], padding: int = 0) -
 
 
 def _plane_bytes(plane: ScreeningPlane, vectors: Tensor, n: int, padding: int) -> int:
-    kind = plane.kind_for(vectors)
+    kind = plane.kind if plane.knows(vectors) and len(vectors) else plane.kind_for(vectors)
     if kind == "none":
         return 0
     if kind not in CODE_DTYPES:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from elips_torch.core.metric import Metric
 from elips_torch.indexes.row_tensors import RowTensors
 from elips_torch.indexes.storage import Snapshot, durable, extend_rows
+from elips_torch.kernels.difference_plane import METRICS, encode_differences, make_difference_plane
 from elips_torch.kernels.plane import (
     CODE_DTYPES,
     NORM,
@@ -24,7 +25,6 @@ from elips_torch.kernels.plane import (
     plain_plane,
 )
 from elips_torch.kernels.screen_choice import choose_screen
-from elips_torch.kernels.step_plane import METRICS, encode_in_steps, make_step_plane
 
 # The mean moves when that shortens the squared norms by this share.
 _WORTH_MOVING = 0.05
@@ -274,13 +274,13 @@ class ScreeningPlane(RowTensors):
                 if integer_offset(self.metric, new) is None or low < -128 or high > 127:
                     return None
             if self.step is not None:
-                return encode_in_steps(new.detach(), self.mean, self.step)
+                return encode_differences(new.detach(), self.mean, self.kind, self.step)
             return encode(self.metric, new.detach(), self.mean, self.kind, is_integer=self.is_integer)
 
     def _coded(self, vectors: Tensor, kind: str) -> Plane | None:
         """Return a plane of codes of all vectors ``(N, D)``."""
         if self.metric.name in METRICS:
-            return make_step_plane(self.metric, vectors)
+            return make_difference_plane(self.metric, vectors, kind)
         return make_plane(self.metric, vectors, kind)
 
     def _plain(self, vectors: Tensor) -> Plane | None:
@@ -305,8 +305,8 @@ class ScreeningPlane(RowTensors):
 
     def _leaves_less(self, some: Tensor) -> bool:
         """Whether codes made for some rows would leave less than those of now, or are not worth making."""
-        other = make_step_plane(self.metric, some)
-        if other is None:
+        other = make_difference_plane(self.metric, some, self._wanted)
+        if other is None or other.kind != self.kind:
             return True
         now, then = (terms[:, RESIDUAL].log().mean() for terms in (self._row_terms(), other.terms))
         return bool(then < now + math.log(1 - _WORTH_MOVING))

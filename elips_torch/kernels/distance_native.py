@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.metric import Metric
+from elips_torch.kernels.difference_plane import lost_share
 from elips_torch.kernels.distance_bounds import error_share
 from elips_torch.kernels.knn_native import (
     NativeSearch,
@@ -25,7 +26,7 @@ from elips_torch.kernels.search_native import SOURCE_TYPES
 # Bounds that say less than this about a distance would keep too many rows.
 _MOST_ERROR = 0.01
 # Bytes that a thread takes for rows that are not float32: so many, or rows where these take more.
-_CONVERTED_BYTES, _CONVERTED_ROWS = 96 * 2**10, 16
+_CONVERTED_BYTES, _CONVERTED_ROWS, _CONVERTED_CODES = 96 * 2**10, 16, 48
 
 
 def product_or_distance(
@@ -103,7 +104,7 @@ class DistanceSearch(NativeSearch):
         return facts
 
 
-class StepSearch(NativeSearch):
+class DifferenceSearch(NativeSearch):
     """Screen by codes whose differences are summed, and rescore what survives.
 
     Args:
@@ -114,11 +115,19 @@ class StepSearch(NativeSearch):
         n_excluded: rows that are left out for each query, at most.
     """
 
+    def __init__(
+        self, database: Tensor, metric: Metric, plane: Plane, k: int, n_excluded: int
+    ) -> None:
+        super().__init__(database, metric, plane, k, n_excluded)
+        if plane.kind == "bf16":
+            self.thread_bytes += max(2 * _CONVERTED_BYTES, _CONVERTED_CODES * 4 * self.dim)
+
     def _queries(self, queries: Tensor) -> dict[str, Any]:
         return {
             "source": queries.resolve_neg().contiguous(),
             "source_type": SOURCE_TYPES[queries.dtype],
             "mean": self.plane.mean,
+            "rounded": lost_share(self.plane.kind, self.dim),
             "largest": LARGEST_NORM / self.dim,
             "step": self.plane.step,
         }

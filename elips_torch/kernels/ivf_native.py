@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.metric import Metric
-from elips_torch.kernels.distance_native import StepSearch, distance_first
+from elips_torch.kernels.distance_native import DifferenceSearch, distance_first
 from elips_torch.kernels.ivf_decoded import DecodedLists
 from elips_torch.kernels.ivf_search_eager import Step
 from elips_torch.kernels.knn_native import NativeSearch, native_serves
@@ -44,8 +44,8 @@ def native_lists(
             return _distance_lists(layout, decode, metric, k, n_excluded, workspace_bytes)
         kind, otherwise = NativeSearch, None
         if decode.plane.step is not None:
-            # Rows that are much longer than most, or many near ties, leave codes nothing to say.
-            kind = StepSearch
+            # Rows that are much longer than most, or many near ties, may leave codes nothing to say.
+            kind = DifferenceSearch
             otherwise = functools.partial(
                 distance_first, decode.vectors, metric, k, n_excluded, workspace_bytes
             )

@@ -112,6 +112,9 @@ def native_serves(database: Tensor, plane: Plane, n_places: int | None = None) -
     """Whether there is code for a database and its plane here, which has so many places; default is N."""
     if plane.codes.dtype not in CODE_TYPES or database.dtype not in VECTOR_TYPES:
         return False
+    if plane.codes.dtype == torch.bfloat16 and plane.step is None:
+        # There is no product of these.
+        return False
     if {len(plane.codes), len(plane.terms)} != {len(database) if n_places is None else n_places}:
         # Another thread is changing the index.
         return False
@@ -157,6 +160,8 @@ class NativeSearch:
         self.n_rows, self.dim = database.shape
         self.thread_bytes = THREAD_BYTES
         self.query_bytes = database.shape[1] * _FEATURE_BYTES + n_excluded * _EXCLUDED_BYTES
+        # Of a query's feature; short floats of rows meet float32.
+        self._code_bytes = 1 if plane.codes.dtype == torch.int8 else 4
 
     def shares_queries(self, n_queries: int, threads: int, lists: ProbedLists | None) -> bool:
         """Whether threads take queries of their own rather than rows."""
@@ -178,7 +183,7 @@ class NativeSearch:
         while step:
             parts = 1 if self.shares_queries(step, threads, lists) else threads
             kept = parts * _KEPT_BYTES * step + threads * _RANKED_BYTES * parts
-            query_bytes = self.query_bytes + parts * self.dim * self.plane.codes.itemsize
+            query_bytes = self.query_bytes + parts * self.dim * self._code_bytes
             if lists is not None:
                 query_bytes += 12 * lists.probes.shape[1]
             room = (

@@ -18,7 +18,7 @@ METRICS = {
         ("l2", "ip", "cosine", "l1", "linf", "lp", "canberra", "braycurtis", "jensenshannon", "gower")
     )
 }
-CODE_TYPES = {torch.float32: 0, torch.int8: 1}
+CODE_TYPES = {torch.float32: 0, torch.int8: 1, torch.bfloat16: 2}
 VECTOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCE_TYPES = {**VECTOR_TYPES, torch.float64: 3}
 # How rows are packed: kind and bits of a `PackedTable`.

@@ -10,10 +10,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from elips_torch import FlatIndex, IVFFlatIndex
-from elips_torch.indexes import inverted_lists
+from elips_torch.indexes import inverted_lists, listed_plane
 from elips_torch.indexes.inverted_lists import InvertedLists, SlotChange
 from elips_torch.indexes.memory_estimate import estimate_memory_bytes
 from elips_torch.kernels.packed_native import has_grids
+from elips_torch.kernels.search_native import library_reasons
 from elips_torch.testing.contract import assert_same
 
 DIM, NLIST = 16, 8
@@ -121,17 +122,29 @@ def test_threads_that_search_first_find_the_same():
 
 # Sums of differences have codes of their own.
 
-in_steps = pytest.mark.skipif(
-    not has_grids(DIM, torch.device("cpu")), reason="codes are compared where int8 products are fast"
+
+
+@pytest.fixture
+def in_steps(monkeypatch):
+    if not has_grids(DIM, torch.device("cpu")):
+        pytest.skip("int8 codes are compared where int8 products are fast")
+    monkeypatch.setattr(listed_plane, "_LEAST_INT8_DIM", DIM)
+
+
+differences = pytest.mark.skipif(
+    bool(library_reasons(torch.device("cpu"))), reason="; ".join(library_reasons(torch.device("cpu")))
 )
 
 
-@in_steps
+@differences
+@pytest.mark.parametrize("kind", ["int8", "bf16"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_codes_of_differences_follow_changes(change, dtype):
+def test_codes_of_differences_follow_changes(change, dtype, kind, request):
+    if kind == "int8":
+        request.getfixturevalue("in_steps")
     index = made(metric="l1", screen="auto", dtype=dtype)
-    assert index.plane.kind == "int8"
+    assert index.plane.kind == kind
     assert index.plane.in_slots
     assert index.plane.step is not None
     for _ in range(3):
@@ -142,7 +155,7 @@ def test_codes_of_differences_follow_changes(change, dtype):
     assert_same(again(CENTROIDS, 7), index(CENTROIDS, 7))
 
 
-@in_steps
+@differences
 def test_mean_differences_have_codes_too():
     index = IVFFlatIndex(DIM, NLIST, "gower", nprobe=NLIST)
     vectors = near(torch.arange(400) % NLIST).sigmoid()
@@ -154,7 +167,7 @@ def test_mean_differences_have_codes_too():
     assert index.plane.step is not None
 
 
-@in_steps
+@pytest.mark.usefixtures("in_steps")
 def test_a_step_grows_with_the_rows():
     index = made(metric="l1", screen="auto")
     before = index.plane.step
@@ -166,7 +179,7 @@ def test_a_step_grows_with_the_rows():
     assert float(codes.abs().amax()) > 100
 
 
-@in_steps
+@differences
 def test_rows_that_codes_cannot_bound_are_compared_as_they_are():
     index = made(metric="l1", screen="auto")
     long = index.add(torch.full((1, DIM), 1e30))
@@ -176,10 +189,10 @@ def test_rows_that_codes_cannot_bound_are_compared_as_they_are():
     assert_exact(index)
     index.plane.forget()
     assert_exact(index)
-    assert index.plane.kind == "int8"
+    assert index.plane.kind == "bf16"
 
 
-@in_steps
+@differences
 def test_no_codes_where_none_are_wanted():
     assert made(metric="l1", screen="none").plane.kind == "none"
     assert made(metric="linf", screen="auto").plane.kind == "none"
@@ -190,15 +203,15 @@ def test_no_codes_where_none_are_wanted():
     assert index.plane.kind == "none"
     index.float()
     assert_exact(index)
-    assert index.plane.kind == "int8"
+    assert index.plane.kind == "bf16"
 
 
-@in_steps
+@differences
 def test_memory_of_codes_is_known_beforehand():
     index = made(4000, metric="l1", screen="auto")
     assert index.memory_bytes() == pytest.approx(estimate_memory_bytes(index, 4000), rel=0.02)
     without = made(4000, metric="l1", screen="none")
-    assert index.memory_bytes() > without.memory_bytes() + 4000 * (DIM + 16)
+    assert index.memory_bytes() > without.memory_bytes() + 4000 * (2 * DIM + 16)
 
 
 @pytest.mark.parametrize("metric", ["l2", "l1"])
@@ -245,7 +258,7 @@ def test_a_row_that_no_code_bounds_takes_the_place_of_one(metric):
     assert_exact(index)
 
 
-@in_steps
+@pytest.mark.usefixtures("in_steps")
 @pytest.mark.parametrize("size", [0.01, 30.0])
 def test_a_step_follows_rows_that_are_replaced_in_batches(size):
     index = made(640, metric="l1", screen="auto")
@@ -257,7 +270,7 @@ def test_a_step_follows_rows_that_are_replaced_in_batches(size):
     assert_exact(index)
 
 
-@in_steps
+@pytest.mark.usefixtures("in_steps")
 def test_a_plane_stays_where_another_would_leave_as_much(monkeypatch):
     index = made(640, metric="l1", screen="auto")
     codes = index.plane.codes.data_ptr()
@@ -268,18 +281,27 @@ def test_a_plane_stays_where_another_would_leave_as_much(monkeypatch):
     assert index.plane.codes.data_ptr() == codes
 
 
-@in_steps
-def test_codes_come_when_the_rows_allow_them():
+@pytest.mark.usefixtures("in_steps")
+def test_codes_become_those_that_the_rows_allow():
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(8000, DIM, generator=generator)
-    rows[:1200:10] *= 1e4
+    rows = torch.randn(16_000, DIM, generator=generator)
+    usual = rows[:1200].clone()
+    rows[:1200] += 1e6 * rows[:4].repeat(300, 1)
     coarse = FlatIndex(DIM)
     coarse.add(CENTROIDS / 10)
     index = IVFFlatIndex(DIM, NLIST, "l1", coarse=coarse, nprobe=NLIST)
-    index.add(rows[:1200])
+    first = index.add(rows[:1200])
     index.search(CENTROIDS, 1)
     assert index.plane.kind == "none"
+    # Few enough of these stay.
+    index.upsert(usual[30:], first[30:])
+    index.upsert(1e4 * usual[:30], first[:30])
+    assert_exact(index)
+    assert index.plane.kind == "bf16"
     for part in rows[1200:].split(1000):
         index.add(part)
         assert_exact(index)
     assert index.plane.kind == "int8"
+    index.upsert(1e4 * rows[1200:9200], torch.arange(1200, 9200))
+    assert_exact(index)
+    assert index.plane.kind == "bf16"

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from elips_torch import FlatIndex, IVFFlatIndex, IVFPQIndex, IVFSQIndex
-from elips_torch.core.hardware import device_facts
+from elips_torch.core.hardware import DeviceFacts, device_facts
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.native import native_reasons
 from elips_torch.indexes.inverted_lists import InvertedLists
-from elips_torch.kernels import ivf_decoded, knn_native, step_plane
+from elips_torch.kernels import difference_plane, ivf_decoded, knn_native, search_native
 from elips_torch.kernels.ivf_native import native_lists
 from elips_torch.kernels.list_layout import DecodedRows, StoredRows
 from elips_torch.kernels.plane import Plane, make_plane, plain_plane
@@ -22,10 +22,12 @@ pytestmark = pytest.mark.skipif(
 METRICS = ["l2", "ip", "cosine"]
 WORKSPACE = 64 * 2**20
 DECODERS = ["fp32", "in slots", "decoded", *(["int8", "int8 in slots"] if device_facts("cpu").vnni else [])]
-STEPS = ["decoded", "stored", *(["steps", "steps in slots"] if device_facts("cpu").vnni else [])]
+SHORT = ["bf16", "bf16 in slots"]
+STEPS = ["steps", "steps in slots"] if device_facts("cpu").vnni else []
+DIFFERENCES = ["decoded", "stored", *SHORT, *STEPS]
 WAYS = [
     *((metric, kind) for metric in METRICS for kind in DECODERS),
-    *((metric, kind) for metric in step_plane.METRICS for kind in STEPS),
+    *((metric, kind) for metric in difference_plane.METRICS for kind in DIFFERENCES),
 ]
 
 
@@ -36,7 +38,9 @@ def decoder(kind, metric, database, layout):
         return StoredRows(database)
     metric = resolve_metric(metric)
     if "steps" in kind:
-        plane = step_plane.encode_in_steps(database, database[1::8].mean(0), 0.04)
+        plane = difference_plane.encode_differences(database, database[1::8].mean(0), "int8", 0.04)
+    elif "bf16" in kind:
+        plane = difference_plane.encode_differences(database, database[1::8].mean(0), "bf16", 1.0)
     else:
         plane = make_plane(metric, database, "int8") if "int8" in kind else plain_plane(metric, database)
     if "in slots" not in kind:
@@ -97,9 +101,11 @@ def test_equals_the_reference(metric, kind, n_queries, threads, monkeypatch):
         assert_same(found, ivf_search(queries, database, assignments, probes, k, metric))
 
 
-@pytest.mark.parametrize("dim", [4, 63, 64, 65, 128, 200])
-@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("dim", [1, 4, 7, 8, 15, 17, 63, 64, 65, 128, 200])
+@pytest.mark.parametrize("kind", DIFFERENCES)
 def test_differences_of_any_number_of_features(dim, kind):
+    if "steps" in kind and dim < knn_native.LEAST_INT8_DIM:
+        pytest.skip("an index of so few features has no int8 codes")
     for n_queries in (1, 20):
         queries, database, assignments, probes, layout = problem(n_queries, dim=dim)
         found = search(kind, "l1", queries, database, probes, layout, 5)
@@ -135,8 +141,7 @@ def test_selections_ranks_and_probes_of_nothing(metric, kind):
         assert_same((found[0], known), wanted)
 
 
-@pytest.mark.skipif("steps" not in STEPS, reason="no codes of differences here")
-@pytest.mark.parametrize("kind", ["steps", "steps in slots"])
+@pytest.mark.parametrize("kind", STEPS)
 def test_distances_answer_where_codes_say_nothing(kind):
     queries, database, assignments, probes, layout = problem(40, n=9000)
     # Rows that no code fits are kept for every query, and there are more of them than is worth while.
@@ -154,8 +159,7 @@ def test_distances_answer_where_codes_say_nothing(kind):
     assert_same((scores, rows), wanted)
 
 
-@pytest.mark.skipif("steps" not in STEPS, reason="no codes of differences here")
-@pytest.mark.parametrize("kind", ["steps", "steps in slots"])
+@pytest.mark.parametrize("kind", STEPS)
 def test_some_queries_are_left_to_distances_with_what_is_theirs(kind):
     queries, database, assignments, probes, layout = problem(40, n=9000)
     # No code fits most rows of one list: they survive for the queries that probe it.
@@ -174,13 +178,28 @@ def test_some_queries_are_left_to_distances_with_what_is_theirs(kind):
     assert_same((scores, rows), wanted)
 
 
-@pytest.mark.skipif("steps" not in STEPS, reason="no codes of differences here")
+@pytest.mark.parametrize("kind", SHORT)
+@pytest.mark.parametrize("dim", [1, 5, 8, 13, 16, 24, 67])
+def test_short_floats_need_no_int8_instructions(dim, kind, monkeypatch):
+    for capability in {"AVX2", device_facts("cpu").capability}:
+        facts = DeviceFacts("cpu", "2 cores", capability)
+        for module in (knn_native, search_native):
+            monkeypatch.setattr(module, "device_facts", lambda device, facts=facts: facts)
+        for n_queries in (1, 70):
+            queries, database, assignments, probes, layout = problem(n_queries, dim=dim)
+            # Rows of all sizes, for which int8 codes have no step.
+            database *= 10.0 ** (torch.arange(700) % 9)[:, None]
+            found = search(kind, "l1", queries, database, probes, layout, 10)
+            assert_same(found, ivf_search(queries, database, assignments, probes, 10, "l1"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DIFFERENCES if kind in ("bf16", "steps")])
 @pytest.mark.parametrize("dim", [63, 65, 100, 127])
-def test_the_last_feature_counts(dim):
+def test_the_last_feature_counts(dim, kind):
     queries, database, assignments, probes, layout = problem(20, n=3000, dim=dim)
     database[:, :-1] = queries[:, :-1] = 0.5
     database[:, -1] = torch.randperm(3000, generator=torch.Generator().manual_seed(dim)) / 700 - 2.1
-    decode = decoder("steps", "l1", database, layout)
+    decode = decoder(kind, "l1", database, layout)
     step = native_lists(layout, decode, resolve_metric("l1"), 3, 9, 0, WORKSPACE)
     scores, rows, certified = step.search.run(queries, 3, None, Selection(), WORKSPACE, step.lists(probes))
     assert bool(certified.all())

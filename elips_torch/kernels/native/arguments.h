@@ -9,7 +9,7 @@ extern "C" {
 
 // All pointers are to contiguous memory that outlives the call.
 struct Arguments {
-    // The plane: (N, D) codes, float32 or int8, and (N, 4) scale, residual, norm and bias. Null where packed
+    // The plane: (N, D) codes and (N, 4) scale, residual, norm and bias. Null where packed
     // rows are decoded to be screened, and where distances are of the vectors.
     const void* codes;
     const float* terms;
@@ -31,7 +31,7 @@ struct Arguments {
     // the coded queries: (Q, D) codes; (3, Q) scale and factors of residual and norm.
     const void* source;
     const float* mean;  // (D,), as Coding has it, and two numbers more
-    double rounded;  // of distances instead: the share of a distance by which one in float32 may err
+    double rounded;  // of distances and differences instead: the share by which a sum in float32 may err
     double largest;
     double power;  // exponent of LP
     double step;   // of codes whose differences are summed
@@ -68,7 +68,7 @@ struct Arguments {
     int32_t n_threads;
     int32_t n_parts;  // T: 1 where threads share the queries among them, else the number of threads
     int32_t metric;
-    int32_t code_type;    // 0 float32, 1 int8
+    int32_t code_type;    // 0 float32, 1 int8, 2 bfloat16
     int32_t vector_type;  // 0 float32, 1 float16, 2 bfloat16
     int32_t source_type;  // these, or 3 float64
     int32_t is_exact;        // similarities of the codes are those of the vectors

@@ -14,7 +14,7 @@ constexpr int64_t WORTH_SHARING = 2048;
 
 static int code_queries(const Coding& c) {
     if (c.code_type != 0 && c.code_type != 1) return UNKNOWN_TYPE;
-    if (is_distance(c.metric) && (c.code_type != 1 || !(c.step > 0.0))) return UNKNOWN_TYPE;
+    if (is_distance(c.metric) && !(c.step > 0.0)) return UNKNOWN_TYPE;
     double mean_length = 0.0;
     for (int i = 0; i < c.dim; ++i) mean_length += double(c.mean[i]) * c.mean[i];
     mean_length = std::sqrt(mean_length);
@@ -29,8 +29,10 @@ static int code_queries(const Coding& c) {
 #pragma omp for
         for (int64_t q = 0; q < c.n_queries; ++q) {
             if (!wide) continue;
-            if (is_distance(c.metric))
-                code_query_in_steps(c, q);
+            if (is_distance(c.metric) && c.code_type == 0)
+                code_query_of_differences<float>(c, q);
+            else if (is_distance(c.metric))
+                code_query_of_differences<int8_t>(c, q);
             else if (c.code_type == 0)
                 code_query<float>(c, q, mean_length, wide.get());
             else
@@ -74,7 +76,8 @@ class CodedHere {
         c.dim = a.dim;
         c.n_queries = a.n_queries;
         c.metric = a.metric;
-        c.code_type = a.code_type;
+        // Short floats of rows meet float32.
+        c.code_type = a.code_type == 1 ? 1 : 0;
         c.n_threads = a.n_threads;
         a.queries = wide;
         a.query_codes = c.codes;

@@ -13,19 +13,19 @@ struct Coding {
     const double* queries;  // (Q, D)
     const float* mean;      // (D,)
     const float* steps;     // (D,), queries are multiplied by them before they are coded; or null
-    // Results: (Q, D) codes, float32 or int8; (3, Q) scale and factors of residual and norm; (Q,) each.
+    // Results: (Q, D) codes; (3, Q) scale and factors of residual and norm; (Q,) each.
     void* codes;
     float* terms;
     double* rounding;
     double* offsets;
     uint8_t* usable;
-    double rounded;  // roundoffs of float32 that a product may lose
+    double rounded;  // roundoffs of float32 that a product may lose, or the share of its terms that a sum may
     double largest;  // features of that size and more cannot be bounded
     double step;     // of codes whose differences are summed
     int32_t dim;
     int32_t n_queries;
     int32_t metric;
-    int32_t code_type;
+    int32_t code_type;  // 0 float32, 1 int8
     int32_t n_threads;
 };
 }
@@ -99,31 +99,39 @@ static void code_query(const Coding& c, int64_t q, double mean_length, double* w
     c.usable[q] = usable;
 }
 
-// For sums of differences, see `step_plane.py`: |q - x| is step * |code of q - code of x|, give or take what either
-// code leaves. Where q lies beyond all codes, what its code leaves adds the same to every row, and errs by nothing.
-static void code_query_in_steps(const Coding& c, int64_t q) {
+// For sums of differences, see `difference_plane.py`: |q - x| is step * |code of q - code of x|, give or take what
+// either code leaves. Where q lies beyond all codes, what its code leaves adds the same to every row, and errs by
+// nothing.
+template <class Code>
+static void code_query_of_differences(const Coding& c, int64_t q) {
     constexpr double LEAST_FACTOR = 1.0 / (1ull << 60) / (1ull << 60), ROUNDED = 16.0 / 16777216.0;
     const double* query = c.queries + q * c.dim;
-    int8_t* codes = static_cast<int8_t*>(c.codes) + q * c.dim;
+    Code* codes = static_cast<Code*>(c.codes) + q * c.dim;
     const double unit = c.metric == GOWER ? 1.0 / c.dim : 1.0;
     double size = 0.0, residual = 0.0, beyond = 0.0;
     int unusable = 0;
 #pragma omp simd reduction(+ : size, residual, beyond, unusable)
     for (int i = 0; i < c.dim; ++i) {
-        const double value = query[i] - c.mean[i], number = std::rint(value / c.step);
-        const double code = number > 127.0 ? 127.0 : number < -128.0 ? -128.0 : number;
+        const double value = query[i] - c.mean[i];
+        double number, code;
+        if constexpr (sizeof(Code) == 1) {
+            number = std::rint(value / c.step);
+            code = number > 127.0 ? 127.0 : number < -128.0 ? -128.0 : number;
+        } else {
+            number = code = static_cast<Code>(value);
+        }
         const double left = std::fabs(value - code * c.step);
         size += std::fabs(code) * c.step;
         residual += code == number ? left : 0.0;
         beyond += code == number ? 0.0 : left;
         const bool usable = std::fabs(value) < c.largest;  // NaN is not below
         unusable += usable ? 0 : 1;
-        codes[i] = static_cast<int8_t>(usable ? code : 0.0);
+        codes[i] = static_cast<Code>(usable ? code : 0.0);
     }
     c.terms[q] = static_cast<float>(-c.step * unit);
     c.terms[c.n_queries + q] = static_cast<float>(unit * (1.0 + ROUNDED));
     c.terms[2 * int64_t(c.n_queries) + q] =
-        static_cast<float>(unit * (1.0 + ROUNDED) * (residual + ROUNDED * size) + LEAST_FACTOR);
+        static_cast<float>(unit * (1.0 + ROUNDED) * (residual + (ROUNDED + c.rounded) * size) + LEAST_FACTOR);
     c.offsets[q] = c.rounding[q] = unit * beyond;
     c.usable[q] = unusable == 0;
 }

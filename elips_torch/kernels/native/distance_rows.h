@@ -9,17 +9,6 @@
 #include "memory.h"
 #include "rescore.h"
 
-static inline void convert(const float* from, int n, float* to) { std::copy(from, from + n, to); }
-template <class Value>
-static void convert(const Value* from, int n, float* to) {
-    int i = 0;
-    for (; i + 8 <= n; i += 8) {
-        const EightFloats values = floats8(from + i);
-        std::memcpy(to + i, &values, sizeof(values));
-    }
-    for (; i < n; ++i) to[i] = static_cast<float>(wide(from[i]));
-}
-
 // One array a term.
 struct DistanceChunk {
     int64_t first;

@@ -37,6 +37,10 @@ static inline Floats load_bfloats(const void* p) {
     const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
+static inline Floats load_first_bfloats(const void* p, int n) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
 // The first LANES of 16 bytes as numbers.
 static inline Floats first_numbers(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
 static inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
@@ -98,6 +102,11 @@ static inline Floats load_halves(const void* p) {
 static inline Floats load_bfloats(const void* p) {
     const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+static inline Floats load_first_bfloats(const void* p, int n) {
+    alignas(16) uint8_t some[16] = {};
+    std::memcpy(some, p, 2 * n);
+    return load_bfloats(some);
 }
 static inline Floats first_numbers(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
 static inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }

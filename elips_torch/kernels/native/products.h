@@ -10,13 +10,14 @@
 // makes every sum larger by 128 times the sum of the other side, which is taken off again. Sums wrap
 // around in between, and are right in the end as long as they fit 32 bits.
 //
-// Sums of absolute differences of int8 codes take the place of products where these are asked for. They are
-// summed by one instruction, too, but eight features at a time: there each row meets one query after the other.
+// Sums of absolute differences of codes take the place of products where these are asked for. Those of int8 codes
+// are summed by one instruction, too, but eight features at a time: there each row meets one query after the other.
 #pragma once
 
 #include <cstring>
 
 #include "lanes.h"
+#include "rescore.h"
 
 // Rows are read once, in order: ask for what comes soon. Asking beyond the end does no harm.
 static inline void prefetch(const void* place, int bytes) {
@@ -34,9 +35,11 @@ template <>
 struct Product<float> {
     using Query = float;
     using Packed = float;
+    using Row = float;  // as many queries meet it
     using Sums = Floats;
-    static constexpr bool TILES = true;  // many queries are multiplied together
-    static constexpr int PER_STEP = 1;  // features in a step
+    static constexpr bool TILES = true;         // many queries are multiplied together
+    static constexpr int MOST_ONE_BY_ONE = 4;  // queries that are not (measured)
+    static constexpr int PER_STEP = 1;          // features in a step
 
     static float pack(float code) { return code; }
     static int correction(const float*, int) { return 0; }
@@ -67,14 +70,57 @@ struct Product<float> {
     }
 };
 
+// bfloat16 codes, whose absolute differences are summed.
+template <>
+struct Product<BFloat> {
+    using Query = float;
+    using Packed = float;
+    using Row = float;
+    using Sums = Floats;
+    static constexpr bool TILES = true;
+    static constexpr int MOST_ONE_BY_ONE = LANES / 2;
+    static constexpr int PER_STEP = 1;
+
+    static float pack(float code) { return code; }
+    static int correction(const BFloat*, int) { return 0; }
+    static Sums start(int, const int*, int) { return all(0.0f); }
+    static Sums step(Sums sums, const Packed* queries, const float* row) {
+        return plus(sums, magnitude(minus(load(queries), all(*row))));
+    }
+    static Floats floats(Sums sums) { return sums; }
+
+    static int query_correction(const float*, int) { return 0; }
+    // The sums of FEW rows and one query.
+    static void dots(const BFloat* const (&rows)[FEW], const float* query, int dim, int, float* out) {
+        Floats sums[FEW];
+        for (auto& each : sums) each = all(0.0f);
+        int i = 0;
+        for (; i + LANES <= dim; i += LANES) {
+            const Floats q = load(query + i);
+            for (int r = 0; r < FEW; ++r) {
+                prefetch(rows[r] + i, LANES * sizeof(BFloat));
+                sums[r] = plus(sums[r], magnitude(minus(q, load_bfloats(rows[r] + i))));
+            }
+        }
+        if (const int left = dim - i) {
+            const Floats q = load_first(query + i, left);
+            for (int r = 0; r < FEW; ++r)
+                sums[r] = plus(sums[r], magnitude(minus(q, load_first_bfloats(rows[r] + i, left))));
+        }
+        store_sums(sums, out);
+    }
+};
+
 #if defined(__AVX512VNNI__)
 
 template <>
 struct Product<int8_t> {
     using Query = int8_t;
     using Packed = uint8_t;
+    using Row = int8_t;
     using Sums = __m512i;
     static constexpr bool TILES = true;
+    static constexpr int MOST_ONE_BY_ONE = 4;
     static constexpr int PER_STEP = 4;
 
     static uint8_t pack(int8_t code) { return static_cast<uint8_t>(code + 128); }
@@ -136,8 +182,10 @@ template <>
 struct Product<uint8_t> {
     using Query = int8_t;
     using Packed = int8_t;
+    using Row = uint8_t;
     using Sums = __m512i;
     static constexpr bool TILES = true;
+    static constexpr int MOST_ONE_BY_ONE = 4;
     static constexpr int PER_STEP = 4;
 
     static int8_t pack(int8_t code) { return code; }
@@ -189,7 +237,9 @@ template <>
 struct Product<StepCode> {
     using Query = int8_t;
     using Packed = int8_t;
+    using Row = StepCode;
     static constexpr bool TILES = false;
+    static constexpr int MOST_ONE_BY_ONE = 0;
     static constexpr int PER_STEP = 1;
 
     static int query_correction(const int8_t*, int) { return 0; }
@@ -242,7 +292,7 @@ static void pack_queries(const typename Product<Code>::Query* const* queries, in
 
 // Sums of ROWS rows with VECTORS vectors of queries, each row or each query with its correction.
 template <class Code, int ROWS, int VECTORS>
-static inline void multiply(const Code* const* rows, const int* corrections, const int* query_corrections,
+static inline void multiply(const typename Product<Code>::Row* const* rows, const int* corrections, const int* query_corrections,
                             const typename Product<Code>::Packed* queries, int dim,
                             typename Product<Code>::Sums (&sums)[ROWS][VECTORS]) {
     using P = Product<Code>;

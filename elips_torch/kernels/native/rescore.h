@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -33,12 +34,13 @@ struct BFloat {
 static inline double wide(double x) { return x; }
 static inline double wide(float x) { return x; }
 static inline double wide(Half x) { return _cvtsh_ss(x.bits); }
-static inline double wide(BFloat x) {
+static inline float narrow(BFloat x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
 }
+static inline double wide(BFloat x) { return narrow(x); }
 
 // Eight numbers, in as many registers as that takes.
 typedef double Doubles __attribute__((vector_size(64)));
@@ -69,6 +71,17 @@ static inline EightFloats floats8(const Half* p) {
 static inline EightFloats floats8(const BFloat* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return reinterpret_cast<EightFloats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+// As float32.
+static inline void convert(const float* from, int n, float* to) { std::copy(from, from + n, to); }
+template <class Value>
+static void convert(const Value* from, int n, float* to) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const EightFloats values = floats8(from + i);
+        std::memcpy(to + i, &values, sizeof(values));
+    }
+    for (; i < n; ++i) to[i] = static_cast<float>(wide(from[i]));
 }
 static inline Doubles wide8(const Half* p) { return widened(floats8(p)); }
 static inline Doubles wide8(const BFloat* p) { return widened(floats8(p)); }

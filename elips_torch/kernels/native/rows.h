@@ -31,6 +31,7 @@ struct Chunk {
     float* rest;  // by how much float32 may err in a bound, beside what residual and norm say
     int* correction;
     const Code* unpacked;  // (n, D), or null
+    const typename Product<Code>::Row* features;  // (n, D), where many queries do not meet the codes themselves
 
     int64_t row(int r) const { return slots ? slots[r] : first + r; }
     int64_t place(int r) const { return scattered ? slots[r] : first + r; }
@@ -41,6 +42,8 @@ class Rows {
    public:
     // Scalars on a grid are searched as they are stored.
     static constexpr bool UNPACKS = !std::is_same_v<Code, uint8_t>;
+    using Row = typename Product<Code>::Row;
+    static constexpr bool CONVERTS = !std::is_same_v<Code, Row>;
     static constexpr int MOST_TILE = 12;       // rows of a tile, at most
     static constexpr int64_t TILE_STEP = 48;  // a multiple of every tile's rows
 
@@ -62,7 +65,8 @@ class Rows {
         terms_ = allocate<float>(5 * most_);
         corrections_ = allocate<int>(most_ + MOST_TILE);
         if (UNPACKS && unpacks(a_)) unpacked_ = allocate<Code>(most_ * a_.dim + 64);
-        return terms_ && corrections_ && (unpacked_ || !UNPACKS || !unpacks(a_));
+        if (CONVERTS) features_ = allocate<Row>(most_ * a_.dim);
+        return terms_ && corrections_ && (unpacked_ || !UNPACKS || !unpacks(a_)) && (features_ || !CONVERTS);
     }
 
     // Take n rows, at most so many as a chunk has; with what products of many queries need, and with the codes
@@ -80,6 +84,7 @@ class Rows {
         c.rest = c.bias + most_;
         c.correction = corrections_.get();
         c.unpacked = nullptr;
+        c.features = features_.get();
         if (!UNPACKS || !with_codes) {
             prefetch_packed(c, 0, UNPACKS ? first_rows() : AHEAD);
             take_grid_terms(c);
@@ -96,6 +101,8 @@ class Rows {
         if constexpr (UNPACKS && Product<Code>::TILES) {
             for (int r = 0; with_codes && with_corrections && r < n; ++r) {
                 prefetch_ahead(c, r);
+                if constexpr (CONVERTS)
+                    convert(codes_of(c, r), a_.dim, features_.get() + int64_t(r) * a_.dim);
                 c.correction[r] = Product<Code>::correction(codes_of(c, r), a_.dim);
             }
         }
@@ -105,6 +112,14 @@ class Rows {
     const Code* codes_of(const Chunk<Code>& c, int r) const {
         if (!UNPACKS) return reinterpret_cast<const Code*>(packed(c, r));
         return c.unpacked ? c.unpacked + int64_t(r) * a_.dim : codes_in(c.place(r));
+    }
+
+    // What many queries meet of a row of a chunk that was taken for them.
+    const Row* features_of(const Chunk<Code>& c, int r) const {
+        if constexpr (CONVERTS)
+            return c.features + int64_t(r) * a_.dim;
+        else
+            return codes_of(c, r);
     }
 
     // The codes behind which there are no others.
@@ -319,4 +334,5 @@ class Rows {
     Memory<float> terms_;
     Memory<int> corrections_;
     Memory<Code> unpacked_;
+    Memory<Row> features_;
 };

@@ -72,7 +72,7 @@ class Scan {
         auto* packed = packed_.get();
         n_blocks_ = 0;
         looks_up_ = tables_ && n <= LOOKING_UP;
-        const bool few = !Product<Code>::TILES || n <= FEW_QUERIES || looks_up_;
+        const bool few = !Product<Code>::TILES || n <= Product<Code>::MOST_ONE_BY_ONE || looks_up_;
         for (int i = 0; i < n;) {
             Block<Code>& block = blocks_[n_blocks_++];
             block.vectors = few ? 0 : std::min((n - i + LANES - 1) / LANES, MOST_VECTORS);
@@ -96,6 +96,7 @@ class Scan {
 
    private:
     using Query = typename Product<Code>::Query;
+    using Row = typename Product<Code>::Row;
     // Up to so many queries of a list look their rows up (measured).
     static constexpr int LOOKING_UP = 32;
     static constexpr int WIDE_ROWS = LANES == 16 ? 6 : 2;
@@ -195,16 +196,17 @@ class Scan {
     template <int ROWS, int VECTORS>
     void tiles(const Chunk<Code>& c, Block<Code>& block) {
         for (int first = 0; first < c.n; first += ROWS) {
-            const Code* rows[ROWS];
+            const Row* rows[ROWS];
             int corrections[ROWS];
             const int n = std::min(ROWS, c.n - first);
             if (!Rows<Code>::UNPACKS && &block == blocks_.get()) source_.prefetch_ahead(c, first, ROWS);
             for (int r = 0; r < ROWS; ++r) {
                 const int place = first + std::min(r, n - 1);
-                rows[r] = source_.codes_of(c, place);
+                rows[r] = source_.features_of(c, place);
                 corrections[r] = c.correction[place];
             }
-            if (a_.dim % Product<Code>::PER_STEP) copy_last(rows, ROWS);
+            if constexpr (Product<Code>::PER_STEP > 1)
+                if (a_.dim % Product<Code>::PER_STEP) copy_last(rows, ROWS);
             typename Product<Code>::Sums sums[ROWS][VECTORS];
             multiply<Code, ROWS, VECTORS>(rows, corrections, block.correction, block.packed, a_.dim, sums);
 #pragma GCC unroll 16

@@ -95,9 +95,9 @@ int outcome_of(const Arguments& a) {
 
 int search(Arguments a) {
     if (unpacks(a) && a.code_type != (a.grid.steps ? 1 : 0)) return UNKNOWN_TYPE;
-    const bool in_steps = is_distance(a.metric) && a.codes;
-    const bool by_distance = is_distance(a.metric) && !in_steps;
-    if (in_steps && a.code_type != 1) return UNKNOWN_TYPE;
+    const bool of_differences = is_distance(a.metric) && a.codes;
+    const bool by_distance = is_distance(a.metric) && !of_differences;
+    if (of_differences && a.code_type == 0) return UNKNOWN_TYPE;
     CodedHere coded;
     DistanceQueries plain;
     if (a.source) {
@@ -121,9 +121,11 @@ int search(Arguments a) {
         ready = scan_distances(a, reservoirs.get(), shared);
     } else if (a.code_type == 0) {
         ready = scan<float>(a, reservoirs.get(), shared);
+    } else if (a.code_type == 2 && of_differences) {
+        ready = scan<BFloat>(a, reservoirs.get(), shared);
     } else if (a.code_type == 1 && HAS_INT8) {
 #if defined(__AVX512VNNI__)
-        if (in_steps)
+        if (of_differences)
             ready = scan<StepCode>(a, reservoirs.get(), shared);
         else if (unpacks(a) && a.packed.packing == SCALAR8)
             ready = scan<uint8_t>(a, reservoirs.get(), shared);

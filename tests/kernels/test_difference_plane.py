@@ -9,8 +9,15 @@ from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.native import native_reasons
 from elips_torch.kernels import search_native
+from elips_torch.kernels.difference_plane import (
+    METRICS,
+    encode_differences,
+    lost_share,
+    make_difference_plane,
+    step_for,
+    tells_apart,
+)
 from elips_torch.kernels.plane import LARGEST_NORM, RESIDUAL
-from elips_torch.kernels.step_plane import METRICS, encode_in_steps, make_step_plane, step_for
 
 pytestmark = pytest.mark.skipif(
     bool(native_reasons(device_facts("cpu"))), reason="; ".join(native_reasons(device_facts("cpu")))
@@ -21,7 +28,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def code(metric, queries, plane):
     """Return codes, terms, rounding and usable of queries, as a search makes them."""
     n_queries, dim = queries.shape
-    codes = torch.empty(n_queries, dim, dtype=torch.int8)
+    codes = torch.empty(n_queries, dim, dtype=torch.int8 if plane.kind == "int8" else torch.float32)
     terms = torch.empty(3, n_queries)
     rounding, offsets = torch.empty(2, n_queries, dtype=torch.float64)
     usable = torch.empty(n_queries, dtype=torch.bool)
@@ -33,12 +40,13 @@ def code(metric, queries, plane):
         rounding=rounding,
         offsets=offsets,
         usable=usable,
+        rounded=lost_share(plane.kind, dim),
         largest=LARGEST_NORM / dim,
         step=plane.step,
         dim=dim,
         n_queries=n_queries,
         metric=search_native.METRICS[metric],
-        code_type=search_native.CODE_TYPES[torch.int8],
+        code_type=search_native.CODE_TYPES[codes.dtype],
         n_threads=1,
     )
     assert torch.equal(rounding[usable], offsets[usable])
@@ -49,7 +57,14 @@ def slack(metric, queries, vectors, plane):
     """Return how far distances ``(Q, N)`` are from their bounds, in units of the errors said."""
     codes, (scale, residual_factor, norm_factor), offsets, usable = code(metric, queries, plane)
     assert bool(usable.all())
-    differences = (codes[:, None].double() - plane.codes[None].double()).abs().sum(2)
+    if plane.kind == "int8":
+        differences = (codes[:, None].double() - plane.codes[None].double()).abs().sum(2)
+    else:
+        differences = torch.zeros(len(codes), plane.n_rows)
+        # As badly as may be: one after the other, in float32.
+        for feature in (codes[:, None] - plane.codes[None].float()).abs().unbind(2):
+            differences += feature
+        differences = differences.double()
     error = residual_factor[:, None] * plane.terms[:, RESIDUAL].double() + norm_factor[:, None]
     distances = resolve_metric(metric).score(queries[:, None].double(), vectors[None].double())
     # What adds the same to every row of a query is not rounded alike here.
@@ -83,15 +98,17 @@ def problems(draw):
 
 
 @settings(deadline=None, max_examples=200)
-@given(problems(), st.sampled_from(METRICS), st.sampled_from(DTYPES))
-def test_no_distance_leaves_its_bounds(problem, metric, dtype):
+@given(problems(), st.sampled_from(METRICS), st.sampled_from(DTYPES), st.sampled_from(["int8", "bf16"]))
+def test_no_distance_leaves_its_bounds(problem, metric, dtype, kind):
     queries, vectors = (each.to(dtype) for each in problem)
     if not bool(vectors.isfinite().all() and queries.isfinite().all()):
         return
-    plane = make_step_plane(resolve_metric(metric), vectors)
+    plane = make_difference_plane(resolve_metric(metric), vectors, kind)
     if plane is None:
         # Codes would say little of such rows, but nothing wrong.
-        plane = encode_in_steps(vectors, vectors.float().mean(0), float(vectors.float().abs().max()) / 127)
+        step = float(vectors.float().abs().max()) / 127 if kind == "int8" else 1.0
+        plane = encode_differences(vectors, vectors.float().mean(0), kind, step)
+    assert plane.kind == kind
     assert float(slack(metric, queries, vectors, plane).max()) <= 1.0
 
 
@@ -99,7 +116,7 @@ def test_no_distance_leaves_its_bounds(problem, metric, dtype):
 def test_queries_at_the_ends_of_the_codes(edge):
     step = float(torch.tensor(0.037))
     vectors = (torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * 60).round() * step
-    plane = encode_in_steps(vectors, torch.zeros(8), step)
+    plane = encode_differences(vectors, torch.zeros(8), "int8", step)
     queries = (edge + torch.linspace(-0.9, 0.9, 37))[:, None].expand(-1, 8).contiguous() * step
     assert float(slack("l1", queries, vectors, plane).max()) <= 1.0
 
@@ -109,7 +126,7 @@ def test_what_rows_lose_by_rounding_counts():
         generator = torch.Generator().manual_seed(seed)
         mean, step = torch.randn(1, generator=generator), float(torch.tensor(0.01 + seed * 0.0137))
         vectors = mean + step * torch.randint(-128, 128, (3000, 1), generator=generator)
-        plane = encode_in_steps(vectors, mean, step)
+        plane = encode_differences(vectors, mean, "int8", step)
         # A query that is the mean loses nothing itself.
         assert float(slack("l1", mean[None], vectors, plane).max()) <= 1.0
 
@@ -117,7 +134,7 @@ def test_what_rows_lose_by_rounding_counts():
 def test_bounds_are_not_wider_than_codes_leave():
     generator = torch.Generator().manual_seed(0)
     vectors, queries = torch.randn(500, 256, generator=generator), torch.randn(20, 256, generator=generator)
-    plane = make_step_plane(resolve_metric("l1"), vectors)
+    plane = make_difference_plane(resolve_metric("l1"), vectors, "int8")
     _, (_, _, norm_factor), _, _ = code("l1", queries, plane)
     factors = code("gower", queries, plane)[1]
     assert float(factors[1].mean()) == pytest.approx(1 / 256, rel=1e-5)
@@ -130,7 +147,7 @@ def test_bounds_are_not_wider_than_codes_leave():
 
 def test_whole_numbers_are_their_codes():
     vectors = torch.randint(0, 256, (300, 40), generator=torch.Generator().manual_seed(0)).float()
-    plane = make_step_plane(resolve_metric("l1"), vectors)
+    plane = make_difference_plane(resolve_metric("l1"), vectors, "int8")
     assert plane.step == 1.0
     assert torch.equal(plane.codes.float() + plane.mean, vectors)
     assert float(plane.terms[:, RESIDUAL].max()) < 0.02
@@ -139,7 +156,7 @@ def test_whole_numbers_are_their_codes():
 def test_queries_far_from_all_rows_are_bounded_as_closely():
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(500, 64, generator=generator)
-    plane = make_step_plane(resolve_metric("l1"), vectors)
+    plane = make_difference_plane(resolve_metric("l1"), vectors, "int8")
     near, far = vectors[:20], vectors[:20] + 1e5
     factors = [code("l1", each, plane)[1][2].mean() for each in (near, far)]
     assert float(factors[1]) < 1.1 * float(factors[0])
@@ -160,15 +177,52 @@ def test_a_few_long_rows_do_not_make_the_others_coarse():
     assert step_for(vectors, mean) < 4 * step
 
 
-def test_rows_of_all_sizes_have_no_codes():
+@pytest.mark.parametrize(
+    "lengthen",
+    [
+        lambda vectors: vectors[::17].mul_(1e4),
+        lambda vectors: vectors[:, 3].mul_(1000),
+        lambda vectors: vectors.mul_(3).exp_(),
+        # Most queries would find their neighbours, those near these rows none by codes.
+        lambda vectors: vectors[::100].mul_(1000),
+    ],
+    ids=["rows", "feature", "all", "few rows"],
+)
+def test_rows_of_all_sizes_have_short_floats(lengthen):
     vectors = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
-    vectors[::17] *= 1e4
+    assert make_difference_plane(resolve_metric("l1"), vectors, "int8").kind == "int8"
+    lengthen(vectors)
     assert step_for(vectors, torch.zeros(64)) is None
-    assert make_step_plane(resolve_metric("l1"), vectors) is None
-    vectors[::17] /= 1e4
-    assert make_step_plane(resolve_metric("l1"), vectors) is not None
-    vectors[:, 3] *= 1000
-    assert make_step_plane(resolve_metric("l1"), vectors) is None
+    plane = make_difference_plane(resolve_metric("l1"), vectors, "int8")
+    assert plane.kind == "bf16"
+    assert plane.step == 1.0
+    # Half a unit of 8 bits, of each feature.
+    sizes = (vectors - plane.mean).abs().sum(1)
+    assert bool((plane.terms[:, RESIDUAL] < sizes / 256).all())
+
+
+def test_rows_far_nearer_to_each_other_than_to_the_median_have_no_codes():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 64, generator=generator)
+    vectors = centres[torch.randint(0, 4, (2000,), generator=generator)]
+    vectors += 1e-6 * torch.randn(2000, 64, generator=generator)
+    for kind in ("int8", "bf16"):
+        assert make_difference_plane(resolve_metric("l1"), vectors, kind) is None
+    assert not tells_apart(vectors, torch.zeros(64), "bf16", 1.0)
+
+
+def test_what_sums_of_floats_lose_counts():
+    # Every addition is rounded to the same side.
+    queries, vectors = torch.full((1, 20_000), 0.1), torch.tensor([[0.0], [0.5], [-3.0]]).expand(-1, 20_000)
+    plane = encode_differences(vectors, torch.zeros(20_000), "bf16", 1.0)
+    assert float(slack("l1", queries, vectors, plane).max()) <= 1.0
+
+
+def test_sums_of_too_many_floats_say_nothing():
+    vectors = torch.randn(3, 2**17, generator=torch.Generator().manual_seed(0))
+    mean = torch.zeros(2**17)
+    assert float(encode_differences(vectors, mean, "bf16", 1.0).terms[:, RESIDUAL].min()) > 1000
+    assert encode_differences(vectors[:, :1].expand(-1, 2**23), mean[:1].expand(2**23), "bf16", 1.0) is None
 
 
 def test_rows_that_are_their_codes_do_not_choose_the_step():
@@ -178,19 +232,21 @@ def test_rows_that_are_their_codes_do_not_choose_the_step():
     assert step_for(vectors, torch.zeros(64)) == pytest.approx(step, rel=0.5)
 
 
+@pytest.mark.parametrize("kind", ["int8", "bf16"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e38])
-def test_what_cannot_be_bounded(value):
+def test_what_cannot_be_bounded(value, kind):
     vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    plane = make_step_plane(resolve_metric("l1"), vectors)
+    plane = make_difference_plane(resolve_metric("l1"), vectors, kind)
     queries = vectors[:3].clone()
     queries[1, 4] = value
     assert code("l1", queries, plane)[3].tolist() == [True, False, True]
     vectors[3, 2] = value
-    assert make_step_plane(resolve_metric("l1"), vectors) is None
-    assert encode_in_steps(vectors, plane.mean, plane.step) is None
+    assert make_difference_plane(resolve_metric("l1"), vectors, kind) is None
+    assert encode_differences(vectors, plane.mean, kind, plane.step) is None
 
 
-def test_no_rows():
-    plane = encode_in_steps(torch.empty(0, 8), torch.zeros(8), 0.5)
+@pytest.mark.parametrize("kind", ["int8", "bf16"])
+def test_no_rows(kind):
+    plane = encode_differences(torch.empty(0, 8), torch.zeros(8), kind, 1.0)
     assert plane.codes.shape == (0, 8)
     assert plane.terms.shape == (0, 4)
