@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from elips_torch.indexes.inverted_lists import SlotChange
@@ -110,6 +111,13 @@ class ListedPlane(ScreeningPlane):
 
     def _row_terms(self) -> Tensor:
         return self.terms[self._places] if self.in_slots and self._places is not None else self.terms
+
+    def _order(self, vectors: Tensor) -> Tensor | None:
+        if self._places is None or len(self._places) != len(vectors):
+            return None
+        rows = self._places.new_full((self._capacity,), -1)
+        rows[self._places] = torch.arange(len(self._places), device=rows.device)
+        return rows[rows >= 0]
 
     def _take(self, plane: Plane | None, vectors: Tensor) -> None:
         if plane is not None and plane.kind in CODE_DTYPES and self._places is not None:

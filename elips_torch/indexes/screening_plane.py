@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from elips_torch.core.metric import Metric
 from elips_torch.indexes.row_tensors import RowTensors
 from elips_torch.indexes.storage import Snapshot, durable, extend_rows
-from elips_torch.kernels.difference_plane import METRICS, encode_differences, make_difference_plane
+from elips_torch.kernels.difference_plane import METRICS, choose_codes, encode_differences
 from elips_torch.kernels.plane import (
     CODE_DTYPES,
     NORM,
@@ -280,7 +280,8 @@ class ScreeningPlane(RowTensors):
     def _coded(self, vectors: Tensor, kind: str) -> Plane | None:
         """Return a plane of codes of all vectors ``(N, D)``."""
         if self.metric.name in METRICS:
-            return make_difference_plane(self.metric, vectors, kind)
+            codes = choose_codes(self.metric, vectors, kind, self._order(vectors))
+            return None if codes is None else codes.encode(vectors)
         return make_plane(self.metric, vectors, kind)
 
     def _plain(self, vectors: Tensor) -> Plane | None:
@@ -293,7 +294,7 @@ class ScreeningPlane(RowTensors):
         self._rows_at_mean = vectors.shape[0]
         with durable():
             some = vectors.detach()[:: max(1, vectors.shape[0] // _ROWS_FOR_MEAN)]
-            repays = self._leaves_less(some) if self.step is not None else self._shortens(some)
+            repays = self._leaves_less(vectors.detach(), some) if self.step is not None else self._shortens(some)
         if repays:
             self.rebuild(vectors)
         return repays
@@ -303,13 +304,18 @@ class ScreeningPlane(RowTensors):
         moved = (mean_of(self.metric, some) - self.mean).square().sum()
         return bool(moved > _WORTH_MOVING * self._row_terms()[:, NORM].square().mean())
 
-    def _leaves_less(self, some: Tensor) -> bool:
-        """Whether codes made for some rows would leave less than those of now, or are not worth making."""
-        other = make_difference_plane(self.metric, some, self._wanted)
+    def _leaves_less(self, vectors: Tensor, some: Tensor) -> bool:
+        """Whether codes made now would leave less of some rows, are of another kind or not worth making."""
+        codes = choose_codes(self.metric, vectors, self._wanted, self._order(vectors))
+        other = None if codes is None else codes.encode(some)
         if other is None or other.kind != self.kind:
             return True
         now, then = (terms[:, RESIDUAL].log().mean() for terms in (self._row_terms(), other.terms))
         return bool(then < now + math.log(1 - _WORTH_MOVING))
+
+    def _order(self, vectors: Tensor) -> Tensor | None:
+        """Return the rows ``(N,)``, those together that are near each other; None where nobody knows these."""
+        return None
 
     def _row_terms(self) -> Tensor:
         """Return the terms of each row, ``(N, 4)``."""

@@ -13,6 +13,7 @@ feature, so that rows of all sizes may have them; they take twice the memory. Wh
 to both residuals.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -49,40 +50,58 @@ _SMALLEST_STEP = 2.0**-90
 _MOST_FEATURES = 2**22
 # What codes leave of a feature counts as at least this part of a step.
 _LEAST = 2.0**-10
-# Codes are looked at for so many rows, and queries among them.
-_ROWS_FOR_SURVIVORS, _QUERIES_FOR_SURVIVORS = 1024, 64
-# Where a larger share of rows may be the nearest one, as far as codes tell, other codes or none are faster
-# (measured); likewise where what they leave is more than this share of the distance to the nearest one, since the
-# rows of the lists that a query reads are all near.
-_MOST_SURVIVORS, _MOST_BLURRED = 1 / 64, 1 / 2
+# Rows that a median is taken of.
+_ROWS_FOR_MEDIAN = 1024
+# Codes are looked at by so many searches for so many neighbours, each among so many rows that lie together.
+# Where more of these may be neighbours, as far as codes tell, other codes or none are faster (measured).
+_SEARCHES, _NEIGHBOURS, _ROWS_TOGETHER, _MOST_SURVIVORS = 32, 10, 256, 1 / 5
 # int8 codes leave much of rows that lie beyond them, and searches near these are slow: so few rows may be left
 # more of than this share of a usual distance.
 _MOST_BEYOND, _FAR_BEYOND = 1 / 256, 1 / 4
 _L1 = resolve_metric("l1")
 
 
-def make_difference_plane(metric: Metric, vectors: Tensor, kind: str) -> Plane | None:
-    """Return a plane of rows ``(N, D)``; None where no codes tell rows apart, or as `encode_differences` does.
+@dataclasses.dataclass(frozen=True)
+class DifferenceCodes:
+    """What rows are coded by.
+
+    Attributes:
+        kind: "int8" or "bf16".
+        mean: ``(D,)`` float32.
+        step: 1 for "bf16".
+    """
+
+    kind: str
+    mean: Tensor
+    step: float = 1.0
+
+    def encode(self, vectors: Tensor) -> Plane | None:
+        """Return the plane of rows ``(N, D)``, or None as `encode_differences` does."""
+        return encode_differences(vectors, self.mean, self.kind, self.step)
+
+
+def choose_codes(
+    metric: Metric, vectors: Tensor, kind: str, order: Tensor | None = None
+) -> DifferenceCodes | None:
+    """Return what to code rows ``(N, D)`` by; None where no codes tell rows apart that are near each other.
 
     Args:
         metric: one of `METRICS`.
         vectors: ``(N, D)``.
-        kind: "int8", which becomes "bf16" where a sample says that int8 codes would leave too much; or "bf16".
+        kind: "int8", which becomes "bf16" where a sample says that int8 codes leave too much; or "bf16".
+        order: ``(N,)`` int64, the rows, those together that are near each other. Default: any are.
     """
     offset = integer_offset(metric, vectors) if kind == "int8" else None
     if offset is not None:
         # Such rows are their codes.
-        mean = torch.full((vectors.shape[1],), offset, dtype=torch.float32, device=vectors.device)
-        return encode_differences(vectors, mean, kind, 1.0)
+        return DifferenceCodes(kind, vectors.new_full((vectors.shape[1],), offset, dtype=torch.float32))
     # A few long rows do not move the median.
-    few = max(1, min(_ROWS_FOR_SURVIVORS, _MOST_FEATURES // vectors.shape[1]))
+    few = max(1, min(_ROWS_FOR_MEDIAN, _MOST_FEATURES // vectors.shape[1]))
     median = _some(vectors, few).median(0).values
-    step = step_for(vectors, median) if kind == "int8" else None
-    if step is not None:
-        return encode_differences(vectors, median, "int8", step)
-    if not tells_apart(vectors, median, "bf16", 1.0):
-        return None
-    return encode_differences(vectors, median, "bf16", 1.0)
+    tried = [DifferenceCodes("bf16", median)]
+    if kind == "int8":
+        tried.insert(0, DifferenceCodes("int8", median, step_for(vectors, median)))
+    return next((codes for codes in tried if tells_apart(vectors, codes, order)), None)
 
 
 def _some(vectors: Tensor, n: int) -> Tensor:
@@ -93,11 +112,10 @@ def _some(vectors: Tensor, n: int) -> Tensor:
     return vectors[places.mul_(len(vectors)).long().unique()].float()
 
 
-def step_for(vectors: Tensor, mean: Tensor) -> float | None:
+def step_for(vectors: Tensor, mean: Tensor) -> float:
     """Return the step with which int8 codes of rows ``(N, D)`` leave least; a few long rows may be cut off.
 
-    Least is meant of the geometric mean over the rows, which few rows cannot rule. None where codes with this
-    step do not tell rows apart.
+    Least is meant of the geometric mean over the rows, which few rows cannot rule.
     """
     centred = _some(vectors, max(1, _FEATURES_FOR_STEP // vectors.shape[1])) - mean
     longest = centred.abs().max() / 127
@@ -107,30 +125,48 @@ def step_for(vectors: Tensor, mean: Tensor) -> float | None:
     costs = torch.stack(
         [(each + _LEAST * step).log_().mean() for each, step in zip(left, steps, strict=True)]
     )
-    step = max(float(steps[costs.argmin()]), _SMALLEST_STEP)
-    return step if tells_apart(vectors, mean, "int8", step) else None
+    return max(float(steps[costs.argmin()]), _SMALLEST_STEP)
 
 
-def tells_apart(vectors: Tensor, mean: Tensor, kind: str, step: float) -> bool:
-    """Whether few rows of a sample of ``(N, D)`` would survive a search by codes of a kind."""
+def tells_apart(vectors: Tensor, codes: DifferenceCodes, order: Tensor | None = None) -> bool:
+    """Whether searches among some of the rows ``(N, D)`` would drop most of them by their codes.
+
+    Args:
+        vectors: ``(N, D)``.
+        codes: what rows would be coded by.
+        order: as for `choose_codes`.
+    """
+    n_rows, dim = vectors.shape
+    n_searches = min(_SEARCHES, _MOST_FEATURES // (_ROWS_TOGETHER * dim))
     # Of few rows little can be said, and little is lost; of many features it takes long.
-    if len(vectors) < _ROWS_FOR_SURVIVORS or vectors.shape[1] * _ROWS_FOR_SURVIVORS > _MOST_FEATURES:
+    if n_rows < 4 * _ROWS_TOGETHER or not n_searches:
         return True
-    rows = _some(vectors, _ROWS_FOR_SURVIVORS) - mean
-    coded = _codes(rows, kind, step).mul_(step)
-    left = _left(rows, coded, kind)
-    chosen = torch.arange(0, len(rows), len(rows) // _QUERIES_FOR_SURVIVORS, device=rows.device)
-    distances = torch.cdist(coded[chosen], coded, p=1.0)
-    if kind == "int8" and float((left > _FAR_BEYOND * distances.median()).float().mean()) > _MOST_BEYOND:
+    if codes.kind == "int8" and _many_lie_beyond(vectors, codes):
         return False
-    # Of a query at most half a step is left of each feature, a quarter on average.
-    errors = left + (rows.shape[1] * step / 4 if kind == "int8" else 0.0)
-    # No row is its own neighbour here; it survives, and so does the nearest other one.
-    others = distances.scatter(1, chosen[:, None], torch.inf)
-    upper = (others + errors).amin(1, keepdim=True)
-    survivors = float((distances - errors <= upper).float().mean()) - 2 / len(rows)
-    is_blurred = bool(errors.median() > _MOST_BLURRED * others.amin(1).median())
-    return survivors <= _MOST_SURVIVORS and not is_blurred
+    starts = torch.linspace(0, n_rows - _ROWS_TOGETHER, n_searches, dtype=torch.float64).long()
+    survivors = 0.0
+    for start in starts.tolist():
+        part = slice(start, start + _ROWS_TOGETHER)
+        rows = (vectors[part] if order is None else vectors[order[part]]).float() - codes.mean
+        coded = _codes(rows, codes.kind, codes.step).mul_(codes.step)
+        left = _left(rows, coded, codes.kind)
+        # The row in the middle is the query, and none of its neighbours.
+        query = _ROWS_TOGETHER // 2
+        distances = (coded - coded[query]).abs_().sum(1)
+        errors = left + (left[query] if codes.kind == "int8" else 0.0)
+        upper = distances + errors
+        upper[query] = torch.inf
+        reached = (distances - errors <= upper.kthvalue(_NEIGHBOURS).values).sum() - _NEIGHBOURS - 1
+        survivors += float(reached) / _ROWS_TOGETHER
+    return survivors <= _MOST_SURVIVORS * n_searches
+
+
+def _many_lie_beyond(vectors: Tensor, codes: DifferenceCodes) -> bool:
+    """Whether many rows ``(N, D)`` are so long that codes leave most of them."""
+    rows = _some(vectors, min(4 * _ROWS_TOGETHER, _MOST_FEATURES // vectors.shape[1])) - codes.mean
+    coded = _codes(rows, codes.kind, codes.step).mul_(codes.step)
+    usual = torch.cdist(coded[:: len(coded) // _SEARCHES], coded, p=1.0).median()
+    return float((_left(rows, coded, codes.kind) > _FAR_BEYOND * usual).float().mean()) > _MOST_BEYOND
 
 
 def encode_differences(

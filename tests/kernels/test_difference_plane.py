@@ -11,9 +11,10 @@ from elips_torch.core.native import native_reasons
 from elips_torch.kernels import search_native
 from elips_torch.kernels.difference_plane import (
     METRICS,
+    DifferenceCodes,
+    choose_codes,
     encode_differences,
     lost_share,
-    make_difference_plane,
     step_for,
     tells_apart,
 )
@@ -23,6 +24,12 @@ pytestmark = pytest.mark.skipif(
     bool(native_reasons(device_facts("cpu"))), reason="; ".join(native_reasons(device_facts("cpu")))
 )
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def made(vectors, kind="int8", metric="l1", order=None):
+    """Return a plane of rows, or None."""
+    codes = choose_codes(resolve_metric(metric), vectors, kind, order)
+    return None if codes is None else codes.encode(vectors)
 
 
 def code(metric, queries, plane):
@@ -103,7 +110,7 @@ def test_no_distance_leaves_its_bounds(problem, metric, dtype, kind):
     queries, vectors = (each.to(dtype) for each in problem)
     if not bool(vectors.isfinite().all() and queries.isfinite().all()):
         return
-    plane = make_difference_plane(resolve_metric(metric), vectors, kind)
+    plane = made(vectors, kind, metric)
     if plane is None:
         # Codes would say little of such rows, but nothing wrong.
         step = float(vectors.float().abs().max()) / 127 if kind == "int8" else 1.0
@@ -134,7 +141,7 @@ def test_what_rows_lose_by_rounding_counts():
 def test_bounds_are_not_wider_than_codes_leave():
     generator = torch.Generator().manual_seed(0)
     vectors, queries = torch.randn(500, 256, generator=generator), torch.randn(20, 256, generator=generator)
-    plane = make_difference_plane(resolve_metric("l1"), vectors, "int8")
+    plane = made(vectors)
     _, (_, _, norm_factor), _, _ = code("l1", queries, plane)
     factors = code("gower", queries, plane)[1]
     assert float(factors[1].mean()) == pytest.approx(1 / 256, rel=1e-5)
@@ -147,7 +154,7 @@ def test_bounds_are_not_wider_than_codes_leave():
 
 def test_whole_numbers_are_their_codes():
     vectors = torch.randint(0, 256, (300, 40), generator=torch.Generator().manual_seed(0)).float()
-    plane = make_difference_plane(resolve_metric("l1"), vectors, "int8")
+    plane = made(vectors)
     assert plane.step == 1.0
     assert torch.equal(plane.codes.float() + plane.mean, vectors)
     assert float(plane.terms[:, RESIDUAL].max()) < 0.02
@@ -156,7 +163,7 @@ def test_whole_numbers_are_their_codes():
 def test_queries_far_from_all_rows_are_bounded_as_closely():
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(500, 64, generator=generator)
-    plane = make_difference_plane(resolve_metric("l1"), vectors, "int8")
+    plane = made(vectors)
     near, far = vectors[:20], vectors[:20] + 1e5
     factors = [code("l1", each, plane)[1][2].mean() for each in (near, far)]
     assert float(factors[1]) < 1.1 * float(factors[0])
@@ -190,10 +197,9 @@ def test_a_few_long_rows_do_not_make_the_others_coarse():
 )
 def test_rows_of_all_sizes_have_short_floats(lengthen):
     vectors = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
-    assert make_difference_plane(resolve_metric("l1"), vectors, "int8").kind == "int8"
+    assert made(vectors).kind == "int8"
     lengthen(vectors)
-    assert step_for(vectors, torch.zeros(64)) is None
-    plane = make_difference_plane(resolve_metric("l1"), vectors, "int8")
+    plane = made(vectors, order=vectors[:, 3].argsort())
     assert plane.kind == "bf16"
     assert plane.step == 1.0
     # Half a unit of 8 bits, of each feature.
@@ -201,14 +207,27 @@ def test_rows_of_all_sizes_have_short_floats(lengthen):
     assert bool((plane.terms[:, RESIDUAL] < sizes / 256).all())
 
 
-def test_rows_far_nearer_to_each_other_than_to_the_median_have_no_codes():
+@pytest.mark.parametrize("kind", ["int8", "bf16"])
+def test_codes_must_tell_rows_apart_that_are_near_each_other(kind):
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(4, 64, generator=generator)
-    vectors = centres[torch.randint(0, 4, (2000,), generator=generator)]
-    vectors += 1e-6 * torch.randn(2000, 64, generator=generator)
-    for kind in ("int8", "bf16"):
-        assert make_difference_plane(resolve_metric("l1"), vectors, kind) is None
-    assert not tells_apart(vectors, torch.zeros(64), "bf16", 1.0)
+    cluster = torch.randint(0, 100, (20_000,), generator=generator)
+    spread = torch.randn(20_000, 128, generator=generator)
+    vectors = torch.randn(100, 128, generator=generator)[cluster] + 1e-3 * spread
+    order = cluster.argsort()
+    codes = choose_codes(resolve_metric("l1"), vectors, kind)
+    # Any rows lie far from each other.
+    assert codes is not None
+    assert not tells_apart(vectors, codes, order)
+    assert choose_codes(resolve_metric("l1"), vectors, kind, order) is None
+    usual = vectors + 0.5 * spread
+    assert choose_codes(resolve_metric("l1"), usual, kind, order).kind == kind
+
+
+def test_a_sample_is_taken_of_rows_that_are_as_many_as_it_takes():
+    vectors = torch.randn(1023, 128, generator=torch.Generator().manual_seed(0)).exp().square()
+    codes = DifferenceCodes("int8", torch.zeros(128), 1.0)
+    assert tells_apart(vectors, codes)
+    assert not tells_apart(vectors[torch.arange(1024) % 1023], codes)
 
 
 def test_what_sums_of_floats_lose_counts():
@@ -236,12 +255,12 @@ def test_rows_that_are_their_codes_do_not_choose_the_step():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e38])
 def test_what_cannot_be_bounded(value, kind):
     vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    plane = make_difference_plane(resolve_metric("l1"), vectors, kind)
+    plane = made(vectors, kind)
     queries = vectors[:3].clone()
     queries[1, 4] = value
     assert code("l1", queries, plane)[3].tolist() == [True, False, True]
     vectors[3, 2] = value
-    assert make_difference_plane(resolve_metric("l1"), vectors, kind) is None
+    assert made(vectors, kind) is None
     assert encode_differences(vectors, plane.mean, kind, plane.step) is None
 
 
