@@ -40,8 +40,9 @@ class IVFFlatIndex(ScreenedVectors, IVFIndex):
         k: number of neighbours that `search` returns by default.
         dtype: how vectors are stored: float32, float16, bfloat16 or float64.
         screen: the low-precision copy of the vectors that is kept in the order of the lists; see `FlatIndex`.
-            "auto" keeps codes under "l1" and "gower", too, on a CPU: int8 ones or, for vectors whose features
-            are of very different sizes, bfloat16 ones; none where a sample says that codes tell nothing apart.
+            "auto" keeps codes under "l1" and "gower", too, on a CPU: int8 ones or, for few features and for
+            vectors whose features are of very different sizes, bfloat16 ones; none where a sample says that
+            codes tell nothing apart.
         coarse: an empty index that is to hold the centroids, or one that holds them under the ids 0 to
             ``nlist - 1``. Default: a `FlatIndex`.
         niter: passes of k-means over the training vectors.

@@ -9,10 +9,10 @@ from torch import Tensor
 from elips_torch.indexes.inverted_lists import SlotChange
 from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.storage import durable
+from elips_torch.kernels.difference_plane import METRICS
 from elips_torch.kernels.packed_native import has_grids
 from elips_torch.kernels.plane import CODE_DTYPES, Plane
 from elips_torch.kernels.search_native import VECTOR_TYPES, library_reasons
-from elips_torch.kernels.difference_plane import METRICS
 
 # Of fewer features, short floats are compared as fast as int8 codes (measured), and say more.
 _LEAST_INT8_DIM = 64

@@ -18,6 +18,8 @@ from elips_torch.kernels.selection import Selection
 
 # So many are kept, for batches of different sizes.
 _MOST_SEARCHES = 8
+# So often in a row may one leave most queries open.
+_MOST_MISSES = 4
 
 
 class PreparedSearches:
@@ -83,12 +85,23 @@ class PreparedSearches:
         if prepared is None:
             return search(queries)
         scores, rows, left = prepared.run(queries)
-        if left is not None and left.numel():
+        n_left = 0 if left is None else left.numel()
+        # What leaves most of the work to others is in their way.
+        prepared.misses = prepared.misses + 1 if 2 * n_left > queries.shape[0] else 0
+        if prepared.misses >= _MOST_MISSES:
+            self._give_up(prepared)
+        if left is not None and n_left:
             # Some of the queries alone would be named by other numbers.
             if checked_by is not None:
                 check_values("queries", queries, checked_by)
             scores[left], rows[left] = search(queries[left])
         return scores, rows
+
+    def _give_up(self, prepared: PreparedSearch) -> None:
+        """Run a search no more while the tensors stay as they are."""
+        searches = self._state[1]
+        for key in [key for key, each in searches.copy().items() if each is prepared]:
+            searches[key] = None
 
     def _find(
         self, key: Hashable, rests_on: Sequence[Tensor], prepare: Callable[[], PreparedSearch | None]

@@ -294,7 +294,7 @@ class ScreeningPlane(RowTensors):
         self._rows_at_mean = vectors.shape[0]
         with durable():
             some = vectors.detach()[:: max(1, vectors.shape[0] // _ROWS_FOR_MEAN)]
-            repays = self._leaves_less(vectors.detach(), some) if self.step is not None else self._shortens(some)
+            repays = self._shortens(some) if self.step is None else self._leaves_less(vectors.detach(), some)
         if repays:
             self.rebuild(vectors)
         return repays
@@ -314,7 +314,7 @@ class ScreeningPlane(RowTensors):
         return bool(then < now + math.log(1 - _WORTH_MOVING))
 
     def _order(self, vectors: Tensor) -> Tensor | None:
-        """Return the rows ``(N,)``, those together that are near each other; None where nobody knows these."""
+        """Return the rows ``(N,)``, those together that are near each other; None where that is not known."""
         return None
 
     def _row_terms(self) -> Tensor:

@@ -55,8 +55,8 @@ _ROWS_FOR_MEDIAN = 1024
 # Codes are looked at by so many searches for so many neighbours, each among so many rows that lie together.
 # Where more of these may be neighbours, as far as codes tell, other codes or none are faster (measured).
 _SEARCHES, _NEIGHBOURS, _ROWS_TOGETHER, _MOST_SURVIVORS = 32, 10, 256, 1 / 5
-# int8 codes leave much of rows that lie beyond them, and searches near these are slow: so few rows may be left
-# more of than this share of a usual distance.
+# int8 codes leave much of rows that lie beyond them, and searches near these are slow: so few rows may lose
+# more than this share of a usual distance.
 _MOST_BEYOND, _FAR_BEYOND = 1 / 256, 1 / 4
 _L1 = resolve_metric("l1")
 

@@ -78,8 +78,9 @@ def error_share(metric: Metric, dim: int) -> float:
         # 2 m over all features is half of the sums given. With those 90 u m and 2.8 m per addition:
         # (23 + 0.7 dim) u times the sums.
         return _gamma(dim + 32)
-    if metric.name in ("l1", "linf", "gower", "canberra"):
-        # Difference, sum of magnitudes and division by 3 units: at most 9 roundings beside the sum's.
+    if metric.name in ("l1", "linf", "gower", "canberra", "l2"):
+        # Difference, sum of magnitudes and division by 3 units: at most 9 roundings beside the sum's. The
+        # square of a difference errs by less.
         return _gamma(dim + 16)
     if metric.name == "braycurtis":
         return _gamma(2 * dim + 16)

@@ -1,4 +1,4 @@
-"""Exact search in C++ by metrics that are no products: distances of the vectors as they are stored.
+"""Exact search in C++ by distances of the vectors as they are stored, for metrics that are no products.
 
 What products of codes are to the others, distances in float32 are here: bounded where they are computed,
 so that only rows that may matter are kept, and scored by the definition. See `native/distance_scan.h`.
@@ -73,7 +73,7 @@ class DistanceSearch(NativeSearch):
 
     Args:
         database: ``(N, D)`` float32, float16 or bfloat16, contiguous, on a CPU.
-        metric: one that is no product.
+        metric: one that is no product, or "l2".
         k: number of neighbours.
         n_excluded: rows that are left out for each query, at most.
         names: as for `NativeSearch`.
@@ -115,9 +115,7 @@ class DifferenceSearch(NativeSearch):
         n_excluded: rows that are left out for each query, at most.
     """
 
-    def __init__(
-        self, database: Tensor, metric: Metric, plane: Plane, k: int, n_excluded: int
-    ) -> None:
+    def __init__(self, database: Tensor, metric: Metric, plane: Plane, k: int, n_excluded: int) -> None:
         super().__init__(database, metric, plane, k, n_excluded)
         if plane.kind == "bf16":
             self.thread_bytes += max(2 * _CONVERTED_BYTES, _CONVERTED_CODES * 4 * self.dim)

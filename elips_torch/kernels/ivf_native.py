@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.metric import Metric
+from elips_torch.core.tiling import spans
 from elips_torch.kernels.distance_native import DifferenceSearch, distance_first
 from elips_torch.kernels.ivf_decoded import DecodedLists
 from elips_torch.kernels.ivf_search_eager import Step
@@ -19,6 +20,8 @@ from elips_torch.kernels.search_facts import ProbedLists
 from elips_torch.kernels.search_native import library_compiles
 from elips_torch.kernels.selection import Selection
 
+# Where it is a distance that is summed, its float32 sums are as close as their size allows.
+_DISTANCES = ("l2", "l1", "gower")
 # Bytes beside its features that a decoded row takes: its number, its slot and the terms of its bound, with
 # temporaries.
 _ROW_BYTES = 80
@@ -37,19 +40,21 @@ def native_lists(
     if decode.dtype == torch.float64:
         return None
     if isinstance(decode, StoredRows) and decode.plane is not None:
-        n_places = layout.slots.shape[0] if decode.in_slots else None
-        if not native_serves(decode.vectors, decode.plane, n_places):
-            if decode.plane.step is None:
-                return None
-            return _distance_lists(layout, decode, metric, k, n_excluded, workspace_bytes)
-        kind, otherwise = NativeSearch, None
-        if decode.plane.step is not None:
-            # Rows that are much longer than most, or many near ties, may leave codes nothing to say.
-            kind = DifferenceSearch
-            otherwise = functools.partial(
-                distance_first, decode.vectors, metric, k, n_excluded, workspace_bytes
-            )
-        search = kind(decode.vectors, metric, decode.plane, k, n_excluded)
+        plane = decode.plane
+        # Where codes have nothing to say: of rows that are much longer than most, or many near ties.
+        otherwise = functools.partial(
+            _distance_lists if metric.name in _DISTANCES else _decoded_lists,
+            layout,
+            decode,
+            metric,
+            k,
+            n_excluded,
+            workspace_bytes,
+        )
+        if not native_serves(decode.vectors, plane, layout.slots.shape[0] if decode.in_slots else None):
+            return None if plane.step is None else otherwise()
+        kind = NativeSearch if plane.step is None else DifferenceSearch
+        search = kind(decode.vectors, metric, plane, k, n_excluded)
         if not search.plan(1, workspace_bytes):
             return None
         return ScreenedLists(search, layout, decode.in_slots, otherwise)
@@ -61,6 +66,14 @@ def native_lists(
     if packed is not None:
         search = PackedSearch(packed, decode, decode.dim, metric, k, n_excluded)
         return ScreenedLists(search, layout, search.has_plane) if search.plan(1, workspace_bytes) else None
+
+    return _decoded_lists(layout, decode, metric, k, n_excluded, workspace_bytes)
+
+
+def _decoded_lists(
+    layout: ListLayout, decode: RowDecoder, metric: Metric, k: int, n_excluded: int, workspace_bytes: int
+) -> DecodedLists:
+    """Return a search of lists by products in float32, of copies of the vectors that lie together."""
 
     def search_part(part: ListLayout, workspace_bytes: int) -> Step | None:
         vectors = decode(part.slots).contiguous()
@@ -101,8 +114,8 @@ class ScreenedLists:
         search: of all rows.
         layout: the rows of each list.
         in_slots: the plane lies in the order of the slots.
-        otherwise: makes the search of queries that this one does not certify; it reads no codes. None where
-            there is none.
+        otherwise: makes the search of queries that this one does not certify, by the vectors themselves; None
+            where there is none.
     """
 
     def __init__(
@@ -110,7 +123,7 @@ class ScreenedLists:
         search: NativeSearch,
         layout: ListLayout,
         in_slots: bool = False,
-        otherwise: Callable[[], NativeSearch | None] | None = None,
+        otherwise: Callable[[], Step | None] | None = None,
     ) -> None:
         self.search = search
         self.layout = layout
@@ -140,10 +153,12 @@ class ScreenedLists:
         if self.otherwise is None or bool(certified.all()):
             return scores, rows, certified
         second = self.otherwise()
-        if second is not None:
-            left = (~certified).nonzero()[:, 0]
-            chosen, lists = selection.for_queries(left), ProbedLists(self.layout, probes[left])
-            scores[left], rows[left], certified[left] = second.run(
-                queries[left], k, ranks, chosen, workspace_bytes, lists
+        left = (~certified).nonzero()[:, 0]
+        if second is None:
+            return scores, rows, certified
+        for start, stop in spans(left.numel(), second.queries_at_once(k, workspace_bytes)):
+            part = left[start:stop]
+            scores[part], rows[part], certified[part] = second.run(
+                queries[part], probes[part], k, ranks, selection.for_queries(part), workspace_bytes
             )
         return scores, rows, certified

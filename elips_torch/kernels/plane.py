@@ -40,8 +40,8 @@ class Plane:
             close to ``-|x - mean|**2 / 2`` for "l2", zero for the others.
         mean: ``(D,)`` float32. For "cosine" all of this is of the normalised rows.
         is_integer: the vectors are the codes plus the mean, without any error.
-        step: None, or that of codes whose differences are summed, see `elips_torch.kernels.difference_plane`: then
-            scale and norm of a row are 1, its residual is a sum of magnitudes, and its bias is zero.
+        step: None, or that of codes whose differences are summed, see `elips_torch.kernels.difference_plane`:
+            then scale and norm of a row are 1, its residual is a sum of magnitudes, and its bias is zero.
     """
 
     codes: Tensor

@@ -36,6 +36,8 @@ class PreparedSearch:
     ) -> None:
         self.shape = shape
         self.coarse = coarse
+        # How often in a row most queries were left open, as its owner counts.
+        self.misses = 0
         self._search = search
         # The first queries and probes would be kept for nothing: those that come take their places.
         self._facts = {name: value for name, value in facts.items() if name not in ("source", "probes")}

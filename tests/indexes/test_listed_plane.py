@@ -123,7 +123,6 @@ def test_threads_that_search_first_find_the_same():
 # Sums of differences have codes of their own.
 
 
-
 @pytest.fixture
 def in_steps(monkeypatch):
     if not has_grids(DIM, torch.device("cpu")):

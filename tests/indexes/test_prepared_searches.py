@@ -190,6 +190,31 @@ def test_queries_that_are_open_are_searched_again(prepared):
     assert sum(prepared) > 0
 
 
+def test_what_leaves_most_queries_open_is_given_up(prepared):
+    index = FlatIndex(DIM)
+    rows = vectors(20)[torch.arange(6000) % 20] + 1e-5 * vectors(6000, 1)
+    index.add(rows)
+    queries = rows[::600]
+    # Queries whose neighbours are beyond doubt.
+    far = torch.full((10, DIM), 3.0)
+    index.add(far * torch.arange(1, 11)[:, None])
+    prepared.clear()
+    for misses in (3, 1, 4):
+        for _ in range(misses):
+            agrees(index, queries)
+        if misses < 4:
+            agrees(index, far * torch.arange(1, 11)[:, None])
+    assert prepared[-4:] == [10] * 4
+    prepared.clear()
+    agrees(index, queries)
+    assert not prepared
+    # Batches of other sizes, and other rows, get another chance.
+    agrees(index, queries[:4])
+    index.remove(index.ids[-1:])
+    agrees(index, queries)
+    assert prepared == [4, 10]
+
+
 @pytest.mark.parametrize("family", ["flat", "lists", "plain scalars", "plain products"])
 def test_bad_queries_are_named_by_their_own_numbers(family):
     index = made(family)

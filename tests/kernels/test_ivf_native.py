@@ -193,6 +193,46 @@ def test_short_floats_need_no_int8_instructions(dim, kind, monkeypatch):
             assert_same(found, ivf_search(queries, database, assignments, probes, 10, "l1"))
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if "int8" in kind])
+def test_vectors_answer_where_int8_codes_say_nothing(metric, kind, monkeypatch):
+    queries, database, assignments, probes, layout = problem(40, n=9000)
+    # Codes cannot tell most rows of a list from each other.
+    database = database[assignments] + 1e-3 * database
+    selection = Selection(torch.rand(40, 9000, generator=torch.Generator().manual_seed(1)) < 0.5)
+    arguments = layout, decoder(kind, metric, database, layout), resolve_metric(metric)
+    step = native_lists(*arguments, 10, 9, 0, WORKSPACE)
+    alone = step.search.run(queries, 10, None, selection, WORKSPACE, step.lists(probes))[2]
+    assert int(alone.sum()) < 20
+    scores, rows, certified = step.run(queries, probes, 10, None, selection, WORKSPACE)
+    assert bool(certified.all())
+    wanted = ivf_search(queries, database, assignments, probes, 10, metric, mask=selection.mask)
+    assert_same((scores, rows), wanted)
+    # However many of them are searched at a time.
+    monkeypatch.setattr(type(step.otherwise()), "queries_at_once", lambda *sizes: 7)
+    again = step.run(queries, probes, 10, None, selection, WORKSPACE)
+    assert bool(again[2].all())
+    assert_same(again[:2], wanted)
+
+
+def test_distances_of_rows_that_lie_close_together_far_from_the_origin():
+    queries, database, assignments, probes, layout = problem(40, n=3000)
+    database, queries = 100 + 1e-3 * database, 100 + 1e-3 * queries
+    step = native_lists(
+        layout,
+        StoredRows(database, plain_plane(resolve_metric("l2"), database)),
+        resolve_metric("l2"),
+        10,
+        9,
+        0,
+        WORKSPACE,
+    )
+    assert not bool(step.search.run(queries, 10, None, Selection(), WORKSPACE, step.lists(probes))[2].any())
+    scores, rows, certified = step.run(queries, probes, 10, None, Selection(), WORKSPACE)
+    assert bool(certified.all())
+    assert_same((scores, rows), ivf_search(queries, database, assignments, probes, 10, "l2"))
+
+
 @pytest.mark.parametrize("kind", [kind for kind in DIFFERENCES if kind in ("bf16", "steps")])
 @pytest.mark.parametrize("dim", [63, 65, 100, 127])
 def test_the_last_feature_counts(dim, kind):

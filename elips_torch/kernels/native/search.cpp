@@ -69,6 +69,7 @@ bool scan_distances(const Arguments& a, Reservoir* reservoirs, float* limits) {
 
 bool scan_distances(const Arguments& a, Reservoir* reservoirs, float* limits) {
     switch (a.metric) {
+        case L2: return scan_distances<Powers<2>>(a, reservoirs, limits);
         case LINF: return scan_distances<LargestDifference>(a, reservoirs, limits);
         case CANBERRA: return scan_distances<Canberra>(a, reservoirs, limits);
         case BRAYCURTIS: return scan_distances<BrayCurtis>(a, reservoirs, limits);
@@ -96,8 +97,9 @@ int outcome_of(const Arguments& a) {
 int search(Arguments a) {
     if (unpacks(a) && a.code_type != (a.grid.steps ? 1 : 0)) return UNKNOWN_TYPE;
     const bool of_differences = is_distance(a.metric) && a.codes;
-    const bool by_distance = is_distance(a.metric) && !of_differences;
+    const bool by_distance = !a.codes && !a.packed.packing;
     if (of_differences && a.code_type == 0) return UNKNOWN_TYPE;
+    if (by_distance && (a.metric == IP || a.metric == COSINE)) return UNKNOWN_TYPE;
     CodedHere coded;
     DistanceQueries plain;
     if (a.source) {
