@@ -143,9 +143,9 @@ def tells_apart(vectors: Tensor, codes: DifferenceCodes, order: Tensor | None = 
         return True
     if codes.kind == "int8" and _many_lie_beyond(vectors, codes):
         return False
-    starts = torch.linspace(0, n_rows - _ROWS_TOGETHER, n_searches, dtype=torch.float64).long()
     survivors = 0.0
-    for start in starts.tolist():
+    for number in range(n_searches):
+        start = (n_rows - _ROWS_TOGETHER) * number // max(1, n_searches - 1)
         part = slice(start, start + _ROWS_TOGETHER)
         rows = (vectors[part] if order is None else vectors[order[part]]).float() - codes.mean
         coded = _codes(rows, codes.kind, codes.step).mul_(codes.step)

@@ -66,7 +66,6 @@ def native_lists(
     if packed is not None:
         search = PackedSearch(packed, decode, decode.dim, metric, k, n_excluded)
         return ScreenedLists(search, layout, search.has_plane) if search.plan(1, workspace_bytes) else None
-
     return _decoded_lists(layout, decode, metric, k, n_excluded, workspace_bytes)
 
 
