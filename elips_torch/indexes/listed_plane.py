@@ -113,10 +113,11 @@ class ListedPlane(ScreeningPlane):
         return self.terms[self._places] if self.in_slots and self._places is not None else self.terms
 
     def _order(self, vectors: Tensor) -> Tensor | None:
-        if self._places is None or len(self._places) != len(vectors):
+        places, capacity = self._places, self._capacity
+        if places is None or len(places) != len(vectors):
             return None
-        rows = self._places.new_full((self._capacity,), -1)
-        rows[self._places] = torch.arange(len(self._places), device=rows.device)
+        rows = places.new_full((capacity,), -1)
+        rows[places] = torch.arange(len(places), device=rows.device)
         return rows[rows >= 0]
 
     def _take(self, plane: Plane | None, vectors: Tensor) -> None:

@@ -137,10 +137,16 @@ def tells_apart(vectors: Tensor, codes: DifferenceCodes, order: Tensor | None = 
         order: as for `choose_codes`.
     """
     n_rows, dim = vectors.shape
-    n_searches = min(_SEARCHES, _MOST_FEATURES // (_ROWS_TOGETHER * dim))
-    # Of few rows little can be said, and little is lost; of many features it takes long.
-    if n_rows < 4 * _ROWS_TOGETHER or not n_searches:
+    # Of few rows little can be said, and little is lost.
+    if n_rows < 4 * _ROWS_TOGETHER:
         return True
+    n_searches = min(_SEARCHES, _MOST_FEATURES // (_ROWS_TOGETHER * dim))
+    if not n_searches:
+        # It would take long.
+        return codes.kind == "bf16"
+    if order is not None and len(order) != n_rows:
+        # Another thread is changing the lists.
+        order = None
     if codes.kind == "int8" and _many_lie_beyond(vectors, codes):
         return False
     survivors = 0.0
@@ -153,7 +159,9 @@ def tells_apart(vectors: Tensor, codes: DifferenceCodes, order: Tensor | None = 
         # The row in the middle is the query, and none of its neighbours.
         query = _ROWS_TOGETHER // 2
         distances = (coded - coded[query]).abs_().sum(1)
-        errors = left + (left[query] if codes.kind == "int8" else 0.0)
+        # The query itself is not rounded to bfloat16.
+        own = left[query] if codes.kind == "int8" else rows[query].abs().sum() * lost_share("bf16", dim)
+        errors = left + own
         upper = distances + errors
         upper[query] = torch.inf
         reached = (distances - errors <= upper.kthvalue(_NEIGHBOURS).values).sum() - _NEIGHBOURS - 1

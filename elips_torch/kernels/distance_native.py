@@ -25,7 +25,8 @@ from elips_torch.kernels.search_native import SOURCE_TYPES
 
 # Bounds that say less than this about a distance would keep too many rows.
 _MOST_ERROR = 0.01
-# Bytes that a thread takes for rows that are not float32: so many, or rows where these take more.
+# Bytes that a thread takes for rows that are not float32: so many, or rows where these take more. Of codes in
+# two bytes a chunk has that many features, or 48 rows, a multiple of those of every tile.
 _CONVERTED_BYTES, _CONVERTED_ROWS, _CONVERTED_CODES = 96 * 2**10, 16, 48
 
 

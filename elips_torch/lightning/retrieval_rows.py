@@ -25,6 +25,7 @@ _EXPECTED = " or ".join(
 class Rows:
     """Vectors ``(N, D)``, the integers ``(N,)`` or ``(N, R)`` that belong to them, their places ``(N,)``.
 
+    Vectors and integers may be the very tensors that a step returned: nobody writes into them.
     The place of a row is its number in the data of all processes, which have ``total`` rows together;
     ``meaning`` is what the step called the integers.
     """

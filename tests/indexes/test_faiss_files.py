@@ -162,6 +162,30 @@ def test_parts_that_do_not_fit_are_noticed(description, tmp_path):
             FaissIndex.read(path)
 
 
+@pytest.mark.parametrize(
+    ("description", "member", "name", "value"),
+    [
+        ("SQ6", "sq", "qtype", 168),
+        ("IVF4,SQ8", "sq", "d", 8),
+        ("SQfp16", "sq", "qtype", faiss.ScalarQuantizer.QT_8bit),
+        ("RaBitQ", "rabitq", "d", 42),
+        ("IVF4,RaBitQ", "rabitq", "d", 42),
+        ("PQ4x4fs", None, "bbs", 33),
+        ("PQ4x4fs", None, "ntotal2", 32),
+        ("IVF4,PQ4x4fs", None, "M2", 6),
+        ("PQ4np", "pq", "M", 8),
+        ("RQ2x4", None, "code_size", 3),
+    ],
+)
+def test_what_encodes_vectors_fits_the_index(description, member, name, value, tmp_path):
+    path = tmp_path / "a.faiss"
+    index = faiss.deserialize_index(np.frombuffer(written(description), np.uint8))
+    setattr(index if member is None else getattr(index, member), name, value)
+    faiss.write_index(index, str(path))
+    with pytest.raises(IndexFileError, match=r"a\.faiss.*(damaged|expected)"):
+        FaissIndex.read(path)
+
+
 @settings(
     max_examples=150,
     deadline=None,

@@ -304,3 +304,50 @@ def test_codes_become_those_that_the_rows_allow():
     index.upsert(1e4 * rows[1200:9200], torch.arange(1200, 9200))
     assert_exact(index)
     assert index.plane.kind == "bf16"
+
+
+def clusters(spread, dim=96, n=8000):
+    """Return rows in 8 clusters, which are the lists, and an index with these."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(NLIST, dim, generator=generator)
+    coarse = FlatIndex(dim)
+    coarse.add(centres)
+    rows = centres[torch.arange(n) % NLIST] + spread * torch.randn(n, dim, generator=generator)
+    return rows, IVFFlatIndex(dim, NLIST, "l1", coarse=coarse, nprobe=3)
+
+
+@differences
+def test_codes_tell_the_rows_of_a_list_apart_or_are_not_kept():
+    tight, index = clusters(1e-4)
+    usual, _ = clusters(0.5)
+    ids = index.add(tight)
+    index.search(tight[:3], 5)
+    assert index.plane.kind == "none"
+    for part, new in zip(ids.split(1000), usual.split(1000), strict=True):
+        index.upsert(new, part)
+        index.search(new[:3], 5)
+    assert index.plane.kind in ("int8", "bf16")
+    for part, new in zip(ids.split(1000), tight.split(1000), strict=True):
+        index.upsert(new, part)
+        index.search(new[:3], 5)
+    assert index.plane.kind == "none"
+
+
+@differences
+def test_memory_is_that_of_the_codes_that_the_rows_have():
+    rows, index = clusters(0.5)
+    rows[:, 5] *= 1000
+    index.add(rows)
+    index.search(rows[:3], 5)
+    assert index.plane.kind == "bf16"
+    assert index.memory_bytes() == pytest.approx(estimate_memory_bytes(index, len(rows)), rel=0.02)
+
+
+@differences
+def test_codes_are_chosen_under_any_default_device():
+    rows, index = clusters(0.5)
+    index.add(rows)
+    with torch.device("meta"):
+        found = index.search(rows[:3], 5)
+    assert index.plane.kind in ("int8", "bf16")
+    assert_same(found, index.search(rows[:3], 5))

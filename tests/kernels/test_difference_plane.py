@@ -18,7 +18,9 @@ from elips_torch.kernels.difference_plane import (
     step_for,
     tells_apart,
 )
+from elips_torch.kernels.distance_native import DifferenceSearch
 from elips_torch.kernels.plane import LARGEST_NORM, RESIDUAL
+from elips_torch.kernels.selection import Selection
 
 pytestmark = pytest.mark.skipif(
     bool(native_reasons(device_facts("cpu"))), reason="; ".join(native_reasons(device_facts("cpu")))
@@ -235,6 +237,28 @@ def test_what_sums_of_floats_lose_counts():
     queries, vectors = torch.full((1, 20_000), 0.1), torch.tensor([[0.0], [0.5], [-3.0]]).expand(-1, 20_000)
     plane = encode_differences(vectors, torch.zeros(20_000), "bf16", 1.0)
     assert float(slack("l1", queries, vectors, plane).max()) <= 1.0
+
+
+def test_what_sums_of_floats_lose_counts_in_searches():
+    dim = 16384
+    selection = Selection()
+    noise = 2.0**-16 * torch.where(torch.arange(dim) % 2 == 0, 1.0, -1.0)
+    rows = torch.stack([0 * noise, noise, -noise, noise.roll(dim // 2), 2 * noise, noise / 2])
+    # What float32 sums lose is more than the differences of these distances.
+    rows[:, -1] = torch.arange(6) * 2.0**-11
+    plane = encode_differences(rows, torch.zeros(dim), "bf16", 1.0)
+    for number in range(40):
+        query = torch.full((1, dim), 0.1 + 0.013 * number)
+        search = DifferenceSearch(rows, resolve_metric("l1"), plane, 1, 0)
+        _, found, certified = search.run(query, 1, None, selection, 2**26)
+        distances = (query.double() - rows.double()).abs().sum(1).float()
+        assert bool(certified.all())
+        assert int(found) == int((distances == distances.min()).nonzero()[0])
+
+
+def test_of_too_many_features_no_sample_says_that_int8_codes_serve():
+    vectors = torch.randn(1100, 20_000, generator=torch.Generator().manual_seed(0))
+    assert made(vectors).kind == "bf16"
 
 
 def test_sums_of_too_many_floats_say_nothing():

@@ -189,7 +189,7 @@ def faster_build(build: FaissBuild) -> str | None:
         return None
     return (
         f"this build has no vector instructions, the CPU has {capability}; "
-        "a faiss-cpu wheel uses them: pip install --no-deps --target FOLDER faiss-cpu, then --faiss FOLDER"
+        "a faiss-cpu wheel uses them: pip install --no-deps --target FOLDER faiss-cpu, then PYTHONPATH=FOLDER"
     )
 
 

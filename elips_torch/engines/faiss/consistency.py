@@ -6,6 +6,11 @@ from typing import Any
 from elips_torch.core.errors import DamagedIndexError
 from elips_torch.engines.faiss.builds import FaissBuild
 
+# What encodes vectors in an index of faiss, by the name of the member.
+_QUANTIZERS = ("pq", "sq", "rabitq", "aq")
+# Vectors that fast scans read together, at most.
+_LARGEST_BLOCK = 2**16
+
 
 def check_consistent(build: FaissBuild, index: Any) -> None:
     """Check that the parts of an index on the CPU fit together.
@@ -47,12 +52,43 @@ def _sizes(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, int]]:
     elif isinstance(index, faiss.IndexIVF) and index.invlists is not None:
         yield "the number of lists", index.invlists.nlist, index.nlist
         yield "the size of the lists", index.invlists.compute_ntotal(), index.ntotal
+    for name in _QUANTIZERS:
+        if hasattr(index, name):
+            yield from _quantizer_sizes(build, index, name)
     for name, inner in _inside(build, index):
         yield f"the dim of the {name}", inner.d, dim
         if name == "quantizer":
             yield "the number of centroids", max(inner.ntotal, index.nlist), index.nlist
         else:
             yield f"the number of vectors of the {name}", inner.ntotal, index.ntotal
+
+
+def _quantizer_sizes(build: FaissBuild, index: Any, name: str) -> Iterator[tuple[str, int, int]]:
+    """Yield the same of what encodes vectors in an index."""
+    coder = getattr(index, name)
+    yield f"the dim of the {name}", coder.d, index.d
+    yield f"the code size of the {name}", coder.code_size, index.code_size
+    if name == "pq":
+        yield "the dim of the parts", coder.dsub * coder.M, index.d
+        if index.is_trained:
+            yield "the size of the centroids", coder.centroids.size(), coder.d * coder.ksub
+    if name == "sq":
+        kinds = build.module.ScalarQuantizer
+        known = [getattr(kinds, each) for each in dir(kinds) if each.startswith("QT_")]
+        yield "the type of the scalars", coder.qtype, min(known, key=lambda kind: abs(kind - coder.qtype))
+        by_feature = coder.qtype in (kinds.QT_8bit, kinds.QT_6bit, kinds.QT_4bit)
+        uniform = coder.qtype in (kinds.QT_8bit_uniform, kinds.QT_4bit_uniform)
+        if index.is_trained:
+            trained = 2 * index.d if by_feature else 2 if uniform else 0
+            yield "the size of what the scalars have learned", coder.trained.size(), trained
+    if hasattr(index, "bbs"):
+        # Codes are read in blocks, of vectors and of pairs of parts.
+        yield "the size of a block", index.bbs, max(32, min(index.bbs, _LARGEST_BLOCK) // 32 * 32)
+        yield "the number of parts", index.M2, (index.M + 1) // 2 * 2
+        if hasattr(index, "codes"):
+            wanted = -(-index.ntotal // index.bbs) * index.bbs if index.ntotal else 0
+            yield "the number of vectors in blocks", index.ntotal2, wanted
+            yield "the size of the blocks", index.codes.size(), index.ntotal2 * index.M2 // 2
 
 
 def _inside(build: FaissBuild, index: Any) -> list[tuple[str, Any]]:

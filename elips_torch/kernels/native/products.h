@@ -273,7 +273,7 @@ struct Product<StepCode> {
 static inline int steps_of(int dim, int per_step) { return (dim + per_step - 1) / per_step; }
 
 // Packed codes of VECTORS * LANES queries: (step, vector, lane, feature of the step). A feature or a
-// query that does not exist is 0 after packing, and adds nothing whatever it is multiplied with.
+// query that does not exist is 0 after packing: no product of it counts, and its lane is not looked at.
 template <class Code, int VECTORS>
 static void pack_queries(const typename Product<Code>::Query* const* queries, int n, int dim, typename Product<Code>::Packed* out) {
     constexpr int PER_STEP = Product<Code>::PER_STEP;
@@ -292,8 +292,8 @@ static void pack_queries(const typename Product<Code>::Query* const* queries, in
 
 // Sums of ROWS rows with VECTORS vectors of queries, each row or each query with its correction.
 template <class Code, int ROWS, int VECTORS>
-static inline void multiply(const typename Product<Code>::Row* const* rows, const int* corrections, const int* query_corrections,
-                            const typename Product<Code>::Packed* queries, int dim,
+static inline void multiply(const typename Product<Code>::Row* const* rows, const int* corrections,
+                            const int* query_corrections, const typename Product<Code>::Packed* queries, int dim,
                             typename Product<Code>::Sums (&sums)[ROWS][VECTORS]) {
     using P = Product<Code>;
     constexpr int PER_STEP = P::PER_STEP;

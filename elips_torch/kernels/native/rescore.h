@@ -34,13 +34,12 @@ struct BFloat {
 static inline double wide(double x) { return x; }
 static inline double wide(float x) { return x; }
 static inline double wide(Half x) { return _cvtsh_ss(x.bits); }
-static inline float narrow(BFloat x) {
+static inline double wide(BFloat x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
 }
-static inline double wide(BFloat x) { return narrow(x); }
 
 // Eight numbers, in as many registers as that takes.
 typedef double Doubles __attribute__((vector_size(64)));

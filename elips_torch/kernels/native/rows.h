@@ -65,8 +65,9 @@ class Rows {
         terms_ = allocate<float>(5 * most_);
         corrections_ = allocate<int>(most_ + MOST_TILE);
         if (UNPACKS && unpacks(a_)) unpacked_ = allocate<Code>(most_ * a_.dim + 64);
-        if (CONVERTS) features_ = allocate<Row>(most_ * a_.dim);
-        return terms_ && corrections_ && (unpacked_ || !UNPACKS || !unpacks(a_)) && (features_ || !CONVERTS);
+        const bool converts = CONVERTS && a_.n_queries > Product<Code>::MOST_ONE_BY_ONE;
+        if (converts) features_ = allocate<Row>(most_ * a_.dim);
+        return terms_ && corrections_ && (unpacked_ || !UNPACKS || !unpacks(a_)) && (features_ || !converts);
     }
 
     // Take n rows, at most so many as a chunk has; with what products of many queries need, and with the codes
