@@ -163,6 +163,21 @@ def test_parts_that_do_not_fit_are_noticed(description, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "description", ["Residual4x4,PQ4", "RaBitQfs", "PQ4x4fs", "RQ4x4fs_32_Nrq2x4", "IVF4,PQ4x4fsr", "RQ3x5"]
+)
+def test_codes_of_every_kind_fit_their_index(description, tmp_path):
+    if description == "RaBitQfs" and not hasattr(faiss, "IndexRaBitQFastScan"):
+        pytest.skip("this faiss has no such index")
+    path = tmp_path / "a.faiss"
+    path.write_bytes(written(description))
+    index = FaissIndex.read(path)
+    assert index.ntotal == 50
+    # faiss has no search of two layers alone.
+    if description != "Residual4x4,PQ4":
+        assert index.search(TRAINING[:3], 1).ids.shape == (3, 1)
+
+
+@pytest.mark.parametrize(
     ("description", "member", "name", "value"),
     [
         ("SQ6", "sq", "qtype", 168),

@@ -67,7 +67,9 @@ def _quantizer_sizes(build: FaissBuild, index: Any, name: str) -> Iterator[tuple
     """Yield the same of what encodes vectors in an index."""
     coder = getattr(index, name)
     yield f"the dim of the {name}", coder.d, index.d
-    yield f"the code size of the {name}", coder.code_size, index.code_size
+    # Two layers have a code each.
+    own_size = index.code_size_2 if isinstance(index, build.module.Index2Layer) else index.code_size
+    yield f"the code size of the {name}", coder.code_size, own_size
     if name == "pq":
         yield "the dim of the parts", coder.dsub * coder.M, index.d
         if index.is_trained:
@@ -88,7 +90,9 @@ def _quantizer_sizes(build: FaissBuild, index: Any, name: str) -> Iterator[tuple
         if hasattr(index, "codes"):
             wanted = -(-index.ntotal // index.bbs) * index.bbs if index.ntotal else 0
             yield "the number of vectors in blocks", index.ntotal2, wanted
-            yield "the size of the blocks", index.codes.size(), index.ntotal2 * index.M2 // 2
+            # Some have more beside the codes.
+            least = index.ntotal2 * index.M2 // 2
+            yield "the size of the blocks", min(index.codes.size(), least), least
 
 
 def _inside(build: FaissBuild, index: Any) -> list[tuple[str, Any]]:
