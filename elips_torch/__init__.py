@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from elips_torch.engines.faiss.cuvs import CuvsState, cuvs_state
     from elips_torch.engines.faiss.gpu_options import GpuOptions
     from elips_torch.engines.faiss.shards import add_preassigned, merge_faiss_shards, search_preassigned
-    from elips_torch.engines.faiss.stats import EngineCounts, faiss_stats
+    from elips_torch.engines.faiss.stats import EngineStats, faiss_stats
     from elips_torch.evaluation.vector_files import (
         read_bvecs,
         read_fvecs,
@@ -75,7 +75,7 @@ _LAZY = {
     "add_preassigned": "elips_torch.engines.faiss.shards",
     "merge_faiss_shards": "elips_torch.engines.faiss.shards",
     "search_preassigned": "elips_torch.engines.faiss.shards",
-    "EngineCounts": "elips_torch.engines.faiss.stats",
+    "EngineStats": "elips_torch.engines.faiss.stats",
     "faiss_stats": "elips_torch.engines.faiss.stats",
     "read_bvecs": "elips_torch.evaluation.vector_files",
     "read_fvecs": "elips_torch.evaluation.vector_files",
@@ -128,7 +128,7 @@ __all__ = [
     "DtypeError",
     "DuplicateIdError",
     "ElipsError",
-    "EngineCounts",
+    "EngineStats",
     "Explanation",
     "FactoryError",
     "FaissIndex",

@@ -27,7 +27,9 @@ def runs_directly(*tensors: Tensor | None) -> bool:
         raise ImplementationError("torch.jit.trace cannot follow a search; use torch.compile")
     present = [tensor for tensor in tensors if tensor is not None]
     transformed = torch._C._are_functorch_transforms_active()
-    if transformed or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in present):
+    # Tangents are there inside a level only; asking each tensor for its own takes longer than the rest.
+    dual = forward_ad._current_level >= 0
+    if transformed or (dual and any(forward_ad.unpack_dual(t).tangent is not None for t in present)):
         raise ImplementationError(
             "scores have reverse-mode gradients only: torch.func transforms and forward-mode "
             "differentiation are not supported; use loss.backward() or torch.autograd.grad"

@@ -170,7 +170,7 @@ class Index(FaissExport, Rows):
         Raises:
             ElipsError: an argument of wrong type, shape, dtype, device or value.
         """
-        check_vectors("queries", queries, dim=self.dim, allow_single=True)
+        self._check_queries(queries)
         count = check_k(self.k if k is None else k)
         self._check_parameters(parameters)
         single = queries.ndim == 1
@@ -235,7 +235,7 @@ class Index(FaissExport, Rows):
         Raises:
             ElipsError: an argument of wrong type, shape, dtype, device or value.
         """
-        check_vectors("queries", queries, dim=self.dim, allow_single=True)
+        self._check_queries(queries)
         if not torch.compiler.is_compiling():
             check_device("queries", queries, self.device, "the index")
         self._check_parameters(parameters)
@@ -403,6 +403,10 @@ class Index(FaissExport, Rows):
     def _learnable_vectors(self) -> Tensor | None:
         """Return the database if it is a parameter; may not read a buffer, since compiled code asks."""
         return None
+
+    def _check_queries(self, queries: Tensor) -> None:
+        """Raise unless queries are ``(Q, D)`` or ``(D,)`` of a dtype that the index takes."""
+        check_vectors("queries", queries, dim=self.dim, allow_single=True)
 
     def _check_parameters(self, parameters: dict[str, Any]) -> None:
         for name, value in parameters.items():

@@ -65,7 +65,7 @@ def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
     Raises:
         DtypeError: no index of faiss.
         ConversionError: a kind of index, a metric or a setting that has no counterpart; the message names it.
-            `FaissIndex` serves such an index as it is, unless it holds bits.
+            `FaissIndex` serves such an index as it is.
         NonFiniteError: vectors hold NaN or infinity.
         DeviceError: a GPU is asked for, and there is none.
         ImportError: faiss is not installed.

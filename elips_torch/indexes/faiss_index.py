@@ -19,23 +19,28 @@ from elips_torch.core.errors import (
 )
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
-from elips_torch.core.validation import check_unique, check_values, check_vectors, check_workspace
+from elips_torch.core.validation import (
+    check_unique,
+    check_values,
+    check_vectors,
+    check_workspace,
+)
 from elips_torch.engines.faiss import opaque, tuning
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.consistency import check_consistent
 from elips_torch.engines.faiss.index_files import read_index
 from elips_torch.engines.faiss.row_search import RowSearch
 from elips_torch.engines.faiss.search import gpus_inside
-from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY, may_take_selectors
+from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY, least_value, may_take_selectors
 from elips_torch.engines.faiss.transfer import to_cpu
 from elips_torch.engines.faiss.tuning import OperatingPoint
-from elips_torch.indexes.faiss_state import FaissState
+from elips_torch.indexes.faiss_vectors import FaissVectors
 from elips_torch.indexes.storage import durable
 from elips_torch.indexes.untraced import untraced
 from elips_torch.kernels.selection import Selection
 
 
-class FaissIndex(FaissState):
+class FaissIndex(FaissVectors):
     """An index of faiss of any family, with the verbs of every index: HNSW, LSH, RaBitQ, NSG, ...
 
     faiss searches, and its scores and its order are returned. What it cannot do is done around it: ids are
@@ -46,11 +51,15 @@ class FaissIndex(FaissState):
 
     Search parameters are those of the family, as attributes and as keywords of `search`: ``nprobe``,
     ``efSearch``, ``k_factor``, and ``quantizer_...`` for those of a coarse quantizer; ``search_L`` of NSG
-    as an attribute only.
+    and ``nflip`` of hashes of bits as attributes only.
+
+    An index of bits (``IndexBinaryIVF``, ``IndexBinaryHNSW``, ``IndexBinaryHash``, ...) takes vectors and
+    queries of zeros and ones, or packed ones ``(N, D / 8)`` uint8 as faiss and `pack_bits` order them, and
+    gives vectors of zeros and ones. Its metric is "l2", whose scores are the Hamming distances.
 
     Args:
-        faiss_index: any index of float vectors, used as it is and not copied, but where it keeps labels of
-            its own in inverted lists. Those labels, or those of an ``IndexIDMap``, become the ids.
+        faiss_index: any index, used as it is and not copied, but where it keeps labels of its own in
+            inverted lists. Those labels, or those of an id map, become the ids.
         metric: "cosine" for an index of inner products normalises vectors and queries; default: as in
             the index.
         k: number of neighbours that `search` returns by default.
@@ -64,7 +73,7 @@ class FaissIndex(FaissState):
         ids: ``(ntotal,)`` int64, the label of each row.
 
     Raises:
-        ElipsError: a binary index, something else, or a metric that the library does not have.
+        ElipsError: no index of faiss, or a metric that the library or the index does not have.
         ImportError: faiss is not installed.
 
     >>> import torch
@@ -87,12 +96,12 @@ class FaissIndex(FaissState):
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     ) -> None:
         build = load_installed()
-        opaque.check_float_index(build, faiss_index)
+        opaque.check_index(build, faiss_index)
         faiss_index = to_cpu(build, faiss_index)
         kind = opaque.metric_of_index(build, faiss_index)
         if metric is not None:
             wanted = resolve_metric(metric, kind.p if kind.name == "lp" else None)
-            if wanted.name != kind.name and (wanted.name, kind.name) != ("cosine", "ip"):
+            if wanted.name not in (kind.name, "cosine" if kind.name == "ip" else kind.name):
                 raise MetricError(f"metric is {wanted.name!r}, faiss_index has {kind.name!r}")
             kind = wanted
         super().__init__(
@@ -127,10 +136,11 @@ class FaissIndex(FaissState):
         metric: str | None = None,
         **options: Any,
     ) -> Self:
-        """Read a file of faiss that holds an index of floats, of any family, as it is.
+        """Read a file of faiss that holds an index of any family, as it is.
 
         Args:
-            path: what ``faiss.write_index`` or `write_faiss` wrote; `load` reads what `save` wrote.
+            path: what ``faiss.write_index``, ``faiss.write_index_binary`` or `write_faiss` wrote; `load`
+                reads what `save` wrote.
             device: where the index goes; faiss has some families on GPUs.
             metric: as for the class.
             **options: as for the class, and search parameters.
@@ -138,7 +148,7 @@ class FaissIndex(FaissState):
         Raises:
             FileNotFoundError: there is no such file.
             IndexFileError: a truncated, damaged or foreign file.
-            ElipsError: an index of bits, a wrong option, or as for the class.
+            ElipsError: a wrong option, or as for the class.
 
         >>> import tempfile
         >>> from elips_torch import write_faiss
@@ -151,7 +161,7 @@ class FaissIndex(FaissState):
         tensor([40, 30, 20, 10])
         """
         build = load_installed()
-        index = read_index(build, path)
+        index = read_index(build, path, bits=True)
         try:
             check_consistent(build, index)
             made = cls._configured(index, metric, options)
@@ -167,7 +177,7 @@ class FaissIndex(FaissState):
 
         Args:
             dim: D, size of a vector.
-            description: such as "HNSW32" or "IVF1024,PQ16x4fs".
+            description: such as "HNSW32" or "IVF1024,PQ16x4fs"; "BHNSW32" and "BIVF1024" are of bits.
             metric: name of the distance kind, or an alias.
             p: exponent of metric "lp".
             **options: as for the class, and search parameters.
@@ -197,8 +207,10 @@ class FaissIndex(FaissState):
         return ("k", "index_in_state_dict", "check_finite", "workspace_bytes")
 
     def _current_search(self) -> RowSearch:
-        id_map = self._current_id_map()
-        if self._search_rows is None:
+        found: RowSearch | None = self._search_rows
+        if found is None:
+            if not self.is_trained:
+                raise NotFittedError(f"{type(self._faiss).__name__} cannot be searched before fit(vectors)")
             places, total = self.places, int(self._faiss.ntotal)
             rows = torch.arange(len(places), device=places.device)
             row_of = None
@@ -206,11 +218,9 @@ class FaissIndex(FaissState):
                 row_of = torch.full((total,), -1, device=places.device)
                 row_of[places] = rows
             selectors = may_take_selectors(self._build, self._faiss)
-            self._search_rows = RowSearch(
-                self._build, self._faiss, self._metric, row_of, places, selectors=selectors
-            )
-        self._search_rows.ranks = id_map.ranks(self.ids)
-        return self._search_rows
+            found = RowSearch(self._build, self._faiss, self._metric, row_of, places, selectors=selectors)
+            self._search_rows = found
+        return found
 
     # Search parameters live in faiss's index.
 
@@ -235,8 +245,8 @@ class FaissIndex(FaissState):
     def _check_parameters(self, parameters: dict[str, Any]) -> None:
         super()._check_parameters(parameters)
         for name, value in parameters.items():
-            if name in self._holders and not value >= 1:
-                raise ArgumentError(f"{name} is {value}, expected at least 1")
+            if name in self._holders and not value >= least_value(name):
+                raise ArgumentError(f"{name} is {value}, expected at least {least_value(name)}")
 
     @untraced
     def set_parameters(self, parameters: str) -> None:
@@ -320,41 +330,11 @@ class FaissIndex(FaissState):
         opaque.prepare_to_reconstruct(self._build, self._faiss)
         return self
 
-    def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
-        if not self.is_trained:
-            raise NotFittedError(f"{type(self._faiss).__name__} takes no vectors before fit(vectors)")
-        # They become rows of faiss once all else is checked.
-        return {"places": self._as_faiss(vectors)}
-
-    def _append_rows(self, rows: dict[str, Tensor]) -> None:
-        super()._append_rows({**rows, "places": self._added(rows["places"])})
-
-    def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
-        super()._overwrite_rows(where, {"places": self._added(rows["places"])})
-        self._rows_changed()
-
-    def _added(self, vectors: Tensor) -> Tensor:
-        """Return the places of vectors ``(N, D)``, which faiss gets; of places ``(N,)``, themselves."""
-        if vectors.ndim == 1:
-            return vectors
-        return opaque.append(self._build, self._faiss, vectors).to(self.device)
-
     @untraced
     def reset(self) -> None:
         """Remove every vector, and give the memory of those removed before back; see `Index.reset`."""
         self._faiss.reset()
         super().reset()
-
-    def _decode(self, rows: Tensor) -> Tensor:
-        return opaque.reconstruct(self._build, self._faiss, self.places[rows]).to(self.device)
-
-    def _as_faiss(self, vectors: Tensor) -> Tensor:
-        if self._metric.name != "cosine":
-            return vectors
-        # In float64 no norm overflows; a zero vector stays one.
-        wide = vectors.double()
-        norms: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-        return (wide / norms.masked_fill(norms == 0, 1.0)).float()
 
     # Searches.
 
@@ -367,7 +347,8 @@ class FaissIndex(FaissState):
         parameters: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         values, workspace = self._search_settings(queries, implementation, parameters)
-        return self._current_search().search(self._as_faiss(queries), k, selection, values, workspace)
+        rows = self._as_faiss(queries, "queries")
+        return self._current_search().search(rows, k, selection, values, workspace)
 
     def _range_search(
         self,
@@ -378,18 +359,19 @@ class FaissIndex(FaissState):
         parameters: dict[str, Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
         values, _ = self._search_settings(queries, implementation, parameters)
-        return self._current_search().range_search(self._as_faiss(queries), radius, selection, values)
+        rows, ranks = self._as_faiss(queries, "queries"), self._current_id_map().ranks(self.ids)
+        return self._current_search().range_search(rows, radius, selection, values, ranks)
 
     def _search_settings(
         self, queries: Tensor, implementation: str, parameters: dict[str, Any]
     ) -> tuple[dict[str, Any], int]:
         if implementation not in ("auto", "faiss"):
             raise ImplementationError(f"implementation is {implementation!r}, a FaissIndex has 'faiss' only")
-        if not self.is_trained:
-            raise NotFittedError(f"{type(self._faiss).__name__} cannot be searched before fit(vectors)")
-        workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
-        if self.check_finite:
+        if self.check_finite and queries.dtype != torch.uint8:
             check_values("queries", queries, self._metric)
+        if not parameters:
+            return parameters, self.workspace_bytes
+        workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
         values = {name: value for name, value in parameters.items() if name != "workspace_bytes"}
         for name in values:
             if name in ATTRIBUTES_ONLY:
@@ -420,6 +402,7 @@ class FaissIndex(FaissState):
             "dim": self.dim,
             "metric": self.metric,
             "p": self.p,
+            "bits": self._of_bits,
             **{name: getattr(self, name) for name in self._settings()},
         }
 
@@ -427,5 +410,6 @@ class FaissIndex(FaissState):
     def _from_config(cls, config: dict[str, Any], device: torch.device | str | None) -> Self:
         settings = {name: config[name] for name in cls._settings()}
         # A stand-in; the state brings the index itself.
-        made = cls.from_factory(config["dim"], "Flat", config["metric"], p=config["p"], **settings)
+        description = "BFlat" if config.get("bits") else "Flat"
+        made = cls.from_factory(config["dim"], description, config["metric"], p=config["p"], **settings)
         return made if device is None else made.to(device)

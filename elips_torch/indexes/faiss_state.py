@@ -11,6 +11,7 @@ from elips_torch.engines.faiss import opaque
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.gpu_options import GpuOptions, read_options
+from elips_torch.engines.faiss.row_kinds import BITS, kind_of
 from elips_torch.engines.faiss.row_search import RowSearch
 from elips_torch.engines.faiss.search import cuda_device
 from elips_torch.engines.faiss.search_parameters import parameter_holders
@@ -27,6 +28,7 @@ class FaissState(Index):
     row_tensors: ClassVar[tuple[str, ...]] = ("places", "ids")
 
     places: Tensor
+    _of_bits: bool
     _gpus: tuple[int, ...] = ()
     _gpu_options: GpuOptions | None = None
 
@@ -36,6 +38,7 @@ class FaissState(Index):
         opaque.prepare_to_reconstruct(build, index)
         mend_fast_scan(build, index)
         register["_faiss"] = index
+        register["_of_bits"] = kind_of(build, index) is BITS
         register["_holders"] = parameter_holders(build, index)
         register["_search_rows"] = None
 
@@ -97,10 +100,15 @@ class FaissState(Index):
             return None
         try:
             index = opaque.from_bytes(self._build, content)
-            opaque.check_float_index(self._build, index)
+            opaque.check_index(self._build, index)
             metric = opaque.metric_of_index(self._build, index)
         except ElipsError as error:
             error_msgs.append(f"{prefix}{_BYTES}: {error}")
+            return None
+        of_bits = kind_of(self._build, index) is BITS
+        if of_bits != self._of_bits:
+            got, expected = ("bits", "floats") if of_bits else ("floats", "bits")
+            error_msgs.append(f"{prefix}{_BYTES}: got an index of {got}, expected one of {expected}")
             return None
         own = "ip" if self.metric == "cosine" else self.metric
         if (int(index.d), metric.name) != (self.dim, own):

@@ -10,7 +10,7 @@ from elips_torch.core.tiling import spans
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed
 from elips_torch.engines.faiss.candidates import brute_force, common_dtype, converts
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
-from elips_torch.engines.faiss.stats import ENGINE_STATS
+from elips_torch.engines.faiss.stats import SEARCHES
 from elips_torch.kernels.definition import score_candidates
 from elips_torch.kernels.knn_exact import empty_results
 from elips_torch.kernels.plane import Plane
@@ -48,7 +48,7 @@ def knn_faiss(
     if n_queries == 0 or n_rows == 0:
         return scores, rows
     build = load_installed()
-    ENGINE_STATS.count(queries=n_queries, nbytes=queries.nbytes + scores.nbytes + rows.nbytes)
+    SEARCHES.count(queries=n_queries, nbytes=queries.nbytes + scores.nbytes + rows.nbytes)
     wanted = min(k, n_rows)
     fetch = min(n_rows, wanted + selection.n_excluded)
     pending = torch.arange(n_queries, device=queries.device)

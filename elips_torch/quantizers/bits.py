@@ -68,11 +68,16 @@ def pack_bits(vectors: Tensor) -> Tensor:
         raise ShapeError(f"vectors has shape {tuple(vectors.shape)}, expected (N, D) or (D,)")
     if vectors.shape[-1] % _BITS:
         raise ShapeError(f"vectors has dim {vectors.shape[-1]}, expected a multiple of {_BITS}")
+    return pack_checked("vectors", vectors)
+
+
+def pack_checked(name: str, vectors: Tensor) -> Tensor:
+    """Pack vectors whose dtype and shape are right; an error says that the values are those of ``name``."""
     ones = vectors == 1
     others = ~(ones | (vectors == 0)).all(-1)
     if others.any():
         where = describe_rows(others.view(-1).nonzero().flatten())
-        raise ArgumentError(f"vectors has values other than 0 and 1 in {where}")
+        raise ArgumentError(f"{name} has values other than 0 and 1 in {where}")
     parts = ones.unflatten(-1, (vectors.shape[-1] // _BITS, _BITS))
     codes = torch.zeros(parts.shape[:-1], dtype=torch.uint8, device=vectors.device)
     for bit in range(_BITS):

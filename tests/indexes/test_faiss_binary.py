@@ -21,13 +21,16 @@ from elips_torch import (
     SQIndex,
     from_faiss,
     load_index,
+    merge_faiss_shards,
     pack_bits,
     read_faiss,
+    search_preassigned,
     unpack_bits,
     write_faiss,
 )
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.index_files import read_index
+from elips_torch.engines.faiss.search import search_index
 
 IN_FOLDER = [HealthCheck.function_scoped_fixture]
 
@@ -200,10 +203,10 @@ def families():
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_other_families_are_named_and_stay_with_faiss(number, tmp_path):
+def test_other_families_are_named_and_offered_as_they_are(number, tmp_path):
     there = families()[number]
     name = ("IVF", "HNSW", "Hash", "MultiHash", "FromFloat", "HNSW")[number]
-    message = f"index is a IndexBinary{name}, whose vectors are bits; IndexBinaryFlat.* faiss itself"
+    message = f"index is a IndexBinary{name}, whose vectors are bits; IndexBinaryFlat.*; FaissIndex"
     with pytest.raises(ConversionError, match=message):
         from_faiss(there)
     path = tmp_path / "bits.faiss"
@@ -213,14 +216,23 @@ def test_other_families_are_named_and_stay_with_faiss(number, tmp_path):
 
 
 def test_where_floats_are_expected_bits_are_refused(tmp_path):
-    there, path = flat(random_codes(3, 8)), tmp_path / "bits.faiss"
-    with pytest.raises(DtypeError, match=r"IndexBinaryFlat, which holds bits.*from_faiss makes a FlatIndex"):
-        FaissIndex(there)
-    faiss.write_index_binary(there, str(path))
-    with pytest.raises(DtypeError, match="holds an index whose vectors are bits, expected an index of float"):
+    lists = faiss.IndexBinaryIVF(faiss.IndexBinaryFlat(64), 64, 4)
+    codes, path = random_codes(300, 8), tmp_path / "bits.faiss"
+    lists.train(codes)
+    lists.add(codes)
+    with pytest.raises(DtypeError, match="index is a IndexBinaryIVF, expected an inverted file of faiss"):
+        search_preassigned(lists, torch.zeros(2, 64), 1, torch.zeros(2, 1, dtype=torch.int64))
+    with pytest.raises(DtypeError, match="index is a IndexBinaryIVF, expected an index of float vectors"):
+        search_index(load_installed(), lists, torch.zeros(2, 64), 1)
+    faiss.write_index_binary(lists, str(path))
+    message = "holds an index whose vectors are bits, expected an index of float"
+    with pytest.raises(DtypeError, match=message):
+        merge_faiss_shards([path], tmp_path / "all.faiss")
+    with pytest.raises(DtypeError, match=message):
         read_index(load_installed(), path)
-    index = from_faiss(there)
-    for queries in (torch.from_numpy(random_codes(3, 8)), torch.zeros(2, 8)):
+    assert [each.name for each in tmp_path.iterdir()] == ["bits.faiss"]
+    index = from_faiss(flat(codes))
+    for queries in (torch.from_numpy(codes), torch.zeros(2, 8)):
         with pytest.raises(ElipsError, match="queries has d"):
             index.search(queries, 1)
 

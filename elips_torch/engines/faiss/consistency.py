@@ -5,6 +5,7 @@ from typing import Any
 
 from elips_torch.core.errors import DamagedIndexError
 from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.row_kinds import BITS, downcast, kind_of
 
 # What encodes vectors in an index of faiss, by the name of the member.
 _QUANTIZERS = ("pq", "sq", "rabitq", "aq")
@@ -19,13 +20,14 @@ def check_consistent(build: FaissBuild, index: Any) -> None:
 
     Args:
         build: the faiss whose index it is.
-        index: of floats.
+        index: of floats or of bits.
 
     Raises:
         DamagedIndexError: two sizes contradict each other; the message names them.
     """
-    index = build.module.downcast_index(index)
-    for what, size, wanted in (("dim", index.d, max(1, index.d)), *_sizes(build, index)):
+    index = downcast(build, index)
+    sizes = _sizes_of_bits if kind_of(build, index) is BITS else _sizes
+    for what, size, wanted in (("dim", index.d, max(1, index.d)), *sizes(build, index)):
         if size != wanted:
             raise DamagedIndexError(
                 f"index is damaged: in its {type(index).__name__} {what} is {size}, expected {wanted}"
@@ -55,6 +57,36 @@ def _sizes(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, int]]:
     for name in _QUANTIZERS:
         if hasattr(index, name):
             yield from _quantizer_sizes(build, index, name)
+    yield from _sizes_inside(build, index)
+
+
+def _sizes_of_bits(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, int]]:
+    """Yield the same of an index of bits."""
+    faiss = build.module
+    yield "the size of a code", 8 * index.code_size, index.d
+    if isinstance(index, faiss.IndexBinaryFlat):
+        yield "the size of the codes", index.xb.size(), index.ntotal * index.code_size
+    elif isinstance(index, faiss.IndexBinaryIDMap):
+        yield "the number of ids", index.id_map.size(), index.ntotal
+    elif isinstance(index, faiss.IndexBinaryHNSW):
+        yield "the number of nodes", index.hnsw.levels.size(), index.ntotal
+    elif isinstance(index, faiss.IndexBinaryIVF) and index.invlists is not None:
+        yield "the number of lists", index.invlists.nlist, index.nlist
+        yield "the size of the lists", index.invlists.compute_ntotal(), index.ntotal
+        yield "the code size of the lists", index.invlists.code_size, index.code_size
+    elif isinstance(index, faiss.IndexBinaryHash):
+        yield "the number of hashed bits", index.b, max(1, min(index.b, index.d))
+    elif isinstance(index, faiss.IndexBinaryMultiHash):
+        most = index.d // max(1, index.nhash)
+        yield "the number of hashed bits", index.b, max(1, min(index.b, most))
+    yield from _sizes_inside(build, index)
+
+
+def _sizes_inside(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, int]]:
+    """Yield the sizes of the indexes inside, and what they must be."""
+    dim = index.d
+    if isinstance(index, build.module.IndexPreTransform) and index.chain.size():
+        dim = index.chain.at(index.chain.size() - 1).d_out
     for name, inner in _inside(build, index):
         yield f"the dim of the {name}", inner.d, dim
         if name == "quantizer":
@@ -99,13 +131,15 @@ def _inside(build: FaissBuild, index: Any) -> list[tuple[str, Any]]:
     """Return the indexes inside, by name."""
     faiss = build.module
     names: tuple[str, ...] = ()
-    if isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap):
+    wrappers = (faiss.IndexPreTransform, faiss.IndexIDMap, faiss.IndexBinaryIDMap, faiss.IndexBinaryFromFloat)
+    graphs = (faiss.IndexHNSW, faiss.IndexNSG, faiss.IndexBinaryHNSW)
+    if isinstance(index, wrappers):
         names = ("index",)
     elif isinstance(index, faiss.IndexRefine):
         names = ("base_index", "refine_index")
-    elif isinstance(index, faiss.IndexHNSW | faiss.IndexNSG):
+    elif isinstance(index, (*graphs, faiss.IndexBinaryMultiHash)):
         names = ("storage",)
-    elif isinstance(index, faiss.IndexIVF):
+    elif isinstance(index, faiss.IndexIVF | faiss.IndexBinaryIVF):
         names = ("quantizer",)
     found = ((name, getattr(index, name)) for name in names)
-    return [(name, faiss.downcast_index(inner)) for name, inner in found if inner is not None]
+    return [(name, downcast(build, inner)) for name, inner in found if inner is not None]

@@ -80,8 +80,7 @@ def _describe_bits(build: FaissBuild, index: Any) -> Description:
     name = type(found).__name__
     if name not in _READERS_OF_BITS:
         raise ConversionError(
-            f"index is a {name}, whose vectors are bits; {', '.join(_READERS_OF_BITS)} come over, "
-            "faiss itself searches the others"
+            f"index is a {name}, whose vectors are bits; {', '.join(_READERS_OF_BITS)} come over; {_OFFER}"
         )
     return _READERS_OF_BITS[name](build, found)
 

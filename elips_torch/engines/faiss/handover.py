@@ -9,10 +9,12 @@ from elips_torch.core.errors import ConversionError
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.messages import reason_of
 from elips_torch.engines.faiss.opaque import copied, inverted_file, list_labels
+from elips_torch.engines.faiss.row_kinds import BITS, kind_of
 from elips_torch.engines.faiss.transfer import to_cpu
 
 # Whose lists alone know the number of a row; others look something up by it.
 _KNOWN_BY_LABEL = (
+    "IndexBinaryIVF",
     "IndexIVFFlat",
     "IndexIVFLocalSearchQuantizer",
     "IndexIVFPQ",
@@ -114,7 +116,8 @@ def _behind_normalization(build: FaissBuild, index: Any) -> Any:
 def _in_id_map(build: FaissBuild, index: Any, labels: Tensor) -> Any:
     # Faiss takes an empty index only; what the inner one holds is said right after.
     rows, index.ntotal = index.ntotal, 0
-    made = build.module.IndexIDMap2(index)
+    of_bits = kind_of(build, index) is BITS
+    made = (build.module.IndexBinaryIDMap2 if of_bits else build.module.IndexIDMap2)(index)
     index.ntotal = made.ntotal = rows
     index.this.disown()
     made.own_fields = True

@@ -1,29 +1,29 @@
 """Files of faiss."""
 
+import mmap
 import os
 import secrets
 from pathlib import Path
 from typing import Any
 
-from elips_torch.core.errors import DtypeError, IndexFileError
+from elips_torch.core.errors import DamagedIndexError, DtypeError, IndexFileError
+from elips_torch.engines.faiss.bits_in_bytes import check_graph_of_bits
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.messages import reason_of
-
-# How every index of bits begins, and no index of floats.
-_BITS = b"IB"
+from elips_torch.engines.faiss.row_kinds import BITS, FLOATS, MARK_OF_BITS, kind_of
 
 
 def read_index(
-    build: FaissBuild, path: str | os.PathLike[str], *, mmap: bool = False, bits: bool = False
+    build: FaissBuild, path: str | os.PathLike[str], *, on_disk: bool = False, bits: bool = False
 ) -> Any:
     """Read an index from a file of faiss.
 
     Args:
         build: the faiss that reads.
         path: the file.
-        mmap: leave inverted lists there.
+        on_disk: leave inverted lists there.
         bits: take indexes of bits too.
 
     Raises:
@@ -40,28 +40,40 @@ def read_index(
         raise IndexFileError(
             f"{where!r} is a safetensors file, expected one of faiss; load_index reads those"
         )
-    holds_bits = start[:2] == _BITS
+    holds_bits = start[:2] == MARK_OF_BITS
     if holds_bits and not bits:
         raise DtypeError(
             f"{where!r} holds an index whose vectors are bits, expected an index of floats; "
-            "read_faiss makes a FlatIndex of an IndexBinaryFlat, faiss.read_index_binary reads any"
+            "read_faiss makes a FlatIndex of an IndexBinaryFlat, FaissIndex.read takes any"
         )
     # Tables of product codes are computed anew.
     use_one_thread_if_forked(build)
-    read = build.module.read_index_binary if holds_bits else build.module.read_index
+    read = getattr(build.module, (BITS if holds_bits else FLOATS).read)
     try:
-        return mend_fast_scan(build, read(where, build.module.IO_FLAG_MMAP if mmap else 0))
-    except (RuntimeError, MemoryError) as error:
+        if holds_bits:
+            _check_graph(path)
+        return mend_fast_scan(build, read(where, build.module.IO_FLAG_MMAP if on_disk else 0))
+    except (RuntimeError, MemoryError, DamagedIndexError) as error:
         raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {reason_of(error)}") from error
+
+
+def _check_graph(path: str | os.PathLike[str]) -> None:
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        memoryview(content) as view,
+    ):
+        check_graph_of_bits(view)
 
 
 def write_index(build: FaissBuild, index: Any, path: str | os.PathLike[str]) -> None:
     """Write an index of faiss; the file appears whole or not at all."""
-    of_bits = isinstance(index, build.module.IndexBinary)
-    write = build.module.write_index_binary if of_bits else build.module.write_index
+    write = getattr(build.module, kind_of(build, index).write)
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {os.fspath(target.parent)!r} to save an index in")
+    if target.is_dir():
+        raise IsADirectoryError(f"{os.fspath(target)!r} is a folder, expected a file to save an index in")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         write(index, os.fspath(temporary))

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from elips_torch.core.errors import (
     ConversionError,
+    DamagedIndexError,
     DtypeError,
     FactoryError,
     ImplementationError,
@@ -16,10 +18,12 @@ from elips_torch.core.errors import (
 )
 from elips_torch.core.metric import Metric, resolve_metric
 from elips_torch.core.validation import check_count
+from elips_torch.engines.faiss.bits_in_bytes import check_graph_of_bits, label_lists_in_hash
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.messages import reason_of
+from elips_torch.engines.faiss.row_kinds import BITS, FLOATS, MARK_OF_BITS, RowKind, downcast, kind_of
 from elips_torch.engines.faiss.search import cuda_device, index_gpu, placed
 from elips_torch.engines.faiss.transfer import to_cpu
 
@@ -39,7 +43,7 @@ _METRICS = {
 
 
 def build_index(build: FaissBuild, dim: int, description: str, metric: Metric) -> Any:
-    """Return an empty index that a description in faiss's grammar stands for.
+    """Return an empty index that a description in faiss's grammar stands for; of bits, if that begins with B.
 
     Raises:
         FactoryError: faiss cannot make it; with what faiss says.
@@ -49,10 +53,17 @@ def build_index(build: FaissBuild, dim: int, description: str, metric: Metric) -
     check_count("dim", dim)
     if not isinstance(description, str):
         raise DtypeError(f"description is {description!r}, expected a string such as 'HNSW32'")
+    of_bits = description.startswith("B")
+    if of_bits and metric.name != "l2":
+        raise MetricError(
+            f"metric is {metric.name!r}, an index of bits has Hamming distances, which are 'l2'"
+        )
     kind = getattr(build.module, _METRICS[metric.name], None)
     if kind is None:
         raise MetricError(f"metric is {metric.name!r}, which {build} does not have")
     try:
+        if of_bits:
+            return build.module.index_binary_factory(dim, description)
         index = build.module.index_factory(dim, description, kind)
     except RuntimeError as error:
         raise FactoryError(
@@ -63,24 +74,22 @@ def build_index(build: FaissBuild, dim: int, description: str, metric: Metric) -
     return index
 
 
-def check_float_index(build: FaissBuild, index: Any) -> None:
-    """Raise `DtypeError` unless this is an index of float vectors of this build."""
-    name = type(index).__name__
-    if isinstance(index, build.module.IndexBinary):
-        raise DtypeError(
-            f"faiss_index is a {name}, which holds bits, expected an index of float vectors; "
-            "from_faiss makes a FlatIndex of an IndexBinaryFlat"
-        )
-    if not isinstance(index, build.module.Index):
-        raise DtypeError(f"faiss_index is a {name}, expected an index of faiss")
+def check_index(build: FaissBuild, index: Any) -> None:
+    """Raise `DtypeError` unless this is an index of this build."""
+    if not isinstance(index, build.module.Index | build.module.IndexBinary):
+        raise DtypeError(f"faiss_index is a {type(index).__name__}, expected an index of faiss")
 
 
 def metric_of_index(build: FaissBuild, index: Any) -> Metric:
     """Return the metric of an index.
 
+    The Hamming distance of bits is "l2", the squared distance of zeros and ones.
+
     Raises:
         MetricError: one that the library does not have.
     """
+    if kind_of(build, index) is BITS:
+        return resolve_metric("l2")
     for name, constant in _METRICS.items():
         if getattr(build.module, constant, None) == index.metric_type:
             return resolve_metric(name, float(index.metric_arg) if name == "lp" else None)
@@ -98,9 +107,9 @@ def without_labels(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
         other is not.
     """
     faiss = build.module
-    if isinstance(index, faiss.IndexIDMap):
+    if isinstance(index, faiss.IndexIDMap | faiss.IndexBinaryIDMap):
         labels = torch.from_numpy(faiss.vector_to_array(index.id_map).copy())
-        inner = faiss.downcast_index(index.index)
+        inner = downcast(build, index.index)
         # Whoever frees the map frees the index within. It takes no attribute but this.
         inner.referenced_objects = [index]
         return inner, labels
@@ -114,6 +123,8 @@ def without_labels(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
         id_map.own_fields, index.index = False, id_map.index
         id_map.this.own(True)
         return index, labels
+    if isinstance(index, faiss.IndexBinaryHash):
+        return _without_labels_in_hash(build, index)
     lists = None if index.ntotal == 0 else inverted_file(build, index)
     if lists is None:
         return index, None
@@ -134,6 +145,19 @@ def without_labels(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
     return index, labels
 
 
+def _without_labels_in_hash(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
+    content = build.module.serialize_index_binary(index)
+    lists = label_lists_in_hash(content.data)
+    labels = torch.as_tensor(np.concatenate([np.empty(0, np.int64), *lists])).sort().values
+    if len(labels) != index.ntotal:
+        raise DamagedIndexError(f"index is damaged: it has {index.ntotal} vectors and {len(labels)} labels")
+    if torch.equal(labels, torch.arange(len(labels))):
+        return index, None
+    for each in lists:
+        each[:] = torch.searchsorted(labels, torch.as_tensor(each)).numpy()
+    return from_bytes(build, torch.as_tensor(content)), labels
+
+
 def copied(build: FaissBuild, index: Any) -> Any:
     """Return a copy of an index on the CPU.
 
@@ -151,7 +175,7 @@ def copied(build: FaissBuild, index: Any) -> Any:
             )
     use_one_thread_if_forked(build)
     try:
-        return mend_fast_scan(build, faiss.clone_index(index))
+        return mend_fast_scan(build, getattr(faiss, kind_of(build, index).clone)(index))
     except RuntimeError:
         # Some families are written but not cloned.
         return from_bytes(build, to_bytes(build, index))
@@ -166,25 +190,28 @@ def prepare_to_reconstruct(build: FaissBuild, index: Any) -> None:
 
 def inverted_file(build: FaissBuild, index: Any) -> Any:
     """Return the inverted file inside an index, None where there is none."""
-    return build.module.try_extract_index_ivf(index)
+    if kind_of(build, index) is FLOATS:
+        return build.module.try_extract_index_ivf(index)
+    return index if isinstance(index, build.module.IndexBinaryIVF) else None
 
 
 def train(build: FaissBuild, index: Any, vectors: Tensor) -> None:
-    """Teach an index on ``(N, D)`` float32 vectors.
+    """Teach an index on vectors ``(N, D)`` or bits ``(N, D / 8)``.
 
     Raises:
         ImplementationError: faiss refuses, with what it says.
     """
-    rows = _rows_for(index, vectors)
+    kind = kind_of(build, index)
+    rows = _rows_for(index, vectors, kind)
     try:
         with placed(build, index):
-            index.train_c(len(rows), build.module.cast_integer_to_float_ptr(rows.data_ptr()))
+            index.train_c(len(rows), kind.pointer_to(build, rows))
     except RuntimeError as error:
         raise _refused("train", index, error) from error
 
 
 def append(build: FaissBuild, index: Any, vectors: Tensor) -> Tensor:
-    """Add ``(N, D)`` float32 vectors and return the rows ``(N,)`` that they became.
+    """Add vectors ``(N, D)`` or bits ``(N, D / 8)`` and return the rows ``(N,)`` that they became.
 
     Raises:
         NotFittedError: the index must be trained first.
@@ -194,32 +221,36 @@ def append(build: FaissBuild, index: Any, vectors: Tensor) -> Tensor:
         raise NotFittedError(f"{type(index).__name__} takes no vectors before fit(vectors)")
     first = int(index.ntotal)
     if len(vectors):
-        rows = _rows_for(index, vectors)
+        kind = kind_of(build, index)
+        rows = _rows_for(index, vectors, kind)
         try:
             with placed(build, index):
-                index.add_c(len(rows), build.module.cast_integer_to_float_ptr(rows.data_ptr()))
+                index.add_c(len(rows), kind.pointer_to(build, rows))
         except RuntimeError as error:
             raise _refused("add", index, error) from error
     return torch.arange(first, first + len(vectors))
 
 
 def reconstruct(build: FaissBuild, index: Any, rows: Tensor) -> Tensor:
-    """Return the vectors ``(M, D)`` of rows ``(M,)``, as the index has kept them.
+    """Return the vectors ``(M, D)``, or bits ``(M, D / 8)``, of rows ``(M,)``, as the index has kept them.
 
     Raises:
         ImplementationError: the family cannot.
     """
+    kind = kind_of(build, index)
+    vectors = torch.empty((len(rows), kind.row_size(int(index.d))), dtype=kind.rows, device="cpu")
     if not rows.numel():
-        return torch.empty(0, int(index.d))
+        return vectors
     keys = rows.cpu().contiguous()
-    vectors = torch.empty((len(keys), int(index.d)), dtype=torch.float32, device="cpu")
-    pointers = (
-        build.module.cast_integer_to_idx_t_ptr(keys.data_ptr()),
-        build.module.cast_integer_to_float_ptr(vectors.data_ptr()),
-    )
     try:
         with placed(build, index):
-            index.reconstruct_batch_c(len(keys), *pointers)
+            if kind is FLOATS:
+                numbers = build.module.cast_integer_to_idx_t_ptr(keys.data_ptr())
+                index.reconstruct_batch_c(len(keys), numbers, kind.pointer_to(build, vectors))
+            else:
+                # Of these there is no batch.
+                for key, vector in zip(keys.tolist(), vectors, strict=True):
+                    index.reconstruct_c(key, kind.pointer_to(build, vector))
     except RuntimeError as error:
         raise _refused("reconstruct", index, error) from error
     return vectors
@@ -228,7 +259,7 @@ def reconstruct(build: FaissBuild, index: Any, rows: Tensor) -> Tensor:
 def to_bytes(build: FaissBuild, index: Any) -> Tensor:
     """Return an index as faiss writes it to files, uint8 ``(M,)``."""
     try:
-        return torch.as_tensor(build.module.serialize_index(to_cpu(build, index)))
+        return torch.as_tensor(getattr(build.module, kind_of(build, index).serialize)(to_cpu(build, index)))
     except RuntimeError as error:
         raise _refused("write", index, error) from error
 
@@ -241,9 +272,13 @@ def from_bytes(build: FaissBuild, content: Tensor) -> Any:
     """
     # Tables are computed anew.
     use_one_thread_if_forked(build)
+    held = content.contiguous().cpu().numpy()
+    kind = BITS if held[: len(MARK_OF_BITS)].tobytes() == MARK_OF_BITS else FLOATS
     try:
-        return mend_fast_scan(build, build.module.deserialize_index(content.contiguous().cpu().numpy()))
-    except (RuntimeError, MemoryError) as error:
+        if kind is BITS:
+            check_graph_of_bits(held.data)
+        return mend_fast_scan(build, getattr(build.module, kind.deserialize)(held))
+    except (RuntimeError, MemoryError, DamagedIndexError) as error:
         raise IndexFileError(f"faiss cannot read the index: {reason_of(error)}") from error
 
 
@@ -256,7 +291,8 @@ def count_bytes(build: FaissBuild, index: Any) -> int:
         counted += len(chunk)
 
     writer = build.module.PyCallbackIOWriter(count)
-    build.module.write_index(to_cpu(build, index), build.module.BufferedIOWriter(writer))
+    write = getattr(build.module, kind_of(build, index).write)
+    write(to_cpu(build, index), build.module.BufferedIOWriter(writer))
     return counted
 
 
@@ -269,11 +305,11 @@ def _refused(verb: str, index: Any, error: RuntimeError) -> ImplementationError:
     return ImplementationError(f"faiss's {type(index).__name__} does not {verb}: {reason_of(error)}")
 
 
-def _rows_for(index: Any, vectors: Tensor) -> Tensor:
+def _rows_for(index: Any, vectors: Tensor, kind: RowKind) -> Tensor:
     """Return vectors as an index reads them; themselves where it can."""
     number = index_gpu(index)
     device = torch.device("cpu") if number is None else cuda_device(number)
-    return vectors.detach().to(device, torch.float32).contiguous()
+    return vectors.detach().to(device, kind.rows).contiguous()
 
 
 def list_labels(build: FaissBuild, lists: Any) -> list[Any]:

@@ -15,15 +15,12 @@ from elips_torch.core.tiling import spans
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
 from elips_torch.engines.faiss.opaque import describe_refusal
-from elips_torch.engines.faiss.search import (
-    gpus_inside,
-    index_gpu,
-    range_search_index,
-    search_index,
-)
+from elips_torch.engines.faiss.search import IndexSearch
 from elips_torch.engines.faiss.search_parameters import (
+    asks_a_graph,
     bitmap_selector,
     search_parameters,
+    takes_parameters,
     widened,
     within_graph,
 )
@@ -39,12 +36,11 @@ class RowSearch:
 
     Attributes:
         build: the faiss that made the index.
-        index: any index of float vectors, whose labels are places 0, 1, ...
+        index: any index whose labels are places 0, 1, ...; it is not to change.
         metric: of the scores.
         row_of: ``(places,)`` int64, the row at each place, -1 for places that are out; None where they are
             the same.
         place_of: ``(N,)`` int64, the place of each row.
-        ranks: ``(N,)`` rank of each row's id; None where that is the row.
         selectors: whether the family takes selectors; turns False when it turns out not to.
     """
 
@@ -53,8 +49,14 @@ class RowSearch:
     metric: Metric
     row_of: Tensor | None
     place_of: Tensor
-    ranks: Tensor | None = None
     selectors: bool = True
+
+    def __post_init__(self) -> None:
+        # What is asked for once is not asked for in each search.
+        self._engine = IndexSearch(self.build, self.index)
+        self._total = int(self.index.ntotal)
+        self._asks_a_graph = asks_a_graph(self.build, self.index)
+        self._widens = takes_parameters(self.build, self.index)
 
     def search(
         self, queries: Tensor, k: int, selection: Selection, values: dict[str, Any], workspace_bytes: int
@@ -62,15 +64,21 @@ class RowSearch:
         """Return scores and rows ``(Q, K)`` in the order of faiss; -1 where no more were found."""
         if self.row_of is None and selection.mask is None and selection.exclude is None:
             scores, rows = self._run(queries, k, values)
-            if bool((rows[:, -1:] < 0).any()):
+            # Missing ones come last, and looking for them would wait for a GPU.
+            if rows.device.type != "cpu" or (len(rows) and int(rows[:, -1].min()) < 0):
                 scores.masked_fill_(rows < 0, self.metric.worst)
             return scores, rows
         return self._search_some(queries, k, selection, values, workspace_bytes)
 
     def range_search(
-        self, queries: Tensor, radius: Tensor, selection: Selection, values: dict[str, Any]
+        self,
+        queries: Tensor,
+        radius: Tensor,
+        selection: Selection,
+        values: dict[str, Any],
+        ranks: Tensor | None,  # (N,) rank of each row's id; None where that is the row
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return lims ``(Q + 1,)``, scores and rows ``(M,)``, best first per query."""
+        """Return lims ``(Q + 1,)``, scores and rows ``(M,)``, best first per query, ties by rank."""
         params = search_parameters(self.build, self.index, values)
         if not len(self.place_of):
             # faiss ends the process where a graph holds nothing.
@@ -88,8 +96,8 @@ class RowSearch:
         within = scores > limit if self.metric.higher_is_better else scores < limit
         within &= (rows >= 0) & ~selection.drops(owners, rows.clamp_min(0))
         scores, rows, owners = scores[within], rows[within], owners[within]
-        ranks = rows if self.ranks is None else self.ranks[rows]
-        order = order_keys(scores, ranks, self.metric.higher_is_better).argsort(stable=True)
+        own_ranks = rows if ranks is None else ranks[rows]
+        order = order_keys(scores, own_ranks, self.metric.higher_is_better).argsort(stable=True)
         order = order[owners[order].argsort(stable=True)]
         counts = torch.bincount(owners, minlength=len(queries))
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), scores[order], rows[order]
@@ -97,14 +105,16 @@ class RowSearch:
     def _search_some(
         self, queries: Tensor, k: int, selection: Selection, values: dict[str, Any], workspace_bytes: int
     ) -> tuple[Tensor, Tensor]:
-        n_queries, n_places = len(queries), int(self.index.ntotal)
+        n_queries, n_places = len(queries), self._total
         scores = torch.full((n_queries, k), self.metric.worst, device=queries.device)
         rows = torch.full((n_queries, k), -1, device=queries.device)
         visible = self._visible(n_queries, selection)
         fetch, factor = min(n_places, k + selection.n_excluded), 1
         pending = torch.arange(n_queries, device=queries.device)
         while len(pending) and fetch:
-            wider = values if factor == 1 else widened(self.build, self.index, values, fetch, factor)
+            wider = values
+            if factor > 1 and self._widens:
+                wider = widened(self.build, self.index, values, fetch, factor)
             left = []
             for start, stop in spans(len(pending), max(1, workspace_bytes // (_CANDIDATE_BYTES * fetch))):
                 part = pending[start:stop]
@@ -113,7 +123,7 @@ class RowSearch:
                 scores[part, :kept], rows[part, :kept] = (each[:, :kept] for each in found)
                 left.append(part[(rows[part] >= 0).sum(1) < visible[part].clamp_max(k)])
             pending = torch.cat(left)
-            if fetch == n_places and factor >= n_places:
+            if fetch == n_places and (factor >= n_places or not self._widens):
                 break
             fetch, factor = min(n_places, 2 * fetch), 2 * factor
         return scores, rows
@@ -136,8 +146,7 @@ class RowSearch:
     def _run_selected(
         self, queries: Tensor, fetch: int, selection: Selection, values: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        on_gpus = index_gpu(self.index) is not None or gpus_inside(self.index)
-        keep = self._shared_places(selection) if self.selectors and not on_gpus else None
+        keep = self._shared_places(selection) if self.selectors and not self._engine.on_gpus else None
         if keep is not None:
             selector, memory = bitmap_selector(self.build, keep)
             try:
@@ -170,7 +179,7 @@ class RowSearch:
         return counts.clamp_min(0)
 
     def _run(self, queries: Tensor, k: int, values: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        if index_gpu(self.index) is not None and k > MOST_NEIGHBOURS:
+        if self._engine.on_gpu and k > MOST_NEIGHBOURS:
             raise ImplementationError(
                 f"{k} candidates are asked for, faiss serves at most {MOST_NEIGHBOURS} on a GPU"
             )
@@ -183,13 +192,15 @@ class RowSearch:
         self, queries: Tensor, k: int, values: dict[str, Any], selector: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Return scores and places ``(Q, K)`` that faiss gives."""
-        if not self.index.ntotal:
+        if not self._total:
             # faiss ends the process where a graph holds nothing.
             scores = torch.full((len(queries), k), self.metric.worst, device=queries.device)
             return scores, torch.full((len(queries), k), -1, device=queries.device)
-        limit, values = within_graph(self.build, self.index, k, values)
+        limit = k
+        if self._asks_a_graph:
+            limit, values = within_graph(self.build, self.index, k, values)
         params = search_parameters(self.build, self.index, values, selector)
-        scores, places = search_index(self.build, self.index, queries, limit, params)
+        scores, places = self._engine.search(queries, limit, params)
         if limit == k:
             return scores, places
         missing = (0, k - limit)
@@ -197,7 +208,7 @@ class RowSearch:
 
     def _range(self, queries: Tensor, radius: float, params: Any) -> tuple[Tensor, Tensor, Tensor]:
         try:
-            return range_search_index(self.build, self.index, queries, radius, params)
+            return self._engine.range_search(queries, radius, params)
         except ImplementationError:
             raise
         except RuntimeError as error:

@@ -1,5 +1,6 @@
 """Searching any index of faiss with torch tensors: no copy on a CPU, the caller's stream on a GPU."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,9 +18,105 @@ from elips_torch.engines.faiss.gpu_resources import (
     device_resources,
     on_current_stream,
 )
-from elips_torch.engines.faiss.stats import ENGINE_STATS, EngineStats
+from elips_torch.engines.faiss.row_kinds import BITS, kind_of
+from elips_torch.engines.faiss.stats import SEARCHES, SearchCounter
 
 _CPU = torch.device("cpu")
+
+
+class IndexSearch:
+    """Searches one index of faiss, and knows what does not change about it.
+
+    Args:
+        build: the faiss that made the index.
+        index: any index, on the CPU or on GPUs.
+    """
+
+    def __init__(self, build: FaissBuild, index: Any) -> None:
+        self.build, self.index = build, index
+        self.kind = kind_of(build, index)
+        number = index_gpu(index)
+        self.device = _CPU if number is None else cuda_device(number)
+        self.on_gpu = number is not None
+        self.on_gpus = self.on_gpu or bool(gpus_inside(index))
+        self._to_rows = getattr(build.module, self.kind.as_rows)
+        self._to_scores = getattr(build.module, self.kind.as_scores)
+        self._to_ids = build.module.cast_integer_to_idx_t_ptr
+
+    def search(
+        self,
+        queries: Tensor,  # (Q, D), or (Q, D / 8) of bits
+        k: int,
+        params: Any = None,
+        *,
+        stats: SearchCounter = SEARCHES,
+    ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+        """Return scores and labels as faiss gives them, on the queries' device.
+
+        Args:
+            queries: of the index's kind and size; floats of any dtype, with no gradient history.
+            k: number of neighbours.
+            params: faiss's ``SearchParameters`` for this call.
+            stats: counts the call.
+
+        Raises:
+            ArgumentError: k above 2,048 on a GPU.
+        """
+        if self.on_gpu and k > MOST_NEIGHBOURS:
+            raise ArgumentError(f"k is {k}, faiss serves at most {MOST_NEIGHBOURS} on a GPU")
+        rows, device = queries.to(self.device, self.kind.rows).contiguous(), queries.device
+        n_queries = rows.shape[0]
+        scores = torch.empty((n_queries, k), dtype=self.kind.scores, device=self.device)
+        ids = torch.empty((n_queries, k), dtype=torch.int64, device=self.device)
+        arguments = (
+            n_queries,
+            self._to_rows(rows.data_ptr()),
+            k,
+            self._to_scores(scores.data_ptr()),
+            self._to_ids(ids.data_ptr()),
+            params,
+        )
+        cuvs = False
+        if self.on_gpus:
+            with placed(self.build, self.index):
+                self.index.search_c(*arguments)
+            cuvs = runs_with_cuvs(self.build, self.index)
+        else:
+            use_one_thread_if_forked(self.build)
+            self.index.search_c(*arguments)
+        nbytes = rows.nbytes + scores.nbytes + ids.nbytes
+        stats.count(queries=n_queries, nbytes=nbytes, fallback=device != self.device, cuvs=cuvs)
+        if scores.dtype != torch.float32:
+            scores = scores.float()
+        return (scores, ids) if device == self.device else (scores.to(device), ids.to(device))
+
+    def range_search(
+        self,
+        queries: Tensor,  # (Q, D), or (Q, D / 8) of bits
+        radius: float,
+        params: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
+        """Return where the results of each query start, scores and labels, as `search` does.
+
+        Raises:
+            ImplementationError: an index on a GPU, where faiss has no range search.
+        """
+        if self.on_gpu:
+            raise ImplementationError("faiss has no range search on a GPU; move the index to the CPU")
+        use_one_thread_if_forked(self.build)
+        module, device = self.build.module, queries.device
+        rows = queries.to(_CPU, self.kind.rows).contiguous()
+        found = module.RangeSearchResult(len(rows))
+        # Distances of bits are whole numbers, of which none is beyond their number.
+        if self.kind is BITS:
+            radius = math.ceil(min(max(radius, 0), self.index.d + 1))
+        self.index.range_search_c(len(rows), self._to_rows(rows.data_ptr()), radius, found, params)
+        lims = torch.from_numpy(module.rev_swig_ptr(found.lims, len(rows) + 1).astype("int64"))
+        count = int(lims[-1])
+        # The memory of the result goes with it.
+        scores = torch.from_numpy(module.rev_swig_ptr(found.distances, count).copy())
+        ids = torch.from_numpy(module.rev_swig_ptr(found.labels, count).copy())
+        return lims.to(device), scores.to(device), ids.to(device)
 
 
 def search_index(
@@ -29,7 +126,7 @@ def search_index(
     k: int,
     params: Any = None,
     *,
-    stats: EngineStats = ENGINE_STATS,
+    stats: SearchCounter = SEARCHES,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Find what an index of faiss takes for the k nearest rows.
 
@@ -50,41 +147,8 @@ def search_index(
     """
     _check(build, index, queries)
     check_k(k)
-    rows = queries.detach()
-    if rows.ndim == 1:
-        rows = rows[None]
-    number = index_gpu(index)
-    device = _CPU if number is None else cuda_device(number)
-    if number is not None and k > MOST_NEIGHBOURS:
-        raise ArgumentError(f"k is {k}, faiss serves at most {MOST_NEIGHBOURS} on a GPU")
-    rows = rows.to(device, torch.float32).contiguous()
-    scores = torch.empty((len(rows), k), dtype=torch.float32, device=device)
-    ids = torch.empty((len(rows), k), dtype=torch.int64, device=device)
-    module = build.module
-    arguments = (
-        len(rows),
-        module.cast_integer_to_float_ptr(rows.data_ptr()),
-        k,
-        module.cast_integer_to_float_ptr(scores.data_ptr()),
-        module.cast_integer_to_idx_t_ptr(ids.data_ptr()),
-        params,
-    )
-    if number is None and not gpus_inside(index):
-        use_one_thread_if_forked(build)
-        index.search_c(*arguments)
-        cuvs = False
-    else:
-        with placed(build, index):
-            index.search_c(*arguments)
-        cuvs = runs_with_cuvs(build, index)
-    stats.count(
-        queries=len(rows),
-        nbytes=rows.nbytes + scores.nbytes + ids.nbytes,
-        fallback=queries.device != device,
-        cuvs=cuvs,
-    )
-    if queries.device != device:
-        scores, ids = scores.to(queries.device), ids.to(queries.device)
+    rows = torch.atleast_2d(queries.detach())
+    scores, ids = IndexSearch(build, index).search(rows, k, params, stats=stats)
     return (scores[0], ids[0]) if queries.ndim == 1 else (scores, ids)
 
 
@@ -112,22 +176,7 @@ def range_search_index(
         ElipsError: a binary index, or another dim.
     """
     _check(build, index, queries)
-    if index_gpu(index) is not None:
-        raise ImplementationError("faiss has no range search on a GPU; move the index to the CPU")
-    use_one_thread_if_forked(build)
-    rows = queries.detach().to(_CPU, torch.float32)
-    rows = (rows[None] if rows.ndim == 1 else rows).contiguous()
-    module = build.module
-    found = module.RangeSearchResult(len(rows))
-    index.range_search_c(
-        len(rows), module.cast_integer_to_float_ptr(rows.data_ptr()), float(radius), found, params
-    )
-    lims = torch.from_numpy(module.rev_swig_ptr(found.lims, len(rows) + 1).astype("int64"))
-    count = int(lims[-1])
-    # The memory of the result goes with it.
-    scores = torch.from_numpy(module.rev_swig_ptr(found.distances, count).copy())
-    ids = torch.from_numpy(module.rev_swig_ptr(found.labels, count).copy())
-    return lims.to(queries.device), scores.to(queries.device), ids.to(queries.device)
+    return IndexSearch(build, index).range_search(torch.atleast_2d(queries.detach()), radius, params)
 
 
 def index_gpu(index: Any) -> int | None:

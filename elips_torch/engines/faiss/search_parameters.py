@@ -7,10 +7,14 @@ from torch import Tensor
 
 from elips_torch.core.errors import ParameterError
 from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.opaque import inverted_file
+from elips_torch.engines.faiss.row_kinds import BITS, downcast, kind_of
 
 # Set on the index only: faiss has no object that carries it for one call.
-ATTRIBUTES_ONLY = ("search_L",)
+ATTRIBUTES_ONLY = ("search_L", "nflip")
 _QUANTIZER = "quantizer_"
+# The version from which searches of bits take parameters.
+_PARAMETERS_OF_BITS = (1, 14)
 # `IndexShardsIVF` is one of the shards.
 _GROUPS = ("IndexReplicas", "IndexShards")
 
@@ -20,9 +24,9 @@ def parameter_holders(build: FaissBuild, index: Any) -> dict[str, tuple[Any, str
 
     Args:
         build: the faiss that made the index.
-        index: any index of float vectors.
+        index: any index.
     """
-    faiss, index = build.module, build.module.downcast_index(index)
+    faiss, index = build.module, downcast(build, index)
     members = members_of(build, index)
     if members:
         holders = [parameter_holders(build, member) for member in members]
@@ -30,19 +34,21 @@ def parameter_holders(build: FaissBuild, index: Any) -> dict[str, tuple[Any, str
             name: (_Together([each[name][0] for each in holders]), attribute)
             for name, (_, attribute) in holders[0].items()
         }
-    if isinstance(index, faiss.IndexPreTransform):
+    if isinstance(index, faiss.IndexPreTransform | faiss.IndexBinaryFromFloat):
         return parameter_holders(build, index.index)
     if _has_lists_on_gpu(faiss, index):
         return {"nprobe": (index, "nprobe")}
     if isinstance(index, faiss.IndexRefine):
         return {"k_factor": (index, "k_factor"), **parameter_holders(build, index.base_index)}
-    if isinstance(index, faiss.IndexIVF):
+    if isinstance(index, faiss.IndexIVF | faiss.IndexBinaryIVF):
         inner = parameter_holders(build, index.quantizer)
         return {"nprobe": (index, "nprobe"), **{_QUANTIZER + name: where for name, where in inner.items()}}
-    if isinstance(index, faiss.IndexHNSW):
+    if isinstance(index, faiss.IndexHNSW | faiss.IndexBinaryHNSW):
         return {"efSearch": (index.hnsw, "efSearch")}
     if isinstance(index, faiss.IndexNSG):
         return {"search_L": (index.nsg, "search_L")}
+    if isinstance(index, faiss.IndexBinaryHash | faiss.IndexBinaryMultiHash):
+        return {"nflip": (index, "nflip")}
     return {}
 
 
@@ -51,22 +57,22 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
 
     Args:
         build: the faiss that made the index.
-        index: any index of float vectors.
+        index: any index.
         values: of parameters that `parameter_holders` names; the others are as the index has them.
         selector: an ``IDSelector``, kept alive by the result.
 
     Raises:
-        ParameterError: several indexes side by side, which take parameters for no single call.
+        ParameterError: several indexes side by side, or bits before faiss 1.14, which take parameters for no
+            single call.
     """
     if not values and selector is None:
         return None
-    faiss, index = build.module, build.module.downcast_index(index)
+    faiss, index = build.module, downcast(build, index)
     chosen = {} if selector is None else {"sel": selector}
-    if values and members_of(build, index):
+    if values and not takes_parameters(build, index):
         name, value = next(iter(values.items()))
-        raise ParameterError(
-            f"faiss takes {name} for no single call over several GPUs; set index.{name} = {value}"
-        )
+        where = "over several GPUs" if members_of(build, index) else "in an index of bits before 1.14"
+        raise ParameterError(f"faiss takes {name} for no single call {where}; set index.{name} = {value}")
     if isinstance(index, faiss.IndexPreTransform):
         inner = search_parameters(build, index.index, values, selector)
         return faiss.SearchParametersPreTransform(index_params=inner)
@@ -75,7 +81,7 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
         inner = search_parameters(build, index.base_index, rest, selector)
         factor = values.get("k_factor", index.k_factor)
         return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
-    if isinstance(index, faiss.IndexIVF):
+    if isinstance(index, faiss.IndexIVF | faiss.IndexBinaryIVF):
         cut = len(_QUANTIZER)
         rest = {name[cut:]: value for name, value in values.items() if name.startswith(_QUANTIZER)}
         inner = search_parameters(build, index.quantizer, rest)
@@ -86,9 +92,26 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
     if _has_lists_on_gpu(faiss, index):
         nprobe = min(int(values.get("nprobe", index.nprobe)), int(index.nlist))
         return faiss.SearchParametersIVF(nprobe=nprobe, **chosen)
-    if isinstance(index, faiss.IndexHNSW):
+    if isinstance(index, faiss.IndexHNSW | faiss.IndexBinaryHNSW):
         return faiss.SearchParametersHNSW(efSearch=int(values.get("efSearch", index.hnsw.efSearch)), **chosen)
     return faiss.SearchParameters(**chosen)
+
+
+def takes_parameters(build: FaissBuild, index: Any) -> bool:
+    """Return whether searches of an index take parameters for one call."""
+    if kind_of(build, index) is BITS:
+        return tuple(int(part) for part in build.version.split(".")[:2]) >= _PARAMETERS_OF_BITS
+    return not members_of(build, index)
+
+
+def least_value(name: str) -> int:
+    """Return the smallest value that a search parameter takes."""
+    return 0 if name.endswith("nflip") else 1
+
+
+def asks_a_graph(build: FaissBuild, index: Any) -> bool:
+    """Return whether searches of an index go through a graph of the kind that `within_graph` is for."""
+    return any(name.endswith("search_L") for name in parameter_holders(build, index))
 
 
 def within_graph(
@@ -138,7 +161,7 @@ def members_of(build: FaissBuild, index: Any) -> list[Any]:
     groups = tuple(getattr(build.module, name) for name in _GROUPS if hasattr(build.module, name))
     if not isinstance(index, groups):
         return []
-    return [build.module.downcast_index(index.at(number)) for number in range(index.count())]
+    return [downcast(build, index.at(number)) for number in range(index.count())]
 
 
 def _has_lists_on_gpu(faiss: Any, index: Any) -> bool:
@@ -163,10 +186,9 @@ class _Together:
 def may_take_selectors(build: FaissBuild, index: Any) -> bool:
     """Return whether a search with a selector can be tried: others say so, or end the process."""
     # These throw between threads, where nothing catches it.
-    faiss = build.module
-    lists = faiss.try_extract_index_ivf(index)
-    kinds = (faiss.IndexIVFAdditiveQuantizer, faiss.IndexIVFSpectralHash)
-    return lists is None or not isinstance(faiss.downcast_index(lists), kinds)
+    lists = inverted_file(build, index)
+    kinds = (build.module.IndexIVFAdditiveQuantizer, build.module.IndexIVFSpectralHash)
+    return lists is None or not isinstance(downcast(build, lists), kinds)
 
 
 def bitmap_selector(build: FaissBuild, keep: Tensor) -> tuple[Any, Any]:

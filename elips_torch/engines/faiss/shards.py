@@ -90,7 +90,7 @@ def merge_faiss_shards(
 
 
 def _read_shard(build: FaissBuild, path: str | os.PathLike[str]) -> Any:
-    index = read_index(build, path, mmap=True)
+    index = read_index(build, path, on_disk=True)
     if build.module.try_extract_index_ivf(index) is None:
         raise ConversionError(
             f"{os.fspath(path)!r} holds a {type(index).__name__}, expected an inverted file"

@@ -5,7 +5,7 @@ import threading
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineCounts:
+class EngineStats:
     """What the engine had done at one moment.
 
     Attributes:
@@ -25,18 +25,18 @@ class EngineCounts:
     cuvs_searches: int = 0
 
 
-class EngineStats:
+class SearchCounter:
     """Counts searches of several threads.
 
-    >>> stats = EngineStats()
-    >>> stats.count(queries=32, nbytes=4096)
-    >>> stats.counts().queries
+    >>> counter = SearchCounter()
+    >>> counter.count(queries=32, nbytes=4096)
+    >>> counter.counts().queries
     32
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts = EngineCounts()
+        self.reset()
 
     def count(self, *, queries: int, nbytes: int, fallback: bool = False, cuvs: bool = False) -> None:
         """Count one search.
@@ -47,33 +47,34 @@ class EngineStats:
             fallback: whether it went by a slower way than the one asked for.
             cuvs: whether cuVS ran it.
         """
+        # Each search comes by here: an object of counts is made only for who asks.
         with self._lock:
-            now = self._counts
-            self._counts = EngineCounts(
-                now.searches + 1,
-                now.queries + queries,
-                now.bytes + nbytes,
-                now.fallbacks + fallback,
-                cuvs,
-                now.cuvs_searches + cuvs,
-            )
+            self._searches += 1
+            self._queries += queries
+            self._bytes += nbytes
+            self._fallbacks += fallback
+            self._cuvs = cuvs
+            self._cuvs_searches += cuvs
 
-    def counts(self) -> EngineCounts:
+    def counts(self) -> EngineStats:
         """Return the counts so far, of one moment."""
         with self._lock:
-            return self._counts
+            return EngineStats(
+                self._searches, self._queries, self._bytes, self._fallbacks, self._cuvs, self._cuvs_searches
+            )
 
     def reset(self) -> None:
         """Start from zero."""
         with self._lock:
-            self._counts = EngineCounts()
+            self._searches = self._queries = self._bytes = self._fallbacks = self._cuvs_searches = 0
+            self._cuvs = False
 
 
 # Of this process.
-ENGINE_STATS = EngineStats()
+SEARCHES = SearchCounter()
 
 
-def faiss_stats() -> EngineCounts:
+def faiss_stats() -> EngineStats:
     """Return what faiss has searched for this process: its own indexes, copies of others, and plain vectors.
 
     >>> import torch
@@ -85,4 +86,4 @@ def faiss_stats() -> EngineCounts:
     >>> faiss_stats().queries - before
     3
     """
-    return ENGINE_STATS.counts()
+    return SEARCHES.counts()

@@ -9,6 +9,7 @@ from elips_torch.engines.faiss.cuvs import cuvs_state
 from elips_torch.engines.faiss.gpu_options import GpuOptions, cloner_options, index_config
 from elips_torch.engines.faiss.gpu_resources import check_gpu, device_resources, on_current_stream
 from elips_torch.engines.faiss.messages import reason_of
+from elips_torch.engines.faiss.row_kinds import BITS, kind_of
 
 # What is made of which, where faiss does not copy by itself.
 _MADE_ONE_BY_ONE = {
@@ -51,6 +52,9 @@ def to_gpu(
     options = options or GpuOptions()
     if options.needs_config and len(devices) > 1:
         raise ImplementationError("faiss sets interleaved_layout and memory_space on one GPU only")
+    of_bits = kind_of(build, index) is BITS
+    if of_bits and len(devices) > 1:
+        raise ImplementationError("faiss puts an index of bits on one GPU only")
     cuvs = cuvs_state(options.use_cuvs, build).enabled
     kind = _kind_to_make(build, index) if options.needs_config else ""
     held = [device_resources(build, device, options) for device in devices]
@@ -58,6 +62,9 @@ def to_gpu(
         if kind:
             with on_current_stream(build, devices[0], held[0]):
                 made = _make(build, index, kind, devices[0], options, held[0].resources)
+        elif of_bits:
+            with on_current_stream(build, devices[0], held[0]):
+                made = build.module.index_binary_cpu_to_gpu(held[0].resources, devices[0], index)
         elif len(devices) == 1:
             with on_current_stream(build, devices[0], held[0]):
                 made = build.module.index_cpu_to_gpu(
@@ -100,7 +107,7 @@ def _make(build: FaissBuild, index: Any, kind: str, device: int, options: GpuOpt
 
 def to_cpu(build: FaissBuild, index: Any) -> Any:
     """Copy an index of faiss from the GPUs it is on to the CPU; one on the CPU comes back as it is."""
-    if isinstance(index, build.module.IndexBinary):
+    if kind_of(build, index) is BITS:
         return build.module.index_binary_gpu_to_cpu(index) if hasattr(index, "getDevice") else index
     groups = tuple(getattr(build.module, name) for name in _GROUPS if hasattr(build.module, name))
     if build.has_gpu and (hasattr(index, "getDevice") or isinstance(index, groups)):

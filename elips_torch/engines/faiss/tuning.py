@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import ParameterError
+from elips_torch.core.errors import ImplementationError, ParameterError
 from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.row_kinds import BITS, kind_of
 from elips_torch.engines.faiss.search import gpus_inside, index_gpu, placed
 
 
@@ -83,6 +84,13 @@ def explore(
 
 
 def parameter_space(build: FaissBuild, index: Any) -> Any:
-    """Return faiss's parameter space for where the index lies."""
+    """Return faiss's parameter space for where the index lies.
+
+    Raises:
+        ImplementationError: an index of bits, for which faiss has none.
+    """
+    if kind_of(build, index) is BITS:
+        name = type(index).__name__
+        raise ImplementationError(f"faiss's ParameterSpace takes no {name}; set parameters as attributes")
     on_gpus = index_gpu(index) is not None or gpus_inside(index)
     return build.module.GpuParameterSpace() if on_gpus else build.module.ParameterSpace()

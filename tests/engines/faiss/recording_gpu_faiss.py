@@ -12,7 +12,19 @@ import torch
 
 from elips_torch.engines.faiss.builds import FaissBuild
 
-_FAMILIES = ("IndexPreTransform", "IndexRefine", "IndexIVF", "IndexHNSW", "IndexNSG", "GpuIndexIVF")
+_FAMILIES = (
+    "IndexPreTransform",
+    "IndexRefine",
+    "IndexIVF",
+    "IndexHNSW",
+    "IndexNSG",
+    "GpuIndexIVF",
+    "IndexBinaryFromFloat",
+    "IndexBinaryIVF",
+    "IndexBinaryHNSW",
+    "IndexBinaryHash",
+    "IndexBinaryMultiHash",
+)
 
 
 class Options(types.SimpleNamespace):

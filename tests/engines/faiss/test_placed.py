@@ -18,7 +18,7 @@ from elips_torch.engines.faiss.inverted_file import FaissInvertedFile
 from elips_torch.engines.faiss.row_search import RowSearch
 from elips_torch.engines.faiss.search import placed, search_index
 from elips_torch.engines.faiss.search_parameters import parameter_holders, search_parameters
-from elips_torch.engines.faiss.stats import EngineStats
+from elips_torch.engines.faiss.stats import SearchCounter
 from elips_torch.engines.faiss.transfer import to_gpu
 from elips_torch.engines.faiss.tuning import explore, parameter_space
 from elips_torch.kernels.selection import Selection
@@ -99,7 +99,7 @@ def test_an_index_over_several_gpus_takes_tensors_and_holds_their_resources(monk
     for number in (0, 1):
         resources = device_resources(build, number)
         resources.lock = Noted(number, taken)
-    stats = EngineStats()
+    stats = SearchCounter()
     scores, ids = search_index(build, index, torch.randn(3, DIM).half(), 2, stats=stats)
     assert scores.shape == ids.shape == (3, 2)
     # In one order, whatever the order of the GPUs: else two threads could wait for each other.
@@ -143,7 +143,7 @@ def test_searches_count_whether_cuvs_ran_them(monkeypatch, used):
         index.uses_cuvs = used
     # Of an index made elsewhere only what faiss does by itself is known.
     monkeypatch.setattr(search, "cuvs_state", lambda requested, build: types.SimpleNamespace(enabled=True))
-    stats = EngineStats()
+    stats = SearchCounter()
     search_index(build, index, torch.randn(3, DIM), 2, stats=stats)
     assert stats.counts().cuvs is (used is not False)
     assert stats.counts().cuvs_searches == (used is not False)
@@ -158,7 +158,7 @@ def test_the_space_of_parameters_is_that_of_where_an_index_lies(monkeypatch, vec
 
 
 def test_a_search_on_the_cpu_counts_no_cuvs(vectors):
-    stats = EngineStats()
+    stats = SearchCounter()
     search_index(load_installed(), flat(vectors), vectors, 2, stats=stats)
     assert (stats.counts().cuvs, stats.counts().cuvs_searches) == (False, 0)
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from elips_torch.core.errors import ArgumentError, DtypeError, ImplementationError, ShapeError
 from elips_torch.engines.faiss.builds import get_threads, load_installed
 from elips_torch.engines.faiss.search import range_search_index, search_index
-from elips_torch.engines.faiss.stats import EngineStats
+from elips_torch.engines.faiss.stats import SearchCounter
 
 DIM = 16
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_searched_is_refused(build, vectors):
 
 def test_threads_share_an_index(build, index, vectors):
     wanted = search_index(build, index, vectors[:200], 9)
-    stats, wrong = EngineStats(), []
+    stats, wrong = SearchCounter(), []
 
     def run():
         for _ in range(20):

@@ -1,0 +1,118 @@
+"""Files of indexes of bits that end too early, or whose parts contradict each other."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from elips_torch import ConversionError, FaissIndex, IndexFileError, write_faiss
+from elips_torch.core.errors import DamagedIndexError
+from elips_torch.engines.faiss.bits_in_bytes import check_graph_of_bits
+from elips_torch.engines.faiss.builds import load_installed
+from elips_torch.engines.faiss.consistency import check_consistent
+
+BITS = 64
+FAMILIES = ("BFlat", "BIVF4", "BIVF4_HNSW8", "BHNSW16", "BHash8", "BHash4x8")
+
+
+def codes(n, seed=0):
+    return torch.randint(0, 256, (n, BITS // 8), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+@pytest.mark.parametrize("description", FAMILIES)
+def test_truncated_files_are_refused(description, tmp_path):
+    index = FaissIndex.from_factory(BITS, description).fit(codes(300))
+    index.add(codes(300), ids=torch.arange(300) + 5)
+    path = tmp_path / "bits.faiss"
+    write_faiss(index, path)
+    whole = path.read_bytes()
+    for length in (4, 30, 60, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(IndexFileError, match="no index of faiss or is damaged"):
+            FaissIndex.read(path)
+    path.write_bytes(whole)
+    assert FaissIndex.read(path).ids.tolist() == index.ids.tolist()
+
+
+def damage(index, description):
+    if description == "BFlat":
+        index.ntotal += 1
+    elif description.startswith("BIVF"):
+        index.quantizer = faiss.IndexBinaryFlat(BITS + 8)
+    elif description == "BHNSW16":
+        index.hnsw.levels.resize(3)
+    else:
+        index.b = BITS + 1
+
+
+@pytest.mark.parametrize("description", FAMILIES)
+def test_parts_that_contradict_each_other_are_found(description):
+    build = load_installed()
+    index = faiss.index_binary_factory(BITS, description)
+    index.train(codes(300).numpy())
+    index.add(codes(300).numpy())
+    check_consistent(build, index)
+    damage(index, description)
+    with pytest.raises(ConversionError, match="index is damaged"):
+        check_consistent(build, index)
+
+
+def graph_in_bytes():
+    index = faiss.IndexBinaryHNSW(BITS, 8)
+    index.add(codes(60).numpy())
+    return index.hnsw, faiss.serialize_index_binary(index)
+
+
+# Where bytes change, counted from what, and to what.
+GRAPH_FAULTS = {
+    "has dim 65": ("start", 4, "<i4", 65),
+    "61 nodes": ("start", 12, "<i8", 61),
+    "ends too early": ("start", 25, "<i8", 2**40),
+    "room for less than nothing": ("room", 0, "<i4", 5),
+    "has levels from 0": ("levels", 0, "<i4", 0),
+    "lists of another size": ("starts", 8, "<u8", 1),
+    "neighbours from -1 to 60": ("neighbours", 0, "<i4", 60),
+    "entered at node 60": ("numbers", 0, "<i4", 60),
+    "its highest is 7": ("numbers", 4, "<i4", 7),
+    "not followed by the codes": ("storage", 4, "<i4", 72),
+    "codes for another number": ("storage", 25, "<i8", 479),
+}
+
+
+def places_in(hnsw):
+    """Return where each part of a graph starts in its bytes, behind the number of its entries."""
+    sizes = {
+        "probabilities": 8 * hnsw.assign_probas.size(),
+        "room": 4 * hnsw.cum_nneighbor_per_level.size(),
+        "levels": 4 * hnsw.levels.size(),
+        "starts": 8 * hnsw.offsets.size(),
+        "neighbours": 4 * faiss.vector_to_array(hnsw.neighbors).size,
+    }
+    places, place = {"start": 0}, 25
+    for name, size in sizes.items():
+        places[name], place = place + 8, place + 8 + size
+    return {**places, "numbers": place, "storage": place + 20}
+
+
+@pytest.mark.parametrize("message", GRAPH_FAULTS)
+def test_a_damaged_graph_is_refused_before_faiss_reads_it(message, tmp_path):
+    hnsw, content = graph_in_bytes()
+    check_graph_of_bits(memoryview(content))
+    part, offset, dtype, value = GRAPH_FAULTS[message]
+    start, spoiled = places_in(hnsw)[part] + offset, content.copy()
+    spoiled[start : start + np.dtype(dtype).itemsize] = np.array([value], dtype).view(np.uint8)
+    with pytest.raises(DamagedIndexError, match=message):
+        check_graph_of_bits(memoryview(spoiled))
+    path = tmp_path / "graph.faiss"
+    path.write_bytes(spoiled.tobytes())
+    with pytest.raises(IndexFileError, match=f"is damaged: the graph of bits.*{message}"):
+        FaissIndex.read(path)
+    inside = faiss.serialize_index_binary(faiss.IndexBinaryIDMap2(faiss.IndexBinaryHNSW(BITS, 8)))
+    path.write_bytes(inside[:25].tobytes() + spoiled.tobytes())
+    with pytest.raises(IndexFileError, match=message):
+        FaissIndex.read(path)
+
+
+def test_an_empty_graph_is_sound():
+    check_graph_of_bits(memoryview(faiss.serialize_index_binary(faiss.IndexBinaryHNSW(BITS, 8))))
+    check_graph_of_bits(memoryview(b""))
