@@ -10,6 +10,9 @@ from torch.autograd import forward_ad
 
 from elips_torch.core.errors import ImplementationError
 
+# Not subclasses, such as fake tensors.
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
 
 def runs_directly(*tensors: Tensor | None) -> bool:
     """Whether a call may skip the registered operator.
@@ -25,18 +28,23 @@ def runs_directly(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._get_tracing_state() is not None:
         raise ImplementationError("torch.jit.trace cannot follow a search; use torch.compile")
-    present = [tensor for tensor in tensors if tensor is not None]
-    transformed = torch._C._are_functorch_transforms_active()
     # Tangents are there inside a level only; asking each tensor for its own takes longer than the rest.
     dual = forward_ad._current_level >= 0
-    if transformed or (dual and any(forward_ad.unpack_dual(t).tangent is not None for t in present)):
+    if torch._C._are_functorch_transforms_active() or (dual and any(map(_has_tangent, tensors))):
         raise ImplementationError(
             "scores have reverse-mode gradients only: torch.func transforms and forward-mode "
             "differentiation are not supported; use loss.backward() or torch.autograd.grad"
         )
-    if needs_gradient(*present):
-        return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in present)
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            return False
+    return True
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -172,7 +172,8 @@ class Index(FaissExport, Rows):
         """
         self._check_queries(queries)
         count = check_k(self.k if k is None else k)
-        self._check_parameters(parameters)
+        if parameters:
+            self._check_parameters(parameters)
         single = queries.ndim == 1
         if single:
             queries = queries[None]
@@ -363,7 +364,9 @@ class Index(FaissExport, Rows):
         held = self.ids
         check_device("queries", queries, held.device, "the index")
         selection = self._selection(queries.shape[0], mask, exclude, exclude_self)
-        scores, rows = self._search(queries.detach(), k, selection, implementation, parameters)
+        if queries.requires_grad:
+            queries = queries.detach()
+        scores, rows = self._search(queries, k, selection, implementation, parameters)
         return scores, self._current_id_map().ids_of(rows, held), rows
 
     def _range_search_now(

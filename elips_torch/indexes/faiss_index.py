@@ -29,6 +29,7 @@ from elips_torch.engines.faiss import opaque, tuning
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.consistency import check_consistent
 from elips_torch.engines.faiss.index_files import read_index
+from elips_torch.engines.faiss.looks import are_finite
 from elips_torch.engines.faiss.row_search import RowSearch
 from elips_torch.engines.faiss.search import gpus_inside
 from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY, least_value, may_take_selectors
@@ -38,6 +39,8 @@ from elips_torch.indexes.faiss_vectors import FaissVectors
 from elips_torch.indexes.storage import durable
 from elips_torch.indexes.untraced import untraced
 from elips_torch.kernels.selection import Selection
+
+_ALL = (-torch.inf, torch.inf)
 
 
 class FaissIndex(FaissVectors):
@@ -230,6 +233,10 @@ class FaissIndex(FaissVectors):
         return (*(self._holders), "workspace_bytes")
 
     def __getattr__(self, name: str) -> Any:
+        buffers = self.__dict__.get("_buffers")
+        if buffers and name in buffers:
+            # Each search asks for the ids.
+            return buffers[name]
         holder = self.__dict__.get("_holders", {}).get(name)
         return super().__getattr__(name) if holder is None else getattr(*holder)
 
@@ -368,7 +375,7 @@ class FaissIndex(FaissVectors):
         if implementation not in ("auto", "faiss"):
             raise ImplementationError(f"implementation is {implementation!r}, a FaissIndex has 'faiss' only")
         if self.check_finite and queries.dtype != torch.uint8:
-            check_values("queries", queries, self._metric)
+            self._check_finite(queries)
         if not parameters:
             return parameters, self.workspace_bytes
         workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
@@ -379,6 +386,11 @@ class FaissIndex(FaissVectors):
                     f"faiss takes {name} for no single call; set index.{name} = {values[name]}"
                 )
         return values, workspace
+
+    def _check_finite(self, queries: Tensor) -> None:
+        plain = queries.dtype == torch.float32 and queries.device.type == "cpu" and queries.is_contiguous()
+        if not (plain and self._metric.domain == _ALL and are_finite(self._build, queries)):
+            check_values("queries", queries, self._metric)
 
     # State.
 

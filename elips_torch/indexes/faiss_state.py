@@ -28,6 +28,7 @@ class FaissState(Index):
     row_tensors: ClassVar[tuple[str, ...]] = ("places", "ids")
 
     places: Tensor
+    _build: FaissBuild
     _of_bits: bool
     _gpus: tuple[int, ...] = ()
     _gpu_options: GpuOptions | None = None
@@ -37,6 +38,7 @@ class FaissState(Index):
         # What comes back from a GPU has forgotten where its rows are.
         opaque.prepare_to_reconstruct(build, index)
         mend_fast_scan(build, index)
+        register["_build"] = build
         register["_faiss"] = index
         register["_of_bits"] = kind_of(build, index) is BITS
         register["_holders"] = parameter_holders(build, index)
@@ -49,10 +51,6 @@ class FaissState(Index):
         `to_faiss` and `from_faiss` of this index, not of that one, take both along.
         """
         return self._faiss
-
-    @property
-    def _build(self) -> FaissBuild:
-        return load_installed()
 
     def _rows_changed(self) -> None:
         self._search_rows: RowSearch | None = None
@@ -182,7 +180,7 @@ class FaissState(Index):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        for name in ("_holders", "_search_rows"):
+        for name in ("_build", "_holders", "_search_rows"):
             state.pop(name, None)
         state["_faiss"] = opaque.to_bytes(self._build, self._faiss)
         return state
@@ -190,4 +188,5 @@ class FaissState(Index):
     def __setstate__(self, state: dict[str, Any]) -> None:
         content = state.pop("_faiss")
         super().__setstate__(state)
-        self._hold(self._on_device(opaque.from_bytes(self._build, content), self.device))
+        self.__dict__["_build"] = build = load_installed()
+        self._hold(self._on_device(opaque.from_bytes(build, content), self.device))

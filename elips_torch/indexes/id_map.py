@@ -83,7 +83,7 @@ class IdMap:
             rows: int64, below N.
             ids: ``(N,)`` the id of each row.
         """
-        if not ids.numel() or self._are_row_numbers(ids):
+        if self._are_rows or not ids.numel() or self._are_row_numbers(ids):
             return rows
         return ids[rows.clamp_min(0)].masked_fill_(rows < 0, -1)
 

@@ -103,14 +103,17 @@ class Snapshot:
     def __init__(self, tensor: Tensor) -> None:
         # Another tensor may come to lie at the same address.
         self._tensor = weakref.ref(tensor)
-        self._state = _state(tensor)
+        # Torch does not count what is written into a tensor of inference mode.
+        self._version = None if tensor.is_inference() else tensor._version
+        self._address, self._dtype, self._shape = tensor.data_ptr(), tensor.dtype, tensor.shape
 
     def matches(self, tensor: Tensor) -> bool:
         """Whether the tensor is still what it was."""
-        # Torch does not count what is written into a tensor of inference mode.
-        return self._tensor() is tensor and not tensor.is_inference() and self._state == _state(tensor)
-
-
-def _state(tensor: Tensor) -> tuple[object, ...]:
-    version = None if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr(), tensor.dtype, tensor.shape
+        return (
+            self._tensor() is tensor
+            and not tensor.is_inference()
+            and self._version == tensor._version
+            and self._address == tensor.data_ptr()
+            and self._dtype == tensor.dtype
+            and self._shape == tensor.shape
+        )

@@ -14,6 +14,7 @@ from elips_torch.core.ordering import order_keys
 from elips_torch.core.tiling import spans
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
+from elips_torch.engines.faiss.looks import are_labels
 from elips_torch.engines.faiss.opaque import describe_refusal
 from elips_torch.engines.faiss.search import IndexSearch
 from elips_torch.engines.faiss.search_parameters import (
@@ -64,8 +65,8 @@ class RowSearch:
         """Return scores and rows ``(Q, K)`` in the order of faiss; -1 where no more were found."""
         if self.row_of is None and selection.mask is None and selection.exclude is None:
             scores, rows = self._run(queries, k, values)
-            # Missing ones come last, and looking for them would wait for a GPU.
-            if rows.device.type != "cpu" or (len(rows) and int(rows[:, -1].min()) < 0):
+            # Looking for missing ones would wait for a GPU.
+            if self._engine.on_gpu or rows.device.type != "cpu" or not are_labels(self.build, rows):
                 scores.masked_fill_(rows < 0, self.metric.worst)
             return scores, rows
         return self._search_some(queries, k, selection, values, workspace_bytes)
@@ -184,6 +185,8 @@ class RowSearch:
                 f"{k} candidates are asked for, faiss serves at most {MOST_NEIGHBOURS} on a GPU"
             )
         try:
+            if self._total and not values and not self._asks_a_graph:
+                return self._engine.search(queries, k)
             return self._ask(queries, k, values)
         except RuntimeError as error:
             raise describe_refusal("search so", self.index, error) from error
