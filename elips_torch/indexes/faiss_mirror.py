@@ -20,6 +20,7 @@ from elips_torch.engines.faiss.descriptions import (
     PreTransformDescription,
     ProductDescription,
 )
+from elips_torch.engines.faiss.looks import are_labels
 from elips_torch.engines.faiss.search import index_gpu, search_index
 from elips_torch.engines.faiss.selectors import bitmap_selector, lists_parameters, plain_parameters
 from elips_torch.engines.faiss.transfer import to_gpu
@@ -46,7 +47,7 @@ class FaissMirror:
     """
 
     def __init__(self, build: FaissBuild, index: Index) -> None:
-        self._build = build
+        self.build = build
         modules = list(index.modules())
         self._children = [(module, list(module._modules.values())) for module in modules if module._modules]
         # The ids of rows are not in the copy.
@@ -108,14 +109,14 @@ class FaissMirror:
         return (scores, rows) if selection.exclude is None else _without(scores, rows, selection.exclude, k)
 
     def _search(self, queries: Tensor, k: int, parameters: Any) -> tuple[Tensor, Tensor]:
-        return search_index(self._build, self._index, queries, k, parameters)
+        return search_index(self.build, self._index, queries, k, parameters)
 
     def _plain(self, n_probes: int | None) -> Any:
         """Return the parameters of a search that sees all rows; made once for each number of probes."""
         if n_probes is None:
             return None
         if n_probes not in self._parameters:
-            self._parameters[n_probes] = lists_parameters(self._build, n_probes)
+            self._parameters[n_probes] = lists_parameters(self.build, n_probes)
         return self._parameters[n_probes]
 
     def _search_masked(
@@ -125,11 +126,11 @@ class FaissMirror:
             raise ImplementationError(
                 "implementation='faiss' takes no mask here: faiss has none for IndexPQ and on GPUs"
             )
-        with bitmap_selector(self._build, mask) as selector:
+        with bitmap_selector(self.build, mask) as selector:
             if n_probes is None:
-                parameters = plain_parameters(self._build, selector)
+                parameters = plain_parameters(self.build, selector)
             else:
-                parameters = lists_parameters(self._build, n_probes, selector)
+                parameters = lists_parameters(self.build, n_probes, selector)
             return self._search(queries, k, parameters)
 
 
@@ -219,7 +220,8 @@ def search_mirror(
     if bad is not None:
         queries = queries.masked_fill(bad[:, None], 0.0)
     scores, rows = mirror.search(queries, k, selection, n_probes)
-    if bool((rows[:, -1:] < 0).any()):
+    on_cpu = rows.device.type == "cpu" and rows.is_contiguous()
+    if not (on_cpu and are_labels(mirror.build, rows)) and bool((rows[:, -1:] < 0).any()):
         if n_probes is not None:
             _read_on(index, mirror, queries, k, selection, n_probes, (scores, rows))
         scores.masked_fill_(rows < 0, index._metric.worst)

@@ -32,7 +32,7 @@ from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
 from elips_torch.kernels.search_native import library_is_ready, library_reasons
 from elips_torch.kernels.selection import Selection
-from elips_torch.ops.knn_faiss import knn_faiss, uncertified_reasons
+from elips_torch.ops.knn_faiss import gpu_to_go_through, knn_faiss, uncertified_reasons
 
 # From so many queries on, making a plane for one call repays.
 _REPAY_PLANE = 192
@@ -153,6 +153,7 @@ def knn(
     screen: str = "auto",
     implementation: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    device: torch.device | str | None = None,
 ) -> SearchResult:
     """Find the k nearest rows of a database for each query, exactly.
 
@@ -178,6 +179,8 @@ def knn(
             "compiled", the same steps through `torch.compile`; "faiss", the candidates of its brute-force
             search, which are selected in float32 and may miss near ties; "eager", which serves every call.
         workspace_bytes: limit on temporary memory, in bytes, at least 1 MiB. Default 256 MiB.
+        device: with "faiss", a GPU that tensors on the CPU go through by parts, no more than the workspace at
+            once: for a database larger than its memory. Default: tensors are searched where they are.
 
     Returns:
         SearchResult: scores ``(Q, K)`` float32 and ids ``(Q, K)`` int64, the row numbers, best
@@ -210,9 +213,10 @@ def knn(
     check_mask(mask, queries.shape[0], database.shape[0], database.device)
     check_exclude(exclude, queries.shape[0], database.device)
     check_screen(screen, kind, database.dtype, database.shape[1])
+    gpu = None if device is None else gpu_to_go_through(device, implementation, database)
     run = _knn if runs_directly(queries, database) else knn_op
     scores, ids = run(
-        queries, database, mask, exclude, k, kind.name, kind.p, screen, implementation, workspace_bytes
+        queries, database, mask, exclude, k, kind.name, kind.p, screen, implementation, workspace_bytes, gpu
     )
     return SearchResult(scores[0], ids[0]) if single else SearchResult(scores, ids)
 
@@ -230,6 +234,7 @@ def run_knn(
     check_finite: bool = True,
     plane: Plane | None = None,
     screen: str = "none",
+    gpu: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Choose an implementation and run it; the entry that indexes share with `knn`.
 
@@ -246,6 +251,7 @@ def run_knn(
         check_finite: look for queries that hold NaN or infinity.
         plane: codes of the database to screen with.
         screen: without a plane, the one to make for this call: "int8", "bf16" or "none".
+        gpu: number of one that "faiss" takes tensors on the CPU through.
 
     Returns:
         Scores and row numbers, -1 where there are fewer than k.
@@ -259,6 +265,8 @@ def run_knn(
         arguments = (queries, database, k, metric, ranks, selection, workspace_bytes)
         if plane is None and screen != "none":
             scores, rows = knn_blocks(chosen.run, screen, *arguments)
+        elif gpu is not None:
+            scores, rows = knn_faiss(*arguments, gpu=gpu)
         else:
             scores, rows = chosen.run(*arguments, plane)
         if bad is not None:
@@ -299,6 +307,7 @@ def _knn(
     screen: str,
     implementation: str,
     workspace_bytes: int,
+    gpu: int | None,
 ) -> tuple[Tensor, Tensor]:
     return run_knn(
         queries,
@@ -312,6 +321,7 @@ def _knn(
         screen="none"
         if implementation == "faiss"
         else screen_for_call(screen, queries, database, metric_of(metric, p)),
+        gpu=gpu,
     )
 
 
@@ -370,7 +380,7 @@ def _knn_backward_fake(grad: Tensor, queries: Tensor, database: Tensor, *rest: A
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    queries, database, _mask, _exclude, _k, ctx.metric, ctx.p, _, _, ctx.workspace_bytes = inputs
+    queries, database, _mask, _exclude, _k, ctx.metric, ctx.p, _, _, ctx.workspace_bytes, _ = inputs
     ctx.save_for_backward(queries, database, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -381,7 +391,7 @@ def _backward(ctx: Any, grad_scores: Tensor, grad_ids: Any) -> tuple[Any, ...]:
     grads = knn_backward_op(
         grad_scores, queries, database, ids, ctx.metric, ctx.p, ctx.workspace_bytes, *wanted
     )
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 8
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 9
 
 
 knn_op.register_autograd(_backward, setup_context=_setup_context)

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.dispatch import Request
-from elips_torch.core.errors import ImplementationError
+from elips_torch.core.errors import ArgumentError, DeviceError, ImplementationError
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import spans
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed
-from elips_torch.engines.faiss.candidates import brute_force, common_dtype, converts
+from elips_torch.engines.faiss.candidates import brute_force, check_gpu_serves, common_dtype, converts
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
+from elips_torch.engines.faiss.looks import are_labels
 from elips_torch.engines.faiss.stats import SEARCHES
 from elips_torch.kernels.definition import score_candidates
 from elips_torch.kernels.knn_exact import empty_results
@@ -19,6 +20,8 @@ from elips_torch.kernels.selection import Selection
 
 # Bytes per candidate: scores and rows of two blocks, the keys and places of a merge.
 _CANDIDATE_BYTES = 96
+# Bytes of a score and a row.
+_RESULT_BYTES = 12
 # Bytes per feature of a converted row: float64, normalised, and float32.
 _FEATURE_BYTES = 24
 
@@ -26,6 +29,28 @@ _FEATURE_BYTES = 24
 def uncertified_reasons(request: Request) -> list[str]:
     """Return why nobody who did not ask for faiss gets its candidates."""
     return ["it selects by float32 products and proves nothing, so near ties may be missed; ask by name"]
+
+
+def gpu_to_go_through(device: torch.device | str, implementation: str, database: Tensor) -> int:
+    """Return the number of the GPU that a call asks faiss to take tensors on the CPU through.
+
+    Raises:
+        ArgumentError: it asks for another implementation, or the tensors are elsewhere.
+        DeviceError: no CUDA device.
+    """
+    if implementation != "faiss":
+        raise ArgumentError(f"device is for implementation='faiss', implementation is {implementation!r}")
+    if database.device.type != "cpu":
+        raise ArgumentError(f"device is for tensors on the CPU, these are on {database.device}")
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(f"device is {device!r}, expected a GPU such as 'cuda:0'") from error
+    if place.type != "cuda":
+        raise DeviceError(f"device is {str(place)!r}, expected a GPU such as 'cuda:0'")
+    if place.index is not None:
+        return place.index
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 def knn_faiss(
@@ -37,34 +62,73 @@ def knn_faiss(
     selection: Selection,
     workspace_bytes: int,
     plane: Plane | None = None,
+    gpu: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Return the k best of the rows that faiss finds, by the rule of exact search; -1 where there are fewer.
 
     Rows that a query may not see are dropped from what faiss finds, and more are asked for until k are left
-    or none remain.
+    or none remain. Tensors on the CPU go through a GPU where the number of one is given.
     """
-    n_queries, n_rows = len(queries), len(database)
-    scores, rows = empty_results(n_queries, k, metric, queries.device)
+    n_queries, n_rows = queries.shape[0], database.shape[0]
     if n_queries == 0 or n_rows == 0:
-        return scores, rows
+        return empty_results(n_queries, k, metric, queries.device)
     build = load_installed()
-    SEARCHES.count(queries=n_queries, nbytes=queries.nbytes + scores.nbytes + rows.nbytes)
+    if gpu is not None:
+        check_gpu_serves(build, metric, gpu)
+    SEARCHES.count(queries=n_queries, nbytes=queries.nbytes + n_queries * k * _RESULT_BYTES)
+    if gpu is None and k <= n_rows and selection.mask is None and selection.exclude is None:
+        found = _all_found(build, queries, database, k, metric, ranks, workspace_bytes)
+        if found is not None:
+            return found
+    scores, rows = empty_results(n_queries, k, metric, queries.device)
     wanted = min(k, n_rows)
     fetch = min(n_rows, wanted + selection.n_excluded)
     pending = torch.arange(n_queries, device=queries.device)
     while True:
         left = []
-        step = max(1, workspace_bytes // 2 // (_CANDIDATE_BYTES * fetch + _FEATURE_BYTES * queries.shape[1]))
+        step = _queries_at_once(fetch, queries.shape[1], workspace_bytes)
         for start, stop in spans(len(pending), step):
             part = pending[start:stop]
             chosen = selection.for_queries(part)
-            found = _best(build, queries[part], database, fetch, metric, ranks, chosen, workspace_bytes)
+            found = _best(build, queries[part], database, fetch, metric, ranks, chosen, workspace_bytes, gpu)
             scores[part, :wanted], rows[part, :wanted] = (each[:, :wanted] for each in found)
             left.append(part[(found[1] >= 0).sum(1) < wanted])
         pending = torch.cat(left)
         if fetch == n_rows or not len(pending):
             return scores, rows
         fetch = min(n_rows, 4 * fetch)
+
+
+def _queries_at_once(fetch: int, dim: int, workspace_bytes: int) -> int:
+    return max(1, workspace_bytes // 2 // (_CANDIDATE_BYTES * fetch + _FEATURE_BYTES * dim))
+
+
+def _all_found(
+    build: FaissBuild,
+    queries: Tensor,
+    database: Tensor,
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor] | None:
+    """Return what is found where nothing is hidden and faiss takes all at once; None for the long way.
+
+    The same steps without those that would change nothing, which for one query take longer than faiss.
+    """
+    if queries.device.type != "cpu" or converts(metric, database, torch.float32):
+        return None
+    if queries.shape[0] > _queries_at_once(k, queries.shape[1], workspace_bytes):
+        return None
+    rows = brute_force(build, queries, database, k, metric)
+    if not are_labels(build, rows):
+        return None
+    scores = score_candidates(metric, queries, database, rows, workspace_bytes // 4)
+    first, second = scores[:, :-1], scores[:, 1:]
+    # Those of faiss's scores that are near each other may be the other way round by the definition.
+    if bool((first > second if metric.higher_is_better else first < second).all()):
+        return scores, rows
+    return merge_ranked(metric, scores, rows, k, ranks)
 
 
 def _best(
@@ -76,9 +140,11 @@ def _best(
     ranks: Tensor | None,
     selection: Selection,
     workspace_bytes: int,
+    gpu: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return what is left of faiss's candidates ``(Q, fetch)``, best first, -1 behind them."""
-    if queries.device.type != "cpu" and fetch > MOST_NEIGHBOURS:
+    on_gpu = gpu is not None or queries.device.type != "cpu"
+    if on_gpu and fetch > MOST_NEIGHBOURS:
         raise ImplementationError(
             f"knn: 'faiss' cannot: masks and exclusions ask for {fetch} candidates, "
             f"faiss serves {MOST_NEIGHBOURS} on a GPU"
@@ -87,10 +153,12 @@ def _best(
     scores, rows = empty_results(n_queries, fetch, metric, queries.device)
     owners = torch.arange(n_queries, device=queries.device)[:, None]
     step = n_rows
-    if converts(metric, database, common_dtype(queries, database)):
+    if converts(metric, database, common_dtype(queries, database, on_gpu=on_gpu)):
         step = max(1, workspace_bytes // 4 // (_FEATURE_BYTES * database.shape[1]))
     for start, stop in spans(n_rows, step):
-        block = brute_force(build, queries, database[start:stop], min(fetch, stop - start), metric)
+        block = brute_force(
+            build, queries, database[start:stop], min(fetch, stop - start), metric, gpu, workspace_bytes
+        )
         # What faiss could not rank, it has not found.
         block = torch.where(block < 0, -1, block + start)
         known = block.clamp_min(0)

@@ -1,5 +1,7 @@
 import copy
 import pickle
+import statistics
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
@@ -348,3 +350,27 @@ def test_threads_may_search_one_index(family):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: family.search(queries, 5), range(12)))
     assert all(torch.equal(each.ids, wanted.ids) for each in found)
+
+
+@pytest.mark.parametrize("n_queries", [1, 1000])
+def test_a_search_costs_hardly_more_than_by_hand(n_queries):
+    vectors = torch.randn(10_000, 64, generator=torch.Generator().manual_seed(0))
+    index = FaissIndex.from_factory(64, "Flat")
+    index.add(vectors)
+    there, queries = index.faiss_index, vectors[:n_queries]
+
+    def seconds(call):
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def excess():
+        ours, theirs = [], []
+        for _ in range(15):
+            theirs.append(seconds(lambda: by_hand(there, queries, 10)))
+            ours.append(seconds(lambda: index.search(queries, 10)))
+        limit = 1e-4 if n_queries == 1 else 0.05 * statistics.median(theirs)
+        return (statistics.median(ours) - statistics.median(theirs)) / limit
+
+    # Something else may run on the machine: one quiet round is enough.
+    assert min(excess() for _ in range(5)) <= 1

@@ -109,3 +109,24 @@ def test_it_is_counted_among_what_faiss_searched():
     assert after.bytes - before.bytes == queries.nbytes + scores.nbytes + rows.nbytes
     knn(queries, database, 5, implementation="eager")
     assert faiss_stats() == after
+
+
+def test_what_faiss_cannot_rank_is_found_the_long_way():
+    queries, database, _, _ = data()
+    database[8:] = torch.nan
+    expected = reference(queries, database[:8], 8, "l2", None)
+    found = knn(queries, database, 20, implementation="faiss")
+    assert torch.equal(found.ids[:, :8], expected.ids)
+    assert torch.equal(found.scores[:, :8], expected.scores)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_near_ties_are_ordered_by_the_definition(metric):
+    # Far from the origin faiss's float32 products cannot tell these rows apart.
+    generator = torch.Generator().manual_seed(0)
+    database = 300 + torch.rand(40, 24, generator=generator) / 100
+    queries = 300 + torch.rand(9, 24, generator=generator) / 100
+    expected = reference(queries, database, 40, metric, None)
+    found = knn(queries, database, 40, metric=metric, implementation="faiss")
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.scores, expected.scores)

@@ -10,7 +10,7 @@ from elips_torch.core.validation import check_count, check_vectors
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS, check_gpu
-from elips_torch.engines.faiss.products import GPU_DTYPES, MemoryLimits, multiply_on_gpu
+from elips_torch.engines.faiss.products import GPU_DTYPES, limits_within, multiply_on_gpu
 
 # Products run through BLAS from this many queries on: always, and never.
 _ALWAYS, _NEVER = 1, 2**31 - 1
@@ -136,7 +136,9 @@ def knn_faiss_gpu(
     if queries.device.type == "cpu":
         if device is None:
             raise DeviceError("queries are on the CPU, knn_faiss_gpu serves GPUs; device= says which one")
-        limits = _limits(queries, database, k, workspace_bytes)
+        if workspace_bytes is not None:
+            check_count("workspace_bytes", workspace_bytes)
+            limits = limits_within(queries, database, k, workspace_bytes)
         use_one_thread_if_forked(build)
     elif device is not None or workspace_bytes is not None:
         raise ArgumentError(
@@ -149,18 +151,6 @@ def knn_faiss_gpu(
     code = _metric(build, metric)
     multiply_on_gpu(build, number, queries.detach(), database.detach(), code, scores, ids, limits)
     return scores, ids
-
-
-def _limits(queries: Tensor, database: Tensor, k: int, workspace_bytes: int | None) -> MemoryLimits | None:
-    if workspace_bytes is None:
-        return None
-    check_count("workspace_bytes", workspace_bytes)
-    # A row, and a query with a score and an id for each of its neighbours.
-    row, query = (each.shape[1] * each.element_size() for each in (database, queries))
-    least = 2 * max(row, query + 12 * k)
-    if workspace_bytes < least:
-        raise ArgumentError(f"workspace_bytes is {workspace_bytes}, expected at least {least}")
-    return MemoryLimits(workspace_bytes // 2, workspace_bytes // 2)
 
 
 def check_build(build: FaissBuild) -> None:

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.dispatch import Request
+from elips_torch.core.errors import ImplementationError
 from elips_torch.core.metric import Metric
+from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.engines.faiss.builds import INSTALL, FaissBuild, is_installed
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
-from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
-from elips_torch.engines.faiss.products import GPU_DTYPES, multiply_on_gpu
+from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS, check_gpu
+from elips_torch.engines.faiss.products import GPU_DTYPES, limits_within, multiply_on_gpu
 
 # Where a term of faiss's other metrics is 0/0 it gives NaN, and the row is lost.
 _METRICS = {
@@ -38,10 +40,24 @@ def brute_force_reasons(request: Request) -> list[str]:
     return reasons
 
 
-def common_dtype(queries: Tensor, database: Tensor) -> torch.dtype:
+def check_gpu_serves(build: FaissBuild, metric: Metric, gpu: int) -> None:
+    """Raise unless faiss searches tensors on the CPU under a metric by way of a GPU.
+
+    Raises:
+        ImplementationError: it has no code for it.
+        DeviceError: there is no such GPU.
+    """
+    if metric.name not in _ON_GPU:
+        raise ImplementationError(
+            f"faiss serves {', '.join(map(repr, _ON_GPU))} on GPUs, not {metric.name!r}"
+        )
+    check_gpu(build, gpu)
+
+
+def common_dtype(queries: Tensor, database: Tensor, *, on_gpu: bool) -> torch.dtype:
     """Return the dtype in which faiss takes both; on a GPU it multiplies no two that differ."""
     same = queries.dtype == database.dtype and database.dtype in GPU_DTYPES
-    return database.dtype if same and database.device.type != "cpu" else torch.float32
+    return database.dtype if same and on_gpu else torch.float32
 
 
 def converts(metric: Metric, vectors: Tensor, dtype: torch.dtype) -> bool:
@@ -55,6 +71,8 @@ def brute_force(
     database: Tensor,  # (N, D)
     k: int,
     metric: Metric,
+    gpu: int | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor:  # (Q, K) int64
     """Return the k rows that faiss ranks best for each query; -1 where it finds none.
 
@@ -64,12 +82,20 @@ def brute_force(
         database: ``(N, D)``, on the same device.
         k: at most N.
         metric: one that `brute_force_reasons` does not refuse.
+        gpu: number of one that tensors on the CPU go through by parts; None leaves them where they are.
+        workspace_bytes: how much of them may be there at once.
     """
-    dtype = common_dtype(queries, database)
+    on_gpu = gpu is not None or queries.device.type != "cpu"
+    dtype = common_dtype(queries, database, on_gpu=on_gpu)
     queries, database = _prepared(queries, metric, dtype), _prepared(database, metric, dtype)
     ids = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
     scores = torch.empty((len(queries), k), dtype=torch.float32, device=queries.device)
-    if queries.device.type == "cpu":
+    if gpu is not None:
+        use_one_thread_if_forked(build)
+        limits = limits_within(queries, database, k, workspace_bytes)
+        code = getattr(build.module, _METRICS[metric.name])
+        multiply_on_gpu(build, gpu, queries, database, code, scores, ids, limits)
+    elif not on_gpu:
         use_one_thread_if_forked(build)
         _on_cpu(build, queries, database, k, metric, scores, ids)
     else:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elips_torch.core.errors import ArgumentError
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.cuvs import cuvs_state
 from elips_torch.engines.faiss.gpu_resources import device_resources, on_current_stream
@@ -29,6 +30,20 @@ class MemoryLimits:
 
     vectors: int = 0
     queries: int = 0
+
+
+def limits_within(queries: Tensor, database: Tensor, k: int, workspace_bytes: int) -> MemoryLimits:
+    """Return limits of which each has half a workspace.
+
+    Raises:
+        ArgumentError: it does not hold a row, or a query and its results.
+    """
+    row, query = (each.shape[1] * each.element_size() for each in (database, queries))
+    # A query has a score and an id for each of its neighbours.
+    least = 2 * max(row, query + 12 * k)
+    if workspace_bytes < least:
+        raise ArgumentError(f"workspace_bytes is {workspace_bytes}, expected at least {least}")
+    return MemoryLimits(workspace_bytes // 2, workspace_bytes // 2)
 
 
 def multiply_on_gpu(
