@@ -32,7 +32,7 @@ from elips_torch.engines.faiss.index_files import read_index
 from elips_torch.engines.faiss.looks import are_finite
 from elips_torch.engines.faiss.row_search import RowSearch
 from elips_torch.engines.faiss.search import gpus_inside
-from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY, least_value, may_take_selectors
+from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY, may_take_selectors, value_limits
 from elips_torch.engines.faiss.transfer import to_cpu
 from elips_torch.engines.faiss.tuning import OperatingPoint
 from elips_torch.indexes.faiss_vectors import FaissVectors
@@ -252,8 +252,12 @@ class FaissIndex(FaissVectors):
     def _check_parameters(self, parameters: dict[str, Any]) -> None:
         super()._check_parameters(parameters)
         for name, value in parameters.items():
-            if name in self._holders and not value >= least_value(name):
-                raise ArgumentError(f"{name} is {value}, expected at least {least_value(name)}")
+            if name not in self._holders:
+                continue
+            least, most = value_limits(self._holders[name])
+            if not least <= value <= most:
+                limit = f"at least {least}" if most == torch.inf else f"{least} to {most}"
+                raise ArgumentError(f"{name} is {value}, expected {limit}")
 
     @untraced
     def set_parameters(self, parameters: str) -> None:
@@ -287,8 +291,9 @@ class FaissIndex(FaissVectors):
             their ``parameters``.
 
         Raises:
-            ElipsError: an argument has a wrong type, shape, device or value.
+            ElipsError: an argument has a wrong type, shape, device or value, or the index holds bits.
         """
+        tuning.parameter_space(self._build, self._faiss)
         check_vectors("queries", queries, dim=self.dim, device=self.device)
         if true_ids.ndim != 2 or len(true_ids) != len(queries):
             raise ArgumentError(f"true_ids has shape {tuple(true_ids.shape)}, expected ({len(queries)}, K)")
@@ -377,7 +382,7 @@ class FaissIndex(FaissVectors):
         if self.check_finite and queries.dtype != torch.uint8:
             self._check_finite(queries)
         if not parameters:
-            return parameters, self.workspace_bytes
+            return parameters, check_workspace(self.workspace_bytes)
         workspace = check_workspace(self._parameter(parameters, "workspace_bytes"))
         values = {name: value for name, value in parameters.items() if name != "workspace_bytes"}
         for name in values:

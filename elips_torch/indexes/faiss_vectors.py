@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import NotFittedError, ShapeError
-from elips_torch.core.validation import check_device
+from elips_torch.core.errors import DtypeError, NotFittedError, ShapeError
+from elips_torch.core.validation import FLOAT_DTYPES, check_device
 from elips_torch.engines.faiss import opaque
 from elips_torch.indexes.faiss_state import FaissState
 from elips_torch.quantizers.bits import pack_checked, unpack_bits
@@ -15,6 +15,7 @@ class FaissVectors(FaissState):
 
     def _check_new(self, vectors: Tensor) -> Tensor:
         if not self._takes_as_bits(vectors):
+            self._check_kind("vectors", vectors)
             return super()._check_new(vectors)
         self._check_bits("vectors", vectors, "(N, D / 8)", 2)
         check_device("vectors", vectors, self.device, "the index")
@@ -24,11 +25,16 @@ class FaissVectors(FaissState):
         if self._takes_as_bits(queries):
             self._check_bits("queries", queries, "(Q, D / 8) or (D / 8,)", 1, 2)
         else:
+            self._check_kind("queries", queries)
             super()._check_queries(queries)
 
     def _takes_as_bits(self, vectors: Tensor) -> bool:
         """Whether these are bits, packed as faiss takes them, and the index is one of bits."""
         return isinstance(vectors, Tensor) and vectors.dtype == torch.uint8 and self._of_bits
+
+    def _check_kind(self, name: str, vectors: Tensor) -> None:
+        if self._of_bits and isinstance(vectors, Tensor) and vectors.dtype not in FLOAT_DTYPES:
+            raise DtypeError(f"{name} has dtype {vectors.dtype}, expected floats of 0 and 1, or uint8 bits")
 
     def _check_bits(self, name: str, codes: Tensor, expected: str, *ndims: int) -> None:
         if codes.ndim not in ndims:

@@ -34,33 +34,54 @@ def test_truncated_files_are_refused(description, tmp_path):
     assert FaissIndex.read(path).ids.tolist() == index.ids.tolist()
 
 
-def damage(index, description):
-    if description == "BFlat":
-        index.ntotal += 1
-    elif description.startswith("BIVF"):
-        index.quantizer = faiss.IndexBinaryFlat(BITS + 8)
-    elif description == "BHNSW16":
-        index.hnsw.levels.resize(3)
-    else:
-        index.b = BITS + 1
+def put_quantizer(index):
+    index.quantizer = faiss.IndexBinaryFlat(BITS + 8)
 
 
-@pytest.mark.parametrize("description", FAMILIES)
-def test_parts_that_contradict_each_other_are_found(description):
+# What is done to an index of a family, and what is said of it.
+FAULTS = [
+    ("BFlat", lambda index: setattr(index, "ntotal", 301), "the size of the codes is 2400, expected 2408"),
+    ("BFlat", lambda index: setattr(index, "code_size", 9), "the size of a code is 72, expected 64"),
+    ("BIVF4", put_quantizer, "the dim of the quantizer is 72, expected 64"),
+    ("BIVF4", lambda index: setattr(index, "ntotal", 301), "the size of the lists is 300, expected 301"),
+    ("BIVF4", lambda index: setattr(index, "nlist", 5), "the number of lists is 4, expected 5"),
+    ("BIVF4", lambda index: setattr(index.invlists, "code_size", 2), "size of the lists is 2, expected 8"),
+    ("BHNSW16", lambda index: index.hnsw.levels.resize(3), "the number of nodes is 3, expected 300"),
+    ("BHNSW16", lambda index: setattr(index.storage, "ntotal", 299), "of the storage is 299, expected 300"),
+    ("BHash8", lambda index: setattr(index, "b", BITS + 1), "hashed bits is 65, expected 64"),
+    ("BHash8", lambda index: setattr(index, "nflip", 9), "flipped bits is 9, expected 8"),
+    ("BHash4x8", lambda index: setattr(index, "b", 17), "hashed bits is 17, expected 16"),
+    ("BHash4x8", lambda index: setattr(index, "nflip", -1), "flipped bits is -1, expected 0"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)))
+def test_parts_that_contradict_each_other_are_found(number):
+    description, damage, message = FAULTS[number]
     build = load_installed()
     index = faiss.index_binary_factory(BITS, description)
     index.train(codes(300).numpy())
     index.add(codes(300).numpy())
     check_consistent(build, index)
-    damage(index, description)
-    with pytest.raises(ConversionError, match="index is damaged"):
+    damage(index)
+    with pytest.raises(ConversionError, match=f"index is damaged: .*{message}"):
         check_consistent(build, index)
+
+
+def test_an_id_map_that_counts_wrong_is_refused_before_faiss_believes_it(tmp_path):
+    index, path = faiss.IndexBinaryIDMap2(faiss.IndexBinaryFlat(BITS)), tmp_path / "map.faiss"
+    index.add_with_ids(codes(60).numpy(), np.arange(60) + 5)
+    content = faiss.serialize_index_binary(index)
+    content[12:20] = np.array([2**40], "<i8").view(np.uint8)
+    path.write_bytes(content.tobytes())
+    with pytest.raises(IndexFileError, match="an id map is damaged: it has 1099511627776 ids for 60 rows"):
+        FaissIndex.read(path)
 
 
 def graph_in_bytes():
     index = faiss.IndexBinaryHNSW(BITS, 8)
     index.add(codes(60).numpy())
-    return index.hnsw, faiss.serialize_index_binary(index)
+    return index, faiss.serialize_index_binary(index)
 
 
 # Where bytes change, counted from what, and to what.
@@ -96,10 +117,10 @@ def places_in(hnsw):
 
 @pytest.mark.parametrize("message", GRAPH_FAULTS)
 def test_a_damaged_graph_is_refused_before_faiss_reads_it(message, tmp_path):
-    hnsw, content = graph_in_bytes()
+    index, content = graph_in_bytes()
     check_graph_of_bits(memoryview(content))
     part, offset, dtype, value = GRAPH_FAULTS[message]
-    start, spoiled = places_in(hnsw)[part] + offset, content.copy()
+    start, spoiled = places_in(index.hnsw)[part] + offset, content.copy()
     spoiled[start : start + np.dtype(dtype).itemsize] = np.array([value], dtype).view(np.uint8)
     with pytest.raises(DamagedIndexError, match=message):
         check_graph_of_bits(memoryview(spoiled))
@@ -107,8 +128,16 @@ def test_a_damaged_graph_is_refused_before_faiss_reads_it(message, tmp_path):
     path.write_bytes(spoiled.tobytes())
     with pytest.raises(IndexFileError, match=f"is damaged: the graph of bits.*{message}"):
         FaissIndex.read(path)
-    inside = faiss.serialize_index_binary(faiss.IndexBinaryIDMap2(faiss.IndexBinaryHNSW(BITS, 8)))
-    path.write_bytes(inside[:25].tobytes() + spoiled.tobytes())
+    # Checkpoints go by the same look.
+    module = FaissIndex.from_factory(BITS, "BHNSW8")
+    module.add(codes(60))
+    state = {**module.state_dict(), "faiss": torch.from_numpy(spoiled)}
+    with pytest.raises(RuntimeError, match=f"the graph of bits is damaged.*{message}"):
+        module.load_state_dict(state)
+    head = faiss.serialize_index_binary(faiss.IndexBinaryIDMap2(faiss.IndexBinaryHNSW(BITS, 8)))[:25].copy()
+    # As many ids as there are rows, so that the graph is what is wrong.
+    head[12:20] = spoiled[12:20]
+    path.write_bytes(head.tobytes() + spoiled.tobytes())
     with pytest.raises(IndexFileError, match=message):
         FaissIndex.read(path)
 

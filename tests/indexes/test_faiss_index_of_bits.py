@@ -323,53 +323,11 @@ def test_an_index_of_faiss_comes_with_its_labels():
     assert FaissIndex(inner).faiss_index is inner
 
 
-@pytest.mark.parametrize("description", HASHES)
-def test_hashes_find_what_faiss_finds(description):
-    index = FaissIndex.from_factory(BITS, description, nflip=2)
-    index.add(codes(300))
-    plenty = index.search(codes(9, seed=2), 30)
-    assert bool((plenty.ids >= 0).all())
-    index.nflip = 1
-    # Now some queries find fewer.
-    distances, labels = by_hand(index.faiss_index, codes(9, seed=2), 30)
-    assert bool((labels < 0).any())
-    scores, ids = index.search(codes(9, seed=2), 30)
-    assert torch.equal(ids, labels)
-    assert torch.equal(scores, distances.float().masked_fill(labels < 0, math.inf))
-    mask = torch.arange(300) % 2 == 0
-    everything, found = index.search(codes(9, seed=2), 300), index.search(codes(9, seed=2), 30, mask=mask)
-    for row, own in zip(everything.ids.tolist(), found.ids.tolist(), strict=True):
-        assert [i for i in own if i >= 0] == [i for i in row if i >= 0 and mask[i]][:30]
-    index.nflip = 0
-    assert index.faiss_index.nflip == 0
-    with pytest.raises(ArgumentError, match="nflip is -1, expected at least 0"):
-        index.nflip = -1
-    with pytest.raises(ParameterError, match="faiss takes nflip for no single call"):
-        index.search(codes(1), 1, nflip=1)
-    if description == "BHash8":
-        with pytest.raises(ImplementationError, match="does not reconstruct"):
-            index.reconstruct(3)
-
-
-def test_a_hash_comes_with_its_labels():
-    there, ids = faiss.IndexBinaryHash(BITS, 8), torch.arange(300).flip(0) * 5
-    there.add_with_ids(codes(300).numpy(), ids.numpy())
-    index = FaissIndex(there)
-    assert sorted(index.ids.tolist()) == sorted(ids.tolist())
-    _, labels = by_hand(there, codes(9, seed=2), 4)
-    assert torch.equal(index.search(codes(9, seed=2), 4).ids, labels)
-    back = index.to_faiss()
-    assert torch.equal(by_hand(back, codes(9, seed=2), 4)[1], labels)
-    there.ntotal += 1
-    with pytest.raises(ConversionError, match="damaged: it has 301 vectors and 300 labels"):
-        FaissIndex(there)
-
-
 def test_parameters_of_one_call_reach_faiss():
     index = FaissIndex.from_factory(BITS, "BIVF16_HNSW8")
     index.fit(codes(700)).add(codes(700))
     if not takes_parameters(load_installed(), index.faiss_index):
-        with pytest.raises(ParameterError, match=r"no single call in an index of bits before 1\.14"):
+        with pytest.raises(ParameterError, match="no single call of IndexBinaryIVF"):
             index.search(codes(3), 5, nprobe=16)
         return
     wide = index.search(codes(30, seed=2), 5, nprobe=16, quantizer_efSearch=64)
@@ -378,15 +336,6 @@ def test_parameters_of_one_call_reach_faiss():
     index.nprobe = 16
     assert torch.equal(index.search(codes(30, seed=2), 5).scores, wide.scores)
     assert (index.nlist, index.quantizer_efSearch) == (16, 16)
-
-
-def test_bits_over_floats():
-    index = FaissIndex(faiss.IndexBinaryFromFloat(faiss.IndexFlatL2(BITS)))
-    index.add(codes(50), ids=torch.arange(50) + 7)
-    assert torch.equal(index.search(codes(50), 1).ids[:, 0], index.ids)
-    exact = FlatIndex(BITS)
-    exact.add(vectors(50))
-    assert torch.equal(index.search(codes(9, seed=2), 5).scores, exact.search(vectors(9, seed=2), 5).scores)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -400,8 +349,19 @@ def test_what_does_not_fit_is_refused(tmp_path):
         index.search(codes(3)[:, :7])
     with pytest.raises(ShapeError, match=r"vectors has shape \(8,\), expected \(N, D / 8\)"):
         index.add(codes(1)[0])
-    with pytest.raises(DtypeError, match=r"queries has dtype torch\.int64"):
-        index.search(codes(3).long())
+    for wrong in (codes(3).long(), codes(3).bool()):
+        with pytest.raises(DtypeError, match=r"queries has dtype torch\.\w+, expected floats of 0"):
+            index.search(wrong)
+        with unchanged(index), pytest.raises(DtypeError, match="expected floats of 0 and 1, or uint8 bits"):
+            index.add(wrong)
+    with pytest.raises(ParameterError, match=r"nprobe for no search by radius; set index\.nprobe = 2"):
+        index.range_search(codes(3), 9, nprobe=2)
+    with pytest.raises(ImplementationError, match="ParameterSpace takes no IndexBinaryIVF"):
+        index.explore(vectors(3), torch.zeros(3, 1, dtype=torch.int64))
+    index.workspace_bytes = -5
+    with pytest.raises(ArgumentError, match="workspace_bytes is -5"):
+        index.search(codes(3))
+    index.workspace_bytes = 2**20
     with pytest.raises(DtypeError, match=r"queries has dtype torch\.uint8, expected float32"):
         FaissIndex.from_factory(BITS, "HNSW8").search(codes(3))
     with pytest.raises(ImplementationError, match="ParameterSpace takes no IndexBinaryIVF"):

@@ -53,9 +53,16 @@ def check_graph_of_bits(content: memoryview) -> None:
         DamagedIndexError: they end too early, or two parts of the graph contradict each other.
     """
     source = _Bytes(content)
+    fault = None
     try:
         while (mark := bytes(content[source.place : source.place + 4])) in _BEFORE_INNER:
-            source.place += _HEADER.size + _BEFORE_INNER[mark]
+            n_labels = source.take(_HEADER)[3]
+            source.place += _BEFORE_INNER[mark]
+            if mark != b"IBwF":
+                # Faiss believes an id map.
+                n_rows = _HEADER.unpack_from(content, source.place)[3]
+                if n_rows != n_labels:
+                    raise DamagedIndexError(f"an id map is damaged: it has {n_labels} ids for {n_rows} rows")
         fault = _fault_of(source) if mark == _MARK_OF_A_GRAPH else None
     except struct.error:
         fault = "ends too early"

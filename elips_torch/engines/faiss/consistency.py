@@ -76,9 +76,11 @@ def _sizes_of_bits(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, in
         yield "the code size of the lists", index.invlists.code_size, index.code_size
     elif isinstance(index, faiss.IndexBinaryHash):
         yield "the number of hashed bits", index.b, max(1, min(index.b, index.d))
+        yield "the number of flipped bits", index.nflip, max(0, min(index.nflip, index.b))
     elif isinstance(index, faiss.IndexBinaryMultiHash):
         most = index.d // max(1, index.nhash)
         yield "the number of hashed bits", index.b, max(1, min(index.b, most))
+        yield "the number of flipped bits", index.nflip, max(0, min(index.nflip, index.b))
     yield from _sizes_inside(build, index)
 
 

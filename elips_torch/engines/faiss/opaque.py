@@ -88,6 +88,10 @@ def metric_of_index(build: FaissBuild, index: Any) -> Metric:
     Raises:
         MetricError: one that the library does not have.
     """
+    if isinstance(index, build.module.IndexBinaryFromFloat):
+        kind = metric_of_index(build, downcast(build, index.index))
+        if kind.name != "l2":
+            raise MetricError(f"faiss_index has bits over an index of metric {kind.name!r}, expected 'l2'")
     if kind_of(build, index) is BITS:
         return resolve_metric("l2")
     for name, constant in _METRICS.items():
@@ -123,6 +127,14 @@ def without_labels(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
         id_map.own_fields, index.index = False, id_map.index
         id_map.this.own(True)
         return index, labels
+    if isinstance(index, faiss.IndexBinaryFromFloat):
+        inner = downcast(build, index.index)
+        if isinstance(inner, faiss.IndexIDMap) or without_labels(build, inner)[1] is not None:
+            raise ConversionError(
+                f"index has labels of its own in a {type(inner).__name__} under its bits; "
+                "an IndexBinaryIDMap around it keeps them"
+            )
+        return index, None
     if isinstance(index, faiss.IndexBinaryHash):
         return _without_labels_in_hash(build, index)
     lists = None if index.ntotal == 0 else inverted_file(build, index)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from elips_torch.core.errors import ImplementationError
+from elips_torch.core.errors import ImplementationError, ParameterError
 from elips_torch.core.metric import Metric
 from elips_torch.core.ordering import order_keys
 from elips_torch.core.tiling import spans
@@ -16,6 +16,7 @@ from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
 from elips_torch.engines.faiss.looks import are_labels
 from elips_torch.engines.faiss.opaque import describe_refusal
+from elips_torch.engines.faiss.row_kinds import BITS
 from elips_torch.engines.faiss.search import IndexSearch
 from elips_torch.engines.faiss.search_parameters import (
     asks_a_graph,
@@ -80,6 +81,9 @@ class RowSearch:
         ranks: Tensor | None,  # (N,) rank of each row's id; None where that is the row
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return lims ``(Q + 1,)``, scores and rows ``(M,)``, best first per query, ties by rank."""
+        if values and self._engine.kind is BITS:
+            name, value = next(iter(values.items()))
+            raise ParameterError(f"faiss takes {name} for no search by radius; set index.{name} = {value}")
         params = search_parameters(self.build, self.index, values)
         if not len(self.place_of):
             # faiss ends the process where a graph holds nothing.

@@ -62,8 +62,8 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
         selector: an ``IDSelector``, kept alive by the result.
 
     Raises:
-        ParameterError: several indexes side by side, or bits before faiss 1.14, which take parameters for no
-            single call.
+        ParameterError: several indexes side by side, bits over floats, or any bits before faiss 1.14, which
+            take parameters for no single call.
     """
     if not values and selector is None:
         return None
@@ -71,7 +71,7 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
     chosen = {} if selector is None else {"sel": selector}
     if values and not takes_parameters(build, index):
         name, value = next(iter(values.items()))
-        where = "over several GPUs" if members_of(build, index) else "in an index of bits before 1.14"
+        where = "over several GPUs" if members_of(build, index) else f"of {type(index).__name__}"
         raise ParameterError(f"faiss takes {name} for no single call {where}; set index.{name} = {value}")
     if isinstance(index, faiss.IndexPreTransform):
         inner = search_parameters(build, index.index, values, selector)
@@ -99,14 +99,18 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
 
 def takes_parameters(build: FaissBuild, index: Any) -> bool:
     """Return whether searches of an index take parameters for one call."""
+    if isinstance(downcast(build, index), build.module.IndexBinaryFromFloat):
+        return False
     if kind_of(build, index) is BITS:
         return tuple(int(part) for part in build.version.split(".")[:2]) >= _PARAMETERS_OF_BITS
     return not members_of(build, index)
 
 
-def least_value(name: str) -> int:
-    """Return the smallest value that a search parameter takes."""
-    return 0 if name.endswith("nflip") else 1
+def value_limits(holder: tuple[Any, str]) -> tuple[int, float]:
+    """Return the smallest and the largest value of a search parameter, given what holds it."""
+    owner, attribute = holder
+    # With more bits to flip than there are, faiss never returns.
+    return (0, int(owner.b)) if attribute == "nflip" else (1, float("inf"))
 
 
 def asks_a_graph(build: FaissBuild, index: Any) -> bool:
