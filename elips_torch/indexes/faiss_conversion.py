@@ -127,7 +127,7 @@ def to_faiss(
     for number in numbers:
         # Before memory is filled.
         check_gpu(build, number)
-    if binary:
+    if binary and not (isinstance(index, FaissIndex) and index._of_bits):
         return construct(build, describe_bits(index))
     if isinstance(index, FaissIndex):
         if precomputed_tables is not None and not numbers:

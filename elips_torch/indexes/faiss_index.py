@@ -21,6 +21,7 @@ from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import (
     check_unique,
+    check_usable,
     check_values,
     check_vectors,
     check_workspace,
@@ -150,6 +151,7 @@ class FaissIndex(FaissVectors):
 
         Raises:
             FileNotFoundError: there is no such file.
+            DeviceError: there is no such device.
             IndexFileError: a truncated, damaged or foreign file.
             ElipsError: a wrong option, or as for the class.
 
@@ -163,6 +165,7 @@ class FaissIndex(FaissVectors):
         ...     FaissIndex.read(f"{folder}/graph.faiss", efSearch=64).ids
         tensor([40, 30, 20, 10])
         """
+        check_usable("device", device)
         build = load_installed()
         index = read_index(build, path, bits=True)
         try:
@@ -345,7 +348,7 @@ class FaissIndex(FaissVectors):
     @untraced
     def reset(self) -> None:
         """Remove every vector, and give the memory of those removed before back; see `Index.reset`."""
-        self._faiss.reset()
+        self._hold(opaque.emptied(self._build, self._faiss))
         super().reset()
 
     # Searches.

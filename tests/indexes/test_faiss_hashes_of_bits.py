@@ -1,5 +1,6 @@
 """Indexes of bits that look at a part of their rows, or at floats: hashes, and floats under bits."""
 
+import copy
 import math
 
 import faiss
@@ -65,6 +66,28 @@ def test_hashes_find_what_faiss_finds(description):
     if description == "BHash8":
         with pytest.raises(ImplementationError, match="does not reconstruct"):
             index.reconstruct(3)
+
+
+@pytest.mark.parametrize("description", HASHES)
+def test_after_reset_only_new_rows_are_found(description):
+    index = FaissIndex.from_factory(BITS, description, nflip=1)
+    index.add(codes(700))
+    index.reset()
+    assert index.nflip == 1
+    index.add(codes(5, seed=3), ids=[50, 40, 30, 20, 10])
+    found = index.search(codes(700), 3).ids
+    assert bool(torch.isin(found, torch.tensor([-1, 10, 20, 30, 40, 50])).all())
+    assert index.search(codes(5, seed=3), 1).ids[:, 0].tolist() == [50, 40, 30, 20, 10]
+    assert torch.equal(copy.deepcopy(index).search(codes(700), 3).ids, found)
+
+
+def test_hashes_of_no_bits_or_too_many_are_refused():
+    for dim, description, message in (
+        (64, "BHash0", "hashes 0 bits"),
+        (128, "BHash65", "65 bits, expected 1 to 64"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            FaissIndex.from_factory(dim, description)
 
 
 def test_a_hash_comes_with_its_labels():

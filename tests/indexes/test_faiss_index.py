@@ -276,6 +276,21 @@ def test_faiss_tunes_itself():
     assert best.recall > 0.9
 
 
+@pytest.mark.parametrize("description", ["IVF4,RQ4x4fs_Nrq2x4", "IVF4,LSQ4x4fs_Nlsq2x4"])
+def test_fast_scans_of_additive_codes_take_masks_and_removals(description):
+    index = FaissIndex.from_factory(DIM, description, nprobe=4).fit(data(700, seed=1))
+    index.add(data(300))
+    queries, mask = data(9, seed=2), torch.arange(300) % 2 == 0
+    found = index.search(queries, 7, mask=mask)
+    # Which rows come first depends on how many are asked for: the sums of codes are rounded.
+    assert bool(((found.ids >= 0) & (found.ids % 2 == 0)).all())
+    assert bool((found.scores.diff(dim=1) >= 0).all())
+    index.remove([0, 2])
+    assert not torch.isin(index.search(queries, 300).ids, torch.tensor([0, 2])).any()
+    with pytest.raises(ParameterError, match="faiss takes nprobe for no single call of IndexIVF"):
+        index.search(queries, 3, nprobe=2)
+
+
 def test_what_is_no_index_of_faiss_is_refused():
     with pytest.raises(DtypeError, match="faiss_index is a Tensor"):
         FaissIndex(data(3))

@@ -277,6 +277,7 @@ def test_an_index_goes_to_faiss_with_its_ids_and_back(description, tmp_path):
     plain = faiss.read_index_binary(str(path))
     distances, labels = by_hand(plain, queries, 6)
     assert torch.equal(distances.float(), wanted.scores)
+    assert index.to_faiss(binary=True).ntotal == index.ntotal
     # At the same distance faiss may go another way.
     for mine, theirs, scores in zip(wanted.ids, labels, wanted.scores, strict=True):
         near = scores < scores[-1]

@@ -5,7 +5,7 @@ from typing import Any
 
 from elips_torch.core.errors import DamagedIndexError
 from elips_torch.engines.faiss.builds import FaissBuild
-from elips_torch.engines.faiss.row_kinds import BITS, downcast, kind_of
+from elips_torch.engines.faiss.row_kinds import BITS, LARGEST_HASH, downcast, kind_of
 
 # What encodes vectors in an index of faiss, by the name of the member.
 _QUANTIZERS = ("pq", "sq", "rabitq", "aq")
@@ -75,7 +75,7 @@ def _sizes_of_bits(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, in
         yield "the size of the lists", index.invlists.compute_ntotal(), index.ntotal
         yield "the code size of the lists", index.invlists.code_size, index.code_size
     elif isinstance(index, faiss.IndexBinaryHash):
-        yield "the number of hashed bits", index.b, max(1, min(index.b, index.d))
+        yield "the number of hashed bits", index.b, max(1, min(index.b, index.d, LARGEST_HASH))
         yield "the number of flipped bits", index.nflip, max(0, min(index.nflip, index.b))
     elif isinstance(index, faiss.IndexBinaryMultiHash):
         most = index.d // max(1, index.nhash)

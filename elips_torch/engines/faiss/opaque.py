@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import (
+    ArgumentError,
     ConversionError,
     DamagedIndexError,
     DtypeError,
@@ -23,7 +24,15 @@ from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.messages import reason_of
-from elips_torch.engines.faiss.row_kinds import BITS, FLOATS, MARK_OF_BITS, RowKind, downcast, kind_of
+from elips_torch.engines.faiss.row_kinds import (
+    BITS,
+    FLOATS,
+    LARGEST_HASH,
+    MARK_OF_BITS,
+    RowKind,
+    downcast,
+    kind_of,
+)
 from elips_torch.engines.faiss.search import cuda_device, index_gpu, placed
 from elips_torch.engines.faiss.transfer import to_cpu
 
@@ -75,9 +84,18 @@ def build_index(build: FaissBuild, dim: int, description: str, metric: Metric) -
 
 
 def check_index(build: FaissBuild, index: Any) -> None:
-    """Raise `DtypeError` unless this is an index of this build."""
+    """Check that this is an index of this build.
+
+    Raises:
+        DtypeError: it is none.
+        ArgumentError: a hash of no bits, or of more than there are.
+    """
     if not isinstance(index, build.module.Index | build.module.IndexBinary):
         raise DtypeError(f"faiss_index is a {type(index).__name__}, expected an index of faiss")
+    if isinstance(index, build.module.IndexBinaryHash | build.module.IndexBinaryMultiHash):
+        most = min(int(index.d), LARGEST_HASH)
+        if not 1 <= index.b <= most:
+            raise ArgumentError(f"faiss_index hashes {index.b} bits, expected 1 to {most}")
 
 
 def metric_of_index(build: FaissBuild, index: Any) -> Metric:
@@ -241,6 +259,17 @@ def append(build: FaissBuild, index: Any, vectors: Tensor) -> Tensor:
         except RuntimeError as error:
             raise _refused("add", index, error) from error
     return torch.arange(first, first + len(vectors))
+
+
+def emptied(build: FaissBuild, index: Any) -> Any:
+    """Return an index without its rows: itself, where faiss forgets them all."""
+    if not isinstance(index, build.module.IndexBinaryMultiHash):
+        index.reset()
+        return index
+    # Up to 1.14 its maps go on with the rows that are gone.
+    made = build.module.IndexBinaryMultiHash(index.d, index.nhash, index.b)
+    made.nflip = index.nflip
+    return made
 
 
 def reconstruct(build: FaissBuild, index: Any, rows: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ BITS = RowKind(
     read="read_index_binary",
     write="write_index_binary",
 )
+# Bits that a hash may have.
+LARGEST_HASH = 64
 # With what files of indexes of bits begin, and no others.
 MARK_OF_BITS = b"IB"
 

@@ -62,8 +62,8 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
         selector: an ``IDSelector``, kept alive by the result.
 
     Raises:
-        ParameterError: several indexes side by side, bits over floats, or any bits before faiss 1.14, which
-            take parameters for no single call.
+        ParameterError: several indexes side by side, bits over floats, any bits before faiss 1.14, or a
+            fast scan of additive codes, which take parameters for no single call.
     """
     if not values and selector is None:
         return None
@@ -103,6 +103,11 @@ def takes_parameters(build: FaissBuild, index: Any) -> bool:
         return False
     if kind_of(build, index) is BITS:
         return tuple(int(part) for part in build.version.split(".")[:2]) >= _PARAMETERS_OF_BITS
+    refusing = getattr(build.module, "IndexIVFAdditiveQuantizerFastScan", None)
+    if refusing is not None:
+        lists = inverted_file(build, index)
+        if lists is not None and isinstance(downcast(build, lists), refusing):
+            return False
     return not members_of(build, index)
 
 

@@ -233,8 +233,8 @@ def _inverted_file(build: FaissBuild, index: Any) -> Any:
     faiss = build.module
     if not isinstance(index, faiss.Index):
         raise DtypeError(
-            f"index is a {type(index).__name__}, expected an inverted file of faiss, such as the "
-            "faiss_index of a FaissIndex"
+            f"index is a {type(index).__name__}, expected an inverted file of faiss that holds "
+            "floats, such as the faiss_index of a FaissIndex"
         )
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexIVF):
