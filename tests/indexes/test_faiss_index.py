@@ -289,6 +289,10 @@ def test_fast_scans_of_additive_codes_take_masks_and_removals(description):
     assert not torch.isin(index.search(queries, 300).ids, torch.tensor([0, 2])).any()
     with pytest.raises(ParameterError, match="faiss takes nprobe for no single call of IndexIVF"):
         index.search(queries, 3, nprobe=2)
+    # What refines such a scan has a parameter of its own.
+    refined = FaissIndex.from_factory(DIM, description + ",RFlat", nprobe=4).fit(data(700, seed=1))
+    refined.add(data(300))
+    assert bool((refined.search(queries, 7, mask=mask, k_factor=4).ids % 2 == 0).all())
 
 
 def test_what_is_no_index_of_faiss_is_refused():

@@ -21,8 +21,8 @@ from elips_torch.engines.faiss.search import IndexSearch
 from elips_torch.engines.faiss.search_parameters import (
     asks_a_graph,
     bitmap_selector,
+    may_widen,
     search_parameters,
-    takes_parameters,
     widened,
     within_graph,
 )
@@ -58,7 +58,7 @@ class RowSearch:
         self._engine = IndexSearch(self.build, self.index)
         self._total = int(self.index.ntotal)
         self._asks_a_graph = asks_a_graph(self.build, self.index)
-        self._widens = takes_parameters(self.build, self.index)
+        self._widens = may_widen(self.build, self.index)
 
     def search(
         self, queries: Tensor, k: int, selection: Selection, values: dict[str, Any], workspace_bytes: int

@@ -98,17 +98,26 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
 
 
 def takes_parameters(build: FaissBuild, index: Any) -> bool:
-    """Return whether searches of an index take parameters for one call."""
-    if isinstance(downcast(build, index), build.module.IndexBinaryFromFloat):
+    """Return whether searches of an index itself, whatever is inside, take parameters for one call."""
+    index = downcast(build, index)
+    if isinstance(index, build.module.IndexBinaryFromFloat):
         return False
     if kind_of(build, index) is BITS:
         return tuple(int(part) for part in build.version.split(".")[:2]) >= _PARAMETERS_OF_BITS
     refusing = getattr(build.module, "IndexIVFAdditiveQuantizerFastScan", None)
-    if refusing is not None:
-        lists = inverted_file(build, index)
-        if lists is not None and isinstance(downcast(build, lists), refusing):
-            return False
+    if refusing is not None and isinstance(index, refusing):
+        return False
     return not members_of(build, index)
+
+
+def may_widen(build: FaissBuild, index: Any) -> bool:
+    """Return whether what `widened` returns can be given to searches of an index."""
+    faiss, index = build.module, downcast(build, index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return may_widen(build, index.index)
+    if isinstance(index, faiss.IndexRefine):
+        return may_widen(build, index.base_index)
+    return takes_parameters(build, index)
 
 
 def value_limits(holder: tuple[Any, str]) -> tuple[int, float]:
