@@ -32,7 +32,7 @@ def test_knn(metric, p, dtypes, grad):
     for mask, exclude in selections():
         q, x = tensors(dtypes, grad)
         screen = "none" if torch.float64 in dtypes else "int8"
-        torch.library.opcheck(knn_op, (q, x, mask, exclude, 4, metric, p, screen, "auto", MIB))
+        torch.library.opcheck(knn_op, (q, x, mask, exclude, 4, metric, p, screen, "auto", MIB, None))
 
 
 @pytest.mark.parametrize("grad", [False, True])
