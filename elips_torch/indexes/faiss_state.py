@@ -9,6 +9,7 @@ from torch import Tensor
 from elips_torch.core.errors import DeviceError, ElipsError
 from elips_torch.engines.faiss import opaque
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed
+from elips_torch.engines.faiss.consistency import check_consistent
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.gpu_options import GpuOptions, read_options
 from elips_torch.engines.faiss.row_kinds import BITS, kind_of
@@ -99,6 +100,7 @@ class FaissState(Index):
         try:
             index = opaque.from_bytes(self._build, content)
             opaque.check_index(self._build, index)
+            check_consistent(self._build, index)
             metric = opaque.metric_of_index(self._build, index)
         except ElipsError as error:
             error_msgs.append(f"{prefix}{_BYTES}: {error}")

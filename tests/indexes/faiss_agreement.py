@@ -13,7 +13,8 @@ def uniform(n, dim=16, seed=0):
 def by_hand(index, queries, k):
     """Return what faiss finds, as tensors."""
     # Arrays give arrays, also where something has imported `faiss.contrib.torch_utils`.
-    scores, ids = index.search(queries.float().numpy(), k)
+    rows = queries if queries.dtype == torch.uint8 else queries.float()
+    scores, ids = index.search(rows.numpy(), k)
     return torch.from_numpy(scores), torch.from_numpy(ids)
 
 

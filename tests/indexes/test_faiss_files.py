@@ -1,5 +1,6 @@
 """Files of faiss that are damaged, foreign or cannot be written."""
 
+import copy
 import functools
 
 import faiss
@@ -16,6 +17,7 @@ from elips_torch import (
     ElipsError,
     FaissIndex,
     FlatIndex,
+    ImplementationError,
     IndexFileError,
     NonFiniteError,
     SQIndex,
@@ -160,6 +162,42 @@ def test_parts_that_do_not_fit_are_noticed(description, tmp_path):
         path.write_bytes(content[:start] + value.to_bytes(size, "little") + content[start + size :])
         with pytest.raises(IndexFileError, match=r"a\.faiss.*(damaged|expected)"):
             FaissIndex.read(path)
+
+
+@pytest.mark.parametrize(
+    "description",
+    ["RQ4x4", "PRQ2x2x4", "IVF4,RQ4x4", "PCA8,RQ4x4", "ITQ8,LSHt", "IMI2x2,Flat", "HNSW8,PQ4x4"],
+)
+def test_what_has_learned_nothing_comes_back(description, tmp_path):
+    index = FaissIndex.from_factory(DIM, description)
+    write_faiss(index, tmp_path / "a.faiss")
+    index.save(tmp_path / "a.safetensors")
+    others = [FaissIndex.read(tmp_path / "a.faiss"), FaissIndex.load(tmp_path / "a.safetensors")]
+    others.append(copy.deepcopy(index))
+    for each in (index, *others):
+        assert not each.is_trained
+        each.fit(TRAINING).add(TRAINING[:50])
+    wanted = index.search(TRAINING[:9], 3)
+    for each in others:
+        assert torch.equal(each.search(TRAINING[:9], 3).ids, wanted.ids)
+        assert torch.equal(each.search(TRAINING[:9], 3).scores, wanted.scores)
+
+
+def test_what_faiss_writes_without_its_vectors_is_not_written(tmp_path):
+    index = FaissIndex.from_factory(DIM, "ZnLattice2x3_4").fit(TRAINING)
+    write_faiss(index, tmp_path / "a.faiss")
+    index.add(TRAINING[:50])
+    assert index.search(TRAINING[:3], 1).ids[:, 0].tolist() == [0, 1, 2]
+    saves = (
+        lambda: write_faiss(index, tmp_path / "b.faiss"),
+        index.state_dict,
+        lambda: copy.deepcopy(index),
+        lambda: index.save(tmp_path / "b.safetensors"),
+    )
+    for save in saves:
+        with pytest.raises(ImplementationError, match="IndexLattice is not saved"):
+            save()
+    assert [each.name for each in tmp_path.iterdir()] == ["a.faiss"]
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,26 @@ def check_consistent(build: FaissBuild, index: Any) -> None:
             raise DamagedIndexError(
                 f"index is damaged: in its {type(index).__name__} {what} is {size}, expected {wanted}"
             )
-    for _, inner in _inside(build, index):
+    for _, inner in indexes_inside(build, index):
         check_consistent(build, inner)
+
+
+def indexes_inside(build: FaissBuild, index: Any) -> list[tuple[str, Any]]:
+    """Return the indexes that one index holds, by name."""
+    faiss = build.module
+    names: tuple[str, ...] = ()
+    wrappers = (faiss.IndexPreTransform, faiss.IndexIDMap, faiss.IndexBinaryIDMap, faiss.IndexBinaryFromFloat)
+    graphs = (faiss.IndexHNSW, faiss.IndexNSG, faiss.IndexBinaryHNSW)
+    if isinstance(index, wrappers):
+        names = ("index",)
+    elif isinstance(index, faiss.IndexRefine):
+        names = ("base_index", "refine_index")
+    elif isinstance(index, (*graphs, faiss.IndexBinaryMultiHash)):
+        names = ("storage",)
+    elif isinstance(index, faiss.IndexIVF | faiss.IndexBinaryIVF):
+        names = ("quantizer",)
+    found = ((name, getattr(index, name)) for name in names)
+    return [(name, downcast(build, inner)) for name, inner in found if inner is not None]
 
 
 def _sizes(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, int]]:
@@ -89,7 +107,7 @@ def _sizes_inside(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, int
     dim = index.d
     if isinstance(index, build.module.IndexPreTransform) and index.chain.size():
         dim = index.chain.at(index.chain.size() - 1).d_out
-    for name, inner in _inside(build, index):
+    for name, inner in indexes_inside(build, index):
         yield f"the dim of the {name}", inner.d, dim
         if name == "quantizer":
             yield "the number of centroids", max(inner.ntotal, index.nlist), index.nlist
@@ -101,9 +119,11 @@ def _quantizer_sizes(build: FaissBuild, index: Any, name: str) -> Iterator[tuple
     """Yield the same of what encodes vectors in an index."""
     coder = getattr(index, name)
     yield f"the dim of the {name}", coder.d, index.d
-    # Two layers have a code each.
-    own_size = index.code_size_2 if isinstance(index, build.module.Index2Layer) else index.code_size
-    yield f"the code size of the {name}", coder.code_size, own_size
+    # Coarse quantizers keep no codes.
+    if hasattr(index, "code_size"):
+        # Two layers have a code each.
+        own_size = index.code_size_2 if isinstance(index, build.module.Index2Layer) else index.code_size
+        yield f"the code size of the {name}", coder.code_size, own_size
     if name == "pq":
         yield "the dim of the parts", coder.dsub * coder.M, index.d
         if index.is_trained:
@@ -127,21 +147,3 @@ def _quantizer_sizes(build: FaissBuild, index: Any, name: str) -> Iterator[tuple
             # Some have more beside the codes.
             least = index.ntotal2 * index.M2 // 2
             yield "the size of the blocks", min(index.codes.size(), least), least
-
-
-def _inside(build: FaissBuild, index: Any) -> list[tuple[str, Any]]:
-    """Return the indexes inside, by name."""
-    faiss = build.module
-    names: tuple[str, ...] = ()
-    wrappers = (faiss.IndexPreTransform, faiss.IndexIDMap, faiss.IndexBinaryIDMap, faiss.IndexBinaryFromFloat)
-    graphs = (faiss.IndexHNSW, faiss.IndexNSG, faiss.IndexBinaryHNSW)
-    if isinstance(index, wrappers):
-        names = ("index",)
-    elif isinstance(index, faiss.IndexRefine):
-        names = ("base_index", "refine_index")
-    elif isinstance(index, (*graphs, faiss.IndexBinaryMultiHash)):
-        names = ("storage",)
-    elif isinstance(index, faiss.IndexIVF | faiss.IndexBinaryIVF):
-        names = ("quantizer",)
-    found = ((name, getattr(index, name)) for name in names)
-    return [(name, downcast(build, inner)) for name, inner in found if inner is not None]

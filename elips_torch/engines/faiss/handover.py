@@ -40,8 +40,9 @@ def hand_over(
         normalizes: whether the copy brings queries and vectors to length 1 first.
 
     Returns:
-        An index, under an ``IndexIDMap2`` where its lists do not keep the labels and these are not 0 to
-        N - 1; it shares no memory with the other one.
+        An index that shares no memory with the other one. Its lists keep the labels where these ascend with
+        the rows; other labels than 0 to N - 1 are in an ``IndexIDMap2`` around it elsewhere, since faiss
+        puts rows of equal scores in the order of what its lists hold.
 
     Raises:
         ConversionError: rows are left out, and the family takes none out.
@@ -54,17 +55,17 @@ def hand_over(
     total = int(copy.ntotal)
     if len(rows) < total:
         _take_out(build, copy, rows, in_lists=lists is not None)
+    numbers = torch.arange(len(labels), device="cpu")
+    in_lists = lists is not None and bool((labels.diff() > 0).all())
     if lists is not None:
         label_of = torch.full((total,), -1, device="cpu")
-        label_of[rows] = labels
+        label_of[rows] = labels if in_lists else numbers
         lists.set_direct_map_type(build.module.DirectMap.NoMap)
         for each in list_labels(build, lists):
             each[:] = label_of[torch.as_tensor(each)].numpy()
     if normalizes:
         copy = _behind_normalization(build, copy)
-    if lists is not None or torch.equal(labels, torch.arange(len(labels), device="cpu")):
-        return copy
-    return _in_id_map(build, copy, labels)
+    return copy if in_lists or torch.equal(labels, numbers) else _in_id_map(build, copy, labels)
 
 
 def _relabelled(build: FaissBuild, index: Any) -> Any:
@@ -78,12 +79,15 @@ def _relabelled(build: FaissBuild, index: Any) -> Any:
 def _take_out(build: FaissBuild, index: Any, rows: Tensor, *, in_lists: bool) -> None:
     """Remove all rows but some; those that stay keep their numbers in lists, and move up elsewhere."""
     total = int(index.ntotal)
-    hidden = torch.ones(total, dtype=torch.bool, device="cpu").index_fill_(0, rows, False).nonzero()[:, 0]
+    is_hidden = torch.ones(total, dtype=torch.bool, device="cpu").index_fill_(0, rows, False)
+    hidden = is_hidden.nonzero()[:, 0]
     lists = inverted_file(build, index)
     reason = "its rows are known by their numbers"
     if in_lists or lists is None:
         if lists is not None:
             lists.set_direct_map_type(build.module.DirectMap.NoMap)
+            if _moved_up(build, index, lists, is_hidden):
+                return
         try:
             index.remove_ids(hidden.numpy())
         except RuntimeError as error:
@@ -99,6 +103,33 @@ def _take_out(build: FaissBuild, index: Any, rows: Tensor, *, in_lists: bool) ->
         f"{len(hidden)} of {total} rows are hidden, and faiss's {type(index).__name__} takes none out "
         f"({reason}); reset the index and add the others again"
     )
+
+
+def _moved_up(build: FaissBuild, index: Any, lists: Any, is_hidden: Tensor) -> bool:
+    """Remove rows from lists, where the others keep their order; of faiss's own way the last takes the place.
+
+    Returns:
+        Whether it was done; not where codes of several rows lie together.
+    """
+    inverted = build.module.downcast_InvertedLists(lists.invlists)
+    if not isinstance(inverted, build.module.ArrayInvertedLists):
+        return False
+    for number in range(inverted.nlist):
+        size = int(inverted.list_size(number))
+        labels = torch.as_tensor(build.module.rev_swig_ptr(inverted.get_ids(number), size))
+        keep = ~is_hidden[labels]
+        kept = int(keep.sum())
+        if kept < size:
+            codes = build.module.rev_swig_ptr(inverted.get_codes(number), size * inverted.code_size)
+            rows = torch.as_tensor(codes).view(size, -1)
+            rows[:kept], labels[:kept] = rows[keep], labels[keep]
+            inverted.resize(number, kept)
+    total = inverted.compute_ntotal()
+    while isinstance(index, build.module.IndexPreTransform):
+        index.ntotal = total
+        index = build.module.downcast_index(index.index)
+    lists.ntotal = total
+    return True
 
 
 def _behind_normalization(build: FaissBuild, index: Any) -> Any:

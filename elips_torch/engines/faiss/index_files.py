@@ -13,6 +13,7 @@ from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.messages import reason_of
 from elips_torch.engines.faiss.row_kinds import BITS, FLOATS, MARK_OF_BITS, kind_of
+from elips_torch.engines.faiss.written import prepare_to_train, prepare_to_write
 
 
 def read_index(
@@ -52,9 +53,10 @@ def read_index(
     try:
         if holds_bits:
             _check_graph(path)
-        return mend_fast_scan(build, read(where, build.module.IO_FLAG_MMAP if on_disk else 0))
+        index = read(where, build.module.IO_FLAG_MMAP if on_disk else 0)
     except (RuntimeError, MemoryError, DamagedIndexError) as error:
         raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {reason_of(error)}") from error
+    return prepare_to_train(build, mend_fast_scan(build, index))
 
 
 def _check_graph(path: str | os.PathLike[str]) -> None:
@@ -67,7 +69,15 @@ def _check_graph(path: str | os.PathLike[str]) -> None:
 
 
 def write_index(build: FaissBuild, index: Any, path: str | os.PathLike[str]) -> None:
-    """Write an index of faiss; the file appears whole or not at all."""
+    """Write an index of faiss on the CPU; the file appears whole or not at all.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        IsADirectoryError: the path is one.
+        ImplementationError: the family does not come back from files.
+        IndexFileError: faiss could not write it.
+    """
+    prepare_to_write(build, index)
     write = getattr(build.module, kind_of(build, index).write)
     target = Path(path)
     if not target.parent.is_dir():

@@ -35,6 +35,7 @@ from elips_torch.engines.faiss.row_kinds import (
 )
 from elips_torch.engines.faiss.search import cuda_device, index_gpu, placed
 from elips_torch.engines.faiss.transfer import to_cpu
+from elips_torch.engines.faiss.written import prepare_to_train, prepare_to_write
 
 # "cosine" is the inner product of normalised vectors.
 _METRICS = {
@@ -298,9 +299,15 @@ def reconstruct(build: FaissBuild, index: Any, rows: Tensor) -> Tensor:
 
 
 def to_bytes(build: FaissBuild, index: Any) -> Tensor:
-    """Return an index as faiss writes it to files, uint8 ``(M,)``."""
+    """Return an index as faiss writes it to files, uint8 ``(M,)``.
+
+    Raises:
+        ImplementationError: the family does not come back from bytes.
+    """
+    on_cpu = to_cpu(build, index)
+    prepare_to_write(build, on_cpu)
     try:
-        return torch.as_tensor(getattr(build.module, kind_of(build, index).serialize)(to_cpu(build, index)))
+        return torch.as_tensor(getattr(build.module, kind_of(build, index).serialize)(on_cpu))
     except RuntimeError as error:
         raise _refused("write", index, error) from error
 
@@ -318,9 +325,10 @@ def from_bytes(build: FaissBuild, content: Tensor) -> Any:
     try:
         if kind is BITS:
             check_graph_of_bits(held.data)
-        return mend_fast_scan(build, getattr(build.module, kind.deserialize)(held))
+        index = getattr(build.module, kind.deserialize)(held)
     except (RuntimeError, MemoryError, DamagedIndexError) as error:
         raise IndexFileError(f"faiss cannot read the index: {reason_of(error)}") from error
+    return prepare_to_train(build, mend_fast_scan(build, index))
 
 
 def count_bytes(build: FaissBuild, index: Any) -> int:
