@@ -43,7 +43,8 @@ def to_gpu(
     Raises:
         ElipsError: no such GPU, no GPU code, or an index or options that faiss does not take.
     """
-    if not isinstance(devices, Sequence):
+    numbers = isinstance(devices, Sequence) and all(type(device) is int for device in devices)
+    if not numbers or isinstance(devices, str | bytes):
         raise DtypeError(f"devices is {devices!r}, expected the numbers of GPUs, such as [0]")
     if not devices or len(set(devices)) != len(devices):
         raise ArgumentError(f"devices is {list(devices)}, expected the numbers of different GPUs")
