@@ -212,5 +212,5 @@ def write_faiss(index: Index, path: str | os.PathLike[str], *, binary: bool = Fa
     tensor([7, 5])
     """
     if not isinstance(index, Index):
-        raise DtypeError(f"index is a {type(index).__name__}, expected an Index; faiss writes its own")
+        raise DtypeError(f"index is of type {type(index).__name__}, expected an Index; faiss writes its own")
     write_index(load_installed(), index.to_faiss(binary=binary), path)

@@ -93,7 +93,7 @@ def _read_shard(build: FaissBuild, path: str | os.PathLike[str]) -> Any:
     index = read_index(build, path, on_disk=True)
     if build.module.try_extract_index_ivf(index) is None:
         raise ConversionError(
-            f"{os.fspath(path)!r} holds a {type(index).__name__}, expected an inverted file"
+            f"{os.fspath(path)!r} holds {type(index).__name__}, expected an inverted file"
         )
     return index
 
@@ -233,7 +233,7 @@ def _inverted_file(build: FaissBuild, index: Any) -> Any:
     faiss = build.module
     if not isinstance(index, faiss.Index):
         raise DtypeError(
-            f"index is a {type(index).__name__}, expected an inverted file of faiss that holds "
+            f"index is of type {type(index).__name__}, expected an inverted file of faiss that holds "
             "floats, such as the faiss_index of a FaissIndex"
         )
     index = faiss.downcast_index(index)
@@ -241,7 +241,7 @@ def _inverted_file(build: FaissBuild, index: Any) -> Any:
         return index
     if isinstance(index, faiss.IndexPreTransform):
         return _inverted_file(build, index.index)
-    raise ConversionError(f"index is a {type(index).__name__}, expected an inverted file of faiss")
+    raise ConversionError(f"index is {type(index).__name__}, expected an inverted file of faiss")
 
 
 def _transforms(build: FaissBuild, index: Any) -> list[Any]:

@@ -92,7 +92,7 @@ def _kind_to_make(build: FaissBuild, index: Any) -> str:
     name = type(build.module.downcast_index(index)).__name__
     if name not in _MADE_ONE_BY_ONE:
         raise ImplementationError(
-            f"index is a {name}; faiss sets interleaved_layout and memory_space for "
+            f"index is {name}; faiss sets interleaved_layout and memory_space for "
             f"{', '.join(_MADE_ONE_BY_ONE)} only"
         )
     return _MADE_ONE_BY_ONE[name]

@@ -159,7 +159,7 @@ def test_bad_arguments_are_refused(vectors):
         add_preassigned(index, vectors, lists.int())
     with pytest.raises(ConversionError, match="IndexFlat"):
         add_preassigned(faiss.IndexFlatL2(DIM), vectors, lists)
-    with pytest.raises(DtypeError, match="index is a int"):
+    with pytest.raises(DtypeError, match="index is of type int"):
         search_preassigned(3, vectors, 1, lists[:, None])
     with pytest.raises(ArgumentError, match="coarse_scores is missing"):
         search_preassigned(index, vectors, 1, lists[:, None])
