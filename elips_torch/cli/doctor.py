@@ -42,7 +42,7 @@ _IMPLEMENTATIONS = {
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the findings; return 0 when the smoke test passes, else 1."""
+    """Print the findings; return 0 when the smoke test passes and no part is broken, else 1."""
     report = examine()
     print(json.dumps(report, indent=2) if options.json else format_report(report))
     return 0 if report["passed"] else 1
@@ -54,17 +54,20 @@ def examine() -> dict[str, Any]:
     outcomes = {
         str(device): [dataclasses.asdict(each) for each in smoke_test(device)] for device in devices[:2]
     }
+    faiss = _faiss()
+    broken = None if faiss is None else faiss.get("broken")
     return {
         "versions": versions(),
-        "faiss": _faiss(),
+        "faiss": faiss,
         "compiler": find_cpp_compiler(),
         "native": _native(),
         "hardware": hardware(),
         "devices": {str(device): str(device_facts(device)) for device in devices},
-        "operations": {str(device): _operations(device) for device in devices},
+        "operations": {str(device): _operations(device, broken) for device in devices},
         "warnings": slowing_variables(),
         "smoke_test": outcomes,
-        "passed": all(outcome["passed"] for steps in outcomes.values() for outcome in steps),
+        "passed": broken is None
+        and all(outcome["passed"] for steps in outcomes.values() for outcome in steps),
     }
 
 
@@ -98,12 +101,15 @@ def _native() -> dict[str, Any]:
     }
 
 
-def _operations(device: torch.device) -> dict[str, Any]:
-    """Return for each kind of call what serves it and why the others do not."""
+def _operations(device: torch.device, broken: str | None) -> dict[str, Any]:
+    """Return for each kind of call what serves it and why the others do not, such as a broken faiss."""
     served = {}
     for name, (operation, n_queries, n_rows, k) in _SEARCHES.items():
         request = _request(device, operation, n_queries, n_rows, k)
         found = explain_choice(operation, _IMPLEMENTATIONS[operation], request, "auto")
+        if broken is not None and "faiss" in found.reasons:
+            # Choosing imports nothing, and so does not know.
+            found.reasons["faiss"] = ["faiss is broken", *found.reasons["faiss"]]
         served[name] = {"request": found.request, "chosen": found.chosen, "reasons": found.reasons}
     return served
 
@@ -160,8 +166,15 @@ def format_report(report: dict[str, Any]) -> str:
             lines.append(
                 f"  {verdict}  {outcome['step']} ({outcome['seconds']:.2f} s) {outcome['detail']}".rstrip()
             )
-    lines += ["", "elips_torch works here" if report["passed"] else "elips_torch does NOT work here"]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _verdict(report)])
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    if report["passed"]:
+        return "elips_torch works here"
+    if all(outcome["passed"] for outcomes in report["smoke_test"].values() for outcome in outcomes):
+        return "elips_torch works here, faiss does NOT: it is broken, see above"
+    return "elips_torch does NOT work here"
 
 
 def _native_lines(native: dict[str, Any]) -> list[str]:
@@ -177,7 +190,7 @@ def _faiss_lines(faiss: dict[str, Any] | None) -> list[str]:
     if faiss is None:
         return [_line("faiss", "not installed")]
     if "broken" in faiss:
-        return [_line("faiss", faiss["broken"])]
+        return [_line("faiss", f"broken: {faiss['broken']}")]
     gpu = ", GPU code" if faiss["gpu"] else ""
     options = faiss["compile_options"] or "no options"
     lines = [

@@ -107,7 +107,8 @@ def _add_doctor(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "doctor",
         help="what is installed, what serves each operation, and whether it works",
         description="Say what is installed, what the machine offers and which implementation serves each "
-        "operation, and try the index. Ends with 0 when it works and with 1 when it does not.",
+        "operation, and try the index. Ends with 0 when it works and with 1 when it does not, or faiss is "
+        "installed and broken.",
         epilog="examples:\n  elips-torch doctor\n  elips-torch doctor --json > doctor.json\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -71,13 +71,14 @@ def check_usable(name: str, device: torch.device | str | int | None) -> None:
     """
     if device is None or device == "cpu":
         return
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise DeviceError(f"{name} is {device!r}, expected a device such as 'cpu' or 'cuda:0'") from error
+    place = read_device(name, device)
     accelerators = getattr(torch, place.type, None)
     if place.type == "cpu" or accelerators is None or not hasattr(accelerators, "is_available"):
-        # What torch has no module for, it judges itself.
+        try:
+            # What torch has no module for, it judges itself.
+            torch.empty(0, device=place)
+        except (RuntimeError, ImportError) as error:
+            raise DeviceError(f"{name} is {str(device)!r}, which torch cannot use here: {error}") from error
         return
     n = int(accelerators.device_count()) if accelerators.is_available() else 0
     kind = "CUDA device" if place.type == "cuda" else f"{place.type} device"
@@ -85,6 +86,23 @@ def check_usable(name: str, device: torch.device | str | int | None) -> None:
         raise DeviceError(f"{name} is {str(device)!r}, this machine has no {kind} that torch can use")
     if place.index is not None and place.index >= n:
         raise DeviceError(f"{name} is {str(device)!r}, this machine has {n} {kind}{'s' * (n > 1)}, from 0 on")
+
+
+def read_device(
+    name: str, device: object, expected: str = "a device such as 'cpu' or 'cuda:0'"
+) -> torch.device:
+    """Return the device that an argument stands for, whether or not there is one.
+
+    Raises:
+        DeviceError: no name of a device.
+    """
+    try:
+        # Of bytes some functions of torch make a device, and others a number.
+        if isinstance(device, torch.device | str | int) and not isinstance(device, bool):
+            return torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f"{name} is {device!r}, expected {expected}") from error
+    raise DeviceError(f"{name} is {device!r}, expected {expected}")
 
 
 def describe_rows(rows: Tensor) -> str:

@@ -314,7 +314,7 @@ class Index(FaissExport, Rows):
             index = cls._from_config(config, device)
             index.load_state_dict(tensors, assign=True)
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise IndexFileError(f"{where} does not fit a {name}: {error}") from error
+            raise IndexFileError(f"{where} does not fit {name}: {error}") from error
         dtype = _DTYPE_NAMES.get(config.get("dtype", ""))
         if dtype is not None and index.dtype != dtype:
             raise IndexFileError(f"{where} holds {index.dtype} vectors, its settings say {dtype}")

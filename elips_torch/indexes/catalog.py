@@ -49,6 +49,6 @@ def load_index(path: str | os.PathLike[str], device: torch.device | str = "cpu")
         return known[name]._restore(path, name, config, tensors, device)
     names = ", ".join(sorted(known))
     raise IndexFileError(
-        f"{os.fspath(path)!r} holds a {name}, expected one of {names}; "
+        f"{os.fspath(path)!r} holds {name}, expected one of {names}; "
         "a class of your own must be imported first"
     )

@@ -64,7 +64,7 @@ def describe_index(index: Index, labels: Tensor | None, options: DescriptionOpti
     for kind, describe in _DESCRIBERS:
         if isinstance(index, kind):
             return describe(index, labels, options)
-    raise ConversionError(f"a {type(index).__name__} has no counterpart in faiss")
+    raise ConversionError(f"{type(index).__name__} has no counterpart in faiss")
 
 
 def describe_bits(index: Index) -> Description:
@@ -74,7 +74,7 @@ def describe_bits(index: Index) -> Description:
         ConversionError: it is none.
     """
     if not isinstance(index, FlatIndex):
-        raise ConversionError(f"a {type(index).__name__} holds no bits, binary=True is for a FlatIndex")
+        raise ConversionError(f"{type(index).__name__} holds no bits, binary=True is for a FlatIndex")
     if index.metric != "l2":
         raise ConversionError(
             f"faiss compares bits by their Hamming distance, which is 'l2', not {index.metric!r}"
@@ -110,7 +110,7 @@ def _coded(index: Any, labels: Tensor | None, options: DescriptionOptions) -> De
 def _check_not_cosine(index: Index) -> None:
     if index.metric == "cosine":
         raise ConversionError(
-            f"faiss has no cosine of decoded vectors, which a {type(index).__name__} computes; "
+            f"faiss has no cosine of decoded vectors, which {type(index).__name__} computes; "
             "PreTransformIndex(L2Normalize(dim), index) under 'ip' is what it has"
         )
 
@@ -125,7 +125,7 @@ def _quantizer(quantizer: Quantizer) -> CodeDescription:
             return ScalarDescription(quantizer.dim, quantizer.qtype, None, None)
         ranges = quantizer.minimum.cpu(), quantizer.extent.cpu()
         return ScalarDescription(quantizer.dim, quantizer.qtype, *ranges)
-    raise ConversionError(f"a {type(quantizer).__name__} has no counterpart in faiss")
+    raise ConversionError(f"{type(quantizer).__name__} has no counterpart in faiss")
 
 
 def _inverted_file(index: Any, labels: Tensor | None, options: DescriptionOptions) -> Description:

@@ -49,7 +49,7 @@ def describe_transform(transform: Transform) -> tuple[TransformDescription, ...]
     if isinstance(transform, Centring):
         return (CentringDescription(transform.dim_in, _plain(transform.mean) if trained else None),)
     if not isinstance(transform, LinearTransform) or type(transform).__name__ not in _KINDS:
-        raise ConversionError(f"a {type(transform).__name__} has no counterpart in faiss")
+        raise ConversionError(f"{type(transform).__name__} has no counterpart in faiss")
     sizes = (transform.dim_in, transform.dim_out)
     matrix = _plain(transform.matrix) if trained else None
     kind = _KINDS[type(transform).__name__]

@@ -15,7 +15,7 @@ from elips_torch.core.errors import (
     IndexFileError,
     NonFiniteError,
 )
-from elips_torch.core.validation import check_usable
+from elips_torch.core.validation import check_usable, read_device
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.construct import construct
 from elips_torch.engines.faiss.describe import describe
@@ -37,6 +37,7 @@ from elips_torch.indexes.restored_indexes import restore_index
 from elips_torch.indexes.wrappers import WrapperIndex
 
 Device: TypeAlias = torch.device | str
+_A_PLACE = "the CPU, a GPU such as 'cuda:0', or several GPUs"
 
 
 def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
@@ -142,12 +143,12 @@ def to_faiss(
 
 def gpu_numbers(device: Device | Sequence[Device] | None) -> list[int]:
     """Return the numbers that faiss has for GPUs, none for the CPU."""
-    if isinstance(device, Sequence) and not isinstance(device, str):
+    if isinstance(device, Sequence) and not isinstance(device, str | bytes):
         numbers = [gpu_numbers(each) for each in device]
-        if not all(numbers):
+        if not numbers or not all(numbers):
             raise DeviceError(f"device is {list(device)}, expected GPUs only")
         return [number for each in numbers for number in each]
-    place = torch.device("cpu" if device is None else device)
+    place = read_device("device", "cpu" if device is None else device, _A_PLACE)
     if place.type not in ("cpu", "cuda"):
         raise DeviceError(f"device is {place}, faiss has indexes on the CPU and on CUDA and ROCm GPUs")
     if place.type == "cpu":
@@ -211,5 +212,5 @@ def write_faiss(index: Index, path: str | os.PathLike[str], *, binary: bool = Fa
     tensor([7, 5])
     """
     if not isinstance(index, Index):
-        raise DtypeError(f"index is a {type(index).__name__}, expected an Index; faiss writes its own")
+        raise DtypeError(f"index is of type {type(index).__name__}, expected an Index; faiss writes its own")
     write_index(load_installed(), index.to_faiss(binary=binary), path)

@@ -137,7 +137,7 @@ class FaissState(Index):
         try:
             with durable():
                 device = fn(torch.empty(0, dtype=torch.int64, device=self.device)).device
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             raise DeviceError(f"a FaissIndex cannot move there: {error}") from error
         if device != self.device:
             index = self._on_device(to_cpu(self._build, self._faiss), device)

@@ -7,6 +7,7 @@ from elips_torch.core.dispatch import Request
 from elips_torch.core.errors import ArgumentError, DeviceError, ImplementationError
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import spans
+from elips_torch.core.validation import read_device
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed
 from elips_torch.engines.faiss.candidates import brute_force, check_gpu_serves, common_dtype, converts
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
@@ -24,6 +25,7 @@ _CANDIDATE_BYTES = 96
 _RESULT_BYTES = 12
 # Bytes per feature of a converted row: float64, normalised, and float32.
 _FEATURE_BYTES = 24
+_A_GPU = "a GPU such as 'cuda:0'"
 
 
 def uncertified_reasons(request: Request) -> list[str]:
@@ -42,12 +44,9 @@ def gpu_to_go_through(device: torch.device | str, implementation: str, database:
         raise ArgumentError(f"device is for implementation='faiss', implementation is {implementation!r}")
     if database.device.type != "cpu":
         raise ArgumentError(f"device is for tensors on the CPU, these are on {database.device}")
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise DeviceError(f"device is {device!r}, expected a GPU such as 'cuda:0'") from error
+    place = read_device("device", device, _A_GPU)
     if place.type != "cuda":
-        raise DeviceError(f"device is {str(place)!r}, expected a GPU such as 'cuda:0'")
+        raise DeviceError(f"device is {str(place)!r}, expected {_A_GPU}")
     if place.index is not None:
         return place.index
     return torch.cuda.current_device() if torch.cuda.is_available() else 0
@@ -70,11 +69,11 @@ def knn_faiss(
     or none remain. Tensors on the CPU go through a GPU where the number of one is given.
     """
     n_queries, n_rows = queries.shape[0], database.shape[0]
-    if n_queries == 0 or n_rows == 0:
-        return empty_results(n_queries, k, metric, queries.device)
     build = load_installed()
     if gpu is not None:
         check_gpu_serves(build, metric, gpu)
+    if n_queries == 0 or n_rows == 0:
+        return empty_results(n_queries, k, metric, queries.device)
     SEARCHES.count(queries=n_queries, nbytes=queries.nbytes + n_queries * k * _RESULT_BYTES)
     if gpu is None and k <= n_rows and selection.mask is None and selection.exclude is None:
         found = _all_found(build, queries, database, k, metric, ranks, workspace_bytes)

@@ -55,13 +55,21 @@ def test_the_smoke_test_is_quick():
     assert sum(outcome.seconds for outcome in outcomes) < 10
 
 
-def test_a_broken_faiss_is_reported_and_the_rest_examined(monkeypatch):
+def test_a_broken_faiss_is_reported_and_the_rest_examined(capsys, monkeypatch):
     def fail():
         raise ImportError("faiss is installed and cannot be imported: why")
 
     monkeypatch.setattr(doctor, "load_installed", fail)
-    (line,) = doctor._faiss_lines(doctor._faiss())
-    assert line.endswith("faiss is installed and cannot be imported: why")
+    passing = smoke_test.Outcome("add and search", True, "", 0.0)
+    monkeypatch.setattr(doctor, "smoke_test", lambda device: [passing])
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith("broken: faiss is installed and cannot be imported: why") for line in lines)
+    assert any(line.strip().startswith("not faiss: faiss is broken; ") for line in lines)
+    assert lines[-1] == "elips_torch works here, faiss does NOT: it is broken, see above"
+    failing = smoke_test.Outcome("add and search", False, "why", 0.0)
+    monkeypatch.setattr(doctor, "smoke_test", lambda device: [failing])
+    assert doctor.format_report(doctor.examine()).endswith("elips_torch does NOT work here")
 
 
 def native_line(**changes):

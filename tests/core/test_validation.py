@@ -86,6 +86,9 @@ def test_a_wrong_argument_is_named_with_what_was_expected(call, error, message):
         ("cuda:2", 2, "place is 'cuda:2', this machine has 2 CUDA devices, from 0 on"),
         ("cud", 1, "place is 'cud', expected a device such as 'cpu' or 'cuda:0'"),
         (3.5, 1, r"place is 3\.5, expected a device such as"),
+        (b"cpu", 1, "place is b'cpu', expected a device such as"),
+        ("xla", 1, "place is 'xla', which torch cannot use here: "),
+        ("hpu", 1, "place is 'hpu', which torch cannot use here: "),
     ],
 )
 def test_a_device_that_is_not_there(monkeypatch, device, n_gpus, message):

@@ -206,7 +206,7 @@ def families():
 def test_other_families_are_named_and_offered_as_they_are(number, tmp_path):
     there = families()[number]
     name = ("IVF", "HNSW", "Hash", "MultiHash", "FromFloat", "HNSW")[number]
-    message = f"index is a IndexBinary{name}, whose vectors are bits; IndexBinaryFlat.*; FaissIndex"
+    message = f"index is IndexBinary{name}, whose vectors are bits; IndexBinaryFlat.*; FaissIndex"
     with pytest.raises(ConversionError, match=message):
         from_faiss(there)
     path = tmp_path / "bits.faiss"
@@ -220,9 +220,9 @@ def test_where_floats_are_expected_bits_are_refused(tmp_path):
     codes, path = random_codes(300, 8), tmp_path / "bits.faiss"
     lists.train(codes)
     lists.add(codes)
-    with pytest.raises(DtypeError, match="index is a IndexBinaryIVF, expected an inverted file of faiss"):
+    with pytest.raises(DtypeError, match="index is of type IndexBinaryIVF, expected an inverted file of faiss"):
         search_preassigned(lists, torch.zeros(2, 64), 1, torch.zeros(2, 1, dtype=torch.int64))
-    with pytest.raises(DtypeError, match="index is a IndexBinaryIVF, expected an index of float vectors"):
+    with pytest.raises(DtypeError, match="index is IndexBinaryIVF, expected an index of float vectors"):
         search_index(load_installed(), lists, torch.zeros(2, 64), 1)
     faiss.write_index_binary(lists, str(path))
     message = "holds an index whose vectors are bits, expected an index of float"

@@ -197,7 +197,7 @@ def test_what_has_no_counterpart_there_is_refused():
     l2_lists = IVFFlatIndex(DIM, 4, "cosine", coarse=FlatIndex(DIM, "l2"))
     residuals = IVFSQIndex(DIM, 4, metric="ip", coarse=FlatIndex(DIM, "l2"))
     cases = [
-        (Stranger(DIM), "a Stranger has no counterpart"),
+        (Stranger(DIM), "Stranger has no counterpart"),
         (SQIndex(DIM, metric="cosine"), r"PreTransformIndex\(L2Normalize"),
         (IVFPQIndex(DIM, 4, 2, metric="cosine"), r"PreTransformIndex\(L2Normalize"),
         (SQIndex(DIM, metric="l1"), "codes under 'l2' and 'ip', the metric is 'l1'"),
@@ -216,8 +216,10 @@ def test_what_has_no_counterpart_there_is_refused():
     [
         ("HNSW8", "IndexHNSWFlat, which has no counterpart.*FaissIndex"),
         ("LSH", "IndexLSH"),
-        ("IDMap,HNSW8", "IndexHNSWFlat"),
-        ("IVF4_HNSW8,Flat", "IndexHNSWFlat"),
+        ("IDMap,HNSW8", "index is IndexIDMap, its index is IndexHNSWFlat, which"),
+        ("IVF4_HNSW8,Flat", "index is IndexIVFFlat, its quantizer is IndexHNSWFlat, which.* serves the index"),
+        ("PCA8,IVF4_HNSW8,PQ4x4", "PreTransform, its index is IndexIVFPQ, its quantizer is IndexHNSWFlat"),
+        ("HNSW8,RFlat", "index is IndexRefineFlat, its base_index is IndexHNSWFlat, which"),
         ("PQ4x4fs", "IndexPQFastScan"),
         ("PQ4x5", "pq.nbits=5"),
         ("SQ8bit_uniform", ""),
@@ -261,7 +263,7 @@ def test_what_no_index_may_hold_is_refused():
         twice.add_with_ids(uniform(3).numpy(), np.array(ids))
         with pytest.raises(ConversionError, match=f"ids.*{message}"):
             from_faiss(twice)
-    with pytest.raises(DtypeError, match="index is a list, expected an index of faiss"):
+    with pytest.raises(DtypeError, match="index is of type list, expected an index of faiss"):
         from_faiss([1])
 
 

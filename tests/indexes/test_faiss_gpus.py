@@ -14,6 +14,7 @@ from elips_torch import (
     DeviceError,
     DtypeError,
     FaissIndex,
+    FlatIndex,
     GpuOptions,
     IVFPQIndex,
     ParameterError,
@@ -129,6 +130,22 @@ def test_tuning_on_gpus_searches_there_and_puts_parameters_back(copies, monkeypa
 
 
 @without_gpu
+@pytest.mark.parametrize(
+    "device", ["foo", "cuda:x", "", -1, 3.5, True, b"cpu", {}, torch.float32, [], ["foo"], ["cpu"], [[]]]
+)
+def test_what_is_no_device_is_refused_by_name(device):
+    for index in (FaissIndex.from_factory(DIM, "Flat"), FlatIndex(DIM)):
+        with pytest.raises(DeviceError, match=r"device is .*, expected (GPUs only|the CPU, a GPU such as)"):
+            index.to_faiss(device)
+
+
+@pytest.mark.parametrize("devices", ["cuda:0", ["cuda:0"], [0.0], [True], b"\0", [[0]], None])
+def test_numbers_of_gpus_are_numbers(devices):
+    index = FaissIndex.from_factory(DIM, "Flat")
+    with pytest.raises(DtypeError, match="devices is .*, expected the numbers of GPUs"):
+        index.to_gpus(devices)
+
+
 def test_gpus_that_are_not_there_are_refused():
     index = lists()
     before = index.faiss_index

@@ -296,7 +296,7 @@ def test_fast_scans_of_additive_codes_take_masks_and_removals(description):
 
 
 def test_what_is_no_index_of_faiss_is_refused():
-    with pytest.raises(DtypeError, match="faiss_index is a Tensor"):
+    with pytest.raises(DtypeError, match="faiss_index is of type Tensor"):
         FaissIndex(data(3))
     with pytest.raises(MetricError, match="metric is 'cosine', faiss_index has 'l2'"):
         FaissIndex(faiss.IndexFlatL2(4), metric="cosine")

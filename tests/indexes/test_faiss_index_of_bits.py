@@ -367,7 +367,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         FaissIndex.from_factory(BITS, "HNSW8").search(codes(3))
     with pytest.raises(ImplementationError, match="ParameterSpace takes no IndexBinaryIVF"):
         index.set_parameters("nprobe=3")
-    with pytest.raises(ConversionError, match=r"index is a IndexBinaryIVF.* FaissIndex"):
+    with pytest.raises(ConversionError, match=r"index is IndexBinaryIVF.* FaissIndex"):
         from_faiss(index)
     with pytest.raises(FactoryError, match="no index of 'BHNSW8' for dim 12"):
         FaissIndex.from_factory(12, "BHNSW8")

@@ -29,7 +29,7 @@ def rewrite(path, tensors, header, **changes):
     [
         ({"format": "other"}, "not an elips_torch index"),
         ({"version": "99"}, "version 99"),
-        ({"index": "Nonsense"}, "holds a Nonsense"),
+        ({"index": "Nonsense"}, "holds Nonsense"),
         ({"config": "{"}, "damaged"),
         ({"config": json.dumps({"dim": 3, "surprise": 1})}, "does not fit"),
         ({"config": json.dumps({"dim": 4, "dtype": "float32"})}, "expected \\(N, 4\\)"),

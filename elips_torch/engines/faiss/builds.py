@@ -76,10 +76,11 @@ def load_installed() -> FaissBuild:
         raise ImportError(INSTALL)
     try:
         module = importlib.import_module("faiss")
+        if module not in _installed:
+            # What was removed in part imports, and says nothing of itself.
+            _installed[module] = _describe(module, _faiss_modules())
     except (Exception, SystemExit) as error:
         raise ImportError(f"faiss is installed and cannot be imported: {error}{_repair()}") from error
-    if module not in _installed:
-        _installed[module] = _describe(module, _faiss_modules())
     return _installed[module]
 
 

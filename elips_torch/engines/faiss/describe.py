@@ -43,7 +43,7 @@ QTYPES = {"QT_8bit": "int8", "QT_6bit": "int6", "QT_4bit": "int4", "QT_fp16": "f
 _NBITS = (4, 8)
 # What no index has lists for.
 _MOST_PROBES = 2**31
-_OFFER = "FaissIndex(index), or FaissIndex.read(path), serves it as it is"
+_OFFER = "FaissIndex(index), or FaissIndex.read(path), serves the index as it is"
 _GROUPS_OF_GPU_INDEXES = ("IndexShards", "IndexReplicas", "IndexShardsIVF")
 
 
@@ -63,14 +63,23 @@ def describe(build: FaissBuild, index: Any) -> Description:
     if isinstance(index, faiss.IndexBinary):
         return _describe_bits(build, index)
     if not isinstance(index, faiss.Index):
-        raise DtypeError(f"index is a {type(index).__name__}, expected an index of faiss")
+        raise DtypeError(f"index is of type {type(index).__name__}, expected an index of faiss")
     # Casts own nothing: what owns the memory keeps its name.
     copy = to_cpu(build, index) if _lies_on_gpus(faiss, faiss.downcast_index(index)) else index
     found = faiss.downcast_index(copy)
     name = type(found).__name__
     if name not in _READERS:
-        raise ConversionError(f"index is a {name}, which has no counterpart in this library; {_OFFER}")
+        raise ConversionError(f"index is {name}, which has no counterpart in this library; {_OFFER}")
     return _READERS[name](build, found)
+
+
+def _describe_inside(build: FaissBuild, index: Any, member: str) -> Description:
+    """Describe an index inside another; errors name both."""
+    try:
+        return describe(build, getattr(index, member))
+    except ConversionError as error:
+        what = str(error).removeprefix("index is ")
+        raise type(error)(f"index is {type(index).__name__}, its {member} is {what}") from error
 
 
 def _describe_bits(build: FaissBuild, index: Any) -> Description:
@@ -80,7 +89,7 @@ def _describe_bits(build: FaissBuild, index: Any) -> Description:
     name = type(found).__name__
     if name not in _READERS_OF_BITS:
         raise ConversionError(
-            f"index is a {name}, whose vectors are bits; {', '.join(_READERS_OF_BITS)} come over; {_OFFER}"
+            f"index is {name}, whose vectors are bits; {', '.join(_READERS_OF_BITS)} come over; {_OFFER}"
         )
     return _READERS_OF_BITS[name](build, found)
 
@@ -94,7 +103,7 @@ def _lies_on_gpus(faiss: Any, index: Any) -> bool:
 
 def _refuse(index: Any, what: str) -> ConversionError:
     return ConversionError(
-        f"index is a {type(index).__name__} with {what}, which has no counterpart in this library; {_OFFER}"
+        f"index is {type(index).__name__} with {what}, which has no counterpart in this library; {_OFFER}"
     )
 
 
@@ -196,7 +205,7 @@ def _inverted_file(
         p,
         index.nlist,
         index.nprobe,
-        describe(build, index.quantizer),
+        _describe_inside(build, index, "quantizer"),
         assignments,
         ids,
         codes if quantizer is not None else codes.view(torch.float32).view(-1, index.d),
@@ -235,7 +244,7 @@ def _pre_transform(build: FaissBuild, index: Any) -> Description:
     chain: list[TransformDescription] = []
     for number in range(index.chain.size()):
         chain += _transform(build, index, build.module.downcast_VectorTransform(index.chain.at(number)))
-    inner = describe(build, index.index)
+    inner = _describe_inside(build, index, "index")
     return PreTransformDescription(tuple(chain), inner) if chain else inner
 
 
@@ -254,7 +263,7 @@ def _transform(build: FaissBuild, index: Any, transform: Any) -> list[TransformD
         linear = _linear(build, transform.pca_then_itq, "linear")
         return [_centring(build, transform), NormalizationDescription(transform.d_in), linear]
     trained = "" if transform.is_trained else " that is not trained"
-    raise _refuse(index, f"a {name}{trained} in front")
+    raise _refuse(index, f"{name}{trained} in front")
 
 
 def _centring(build: FaissBuild, transform: Any) -> CentringDescription:
@@ -284,11 +293,12 @@ def _linear(build: FaissBuild, transform: Any, kind: str) -> LinearDescription:
 
 
 def _id_map(build: FaissBuild, index: Any) -> IDMapDescription:
-    return IDMapDescription(describe(build, index.index), _array(build, index.id_map, index.id_map.size()))
+    return IDMapDescription(_describe_inside(build, index, "index"), _array(build, index.id_map, index.id_map.size()))
 
 
 def _refine(build: FaissBuild, index: Any) -> RefineDescription:
-    inner, refine = describe(build, index.base_index), describe(build, index.refine_index)
+    inner = _describe_inside(build, index, "base_index")
+    refine = _describe_inside(build, index, "refine_index")
     return RefineDescription(inner, refine, float(index.k_factor))
 
 

@@ -92,7 +92,7 @@ def check_index(build: FaissBuild, index: Any) -> None:
         ArgumentError: a hash of no bits, or of more than there are.
     """
     if not isinstance(index, build.module.Index | build.module.IndexBinary):
-        raise DtypeError(f"faiss_index is a {type(index).__name__}, expected an index of faiss")
+        raise DtypeError(f"faiss_index is of type {type(index).__name__}, expected an index of faiss")
     if isinstance(index, build.module.IndexBinaryHash | build.module.IndexBinaryMultiHash):
         most = min(int(index.d), LARGEST_HASH)
         if not 1 <= index.b <= most:
@@ -150,7 +150,7 @@ def without_labels(build: FaissBuild, index: Any) -> tuple[Any, Tensor | None]:
         inner = downcast(build, index.index)
         if isinstance(inner, faiss.IndexIDMap) or without_labels(build, inner)[1] is not None:
             raise ConversionError(
-                f"index has labels of its own in a {type(inner).__name__} under its bits; "
+                f"index has labels of its own in {type(inner).__name__} under its bits; "
                 "an IndexBinaryIDMap around it keeps them"
             )
         return index, None
@@ -201,7 +201,7 @@ def copied(build: FaissBuild, index: Any) -> Any:
         kind = faiss.downcast_InvertedLists(lists.invlists)
         if not isinstance(kind, faiss.ArrayInvertedLists | faiss.BlockInvertedLists):
             raise ConversionError(
-                f"index is a {type(index).__name__} with {type(kind).__name__}, which faiss does not copy; "
+                f"index is {type(index).__name__} with {type(kind).__name__}, which faiss does not copy; "
                 "read the index into memory first"
             )
     use_one_thread_if_forked(build)

@@ -223,5 +223,5 @@ def cuda_device(number: int) -> torch.device:
 
 def _check(build: FaissBuild, index: Any, queries: Tensor) -> None:
     if isinstance(index, build.module.IndexBinary):
-        raise DtypeError(f"index is a {type(index).__name__}, expected an index of float vectors")
+        raise DtypeError(f"index is {type(index).__name__}, expected an index of float vectors")
     check_vectors("queries", queries, dim=int(index.d), allow_single=True)

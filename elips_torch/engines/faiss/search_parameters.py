@@ -15,6 +15,8 @@ ATTRIBUTES_ONLY = ("search_L", "nflip")
 _QUANTIZER = "quantizer_"
 # The version from which searches of bits take parameters.
 _PARAMETERS_OF_BITS = (1, 14)
+# The one from which fast scans of residuals follow the nprobe of a call.
+_NPROBE_OF_CALLS = (1, 13)
 # `IndexShardsIVF` is one of the shards.
 _GROUPS = ("IndexReplicas", "IndexShards")
 
@@ -62,8 +64,8 @@ def search_parameters(build: FaissBuild, index: Any, values: dict[str, float], s
         selector: an ``IDSelector``, kept alive by the result.
 
     Raises:
-        ParameterError: several indexes side by side, bits over floats, any bits before faiss 1.14, or a
-            fast scan of additive codes, which take parameters for no single call.
+        ParameterError: several indexes side by side, bits over floats, any bits before faiss 1.14, a fast
+            scan of additive codes, or one of residuals before 1.13, which take parameters for no single call.
     """
     if not values and selector is None:
         return None
@@ -103,11 +105,21 @@ def takes_parameters(build: FaissBuild, index: Any) -> bool:
     if isinstance(index, build.module.IndexBinaryFromFloat):
         return False
     if kind_of(build, index) is BITS:
-        return tuple(int(part) for part in build.version.split(".")[:2]) >= _PARAMETERS_OF_BITS
+        return _release(build) >= _PARAMETERS_OF_BITS
     refusing = getattr(build.module, "IndexIVFAdditiveQuantizerFastScan", None)
     if refusing is not None and isinstance(index, refusing):
         return False
-    return not members_of(build, index)
+    return not members_of(build, index) and not ignores_nprobe_of_calls(build, index)
+
+
+def ignores_nprobe_of_calls(build: FaissBuild, index: Any) -> bool:
+    """Return whether an index makes its tables for its own nprobe, and reads those of the call past their end."""
+    kind = build.module.IndexIVFPQFastScan
+    return isinstance(index, kind) and bool(index.by_residual) and _release(build) < _NPROBE_OF_CALLS
+
+
+def _release(build: FaissBuild) -> tuple[int, ...]:
+    return tuple(int(part) for part in build.version.split(".")[:2])
 
 
 def may_widen(build: FaissBuild, index: Any) -> bool:

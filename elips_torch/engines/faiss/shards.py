@@ -1,7 +1,9 @@
 """Inverted files of faiss in parts: shards on disk, and lists that somebody else has chosen."""
 
+import dataclasses
 import importlib
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import ArgumentError, ConversionError, DtypeError, IndexFileError, ShapeError
-from elips_torch.core.validation import check_k, check_vectors
+from elips_torch.core.errors import (
+    ArgumentError,
+    ConversionError,
+    DtypeError,
+    DuplicateIdError,
+    IndexFileError,
+    ShapeError,
+)
+from elips_torch.core.validation import check_device, check_k, check_vectors
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed, standing_as_faiss
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.index_files import read_index, write_index
-from elips_torch.engines.faiss.opaque import list_labels, to_bytes
+from elips_torch.engines.faiss.messages import reason_of
+from elips_torch.engines.faiss.opaque import describe_refusal, list_labels, to_bytes
+from elips_torch.engines.faiss.search_parameters import ignores_nprobe_of_calls
+from elips_torch.engines.faiss.stats import SEARCHES
+
+_CPU = torch.device("cpu")
+_changing_nprobe = threading.Lock()
 
 
 def merge_faiss_shards(
@@ -26,8 +41,8 @@ def merge_faiss_shards(
 ) -> int:
     """Merge files of inverted files that share centroids into one whose lists stay on disk.
 
-    By ``faiss.contrib.ondisk``: memory holds no list. `read_faiss` and ``faiss.read_index`` read the result;
-    it refers to its data by their path.
+    By ``faiss.contrib.ondisk``: memory holds no list, only the ids of shards while they are compared.
+    `read_faiss` and ``faiss.read_index`` read the result; it refers to its data by their path.
 
     Args:
         shards: files of faiss, each an inverted file, also behind transforms, with the same training.
@@ -41,9 +56,11 @@ def merge_faiss_shards(
 
     Raises:
         ArgumentError: no shards, several that count from 0, or a file to write is there already.
+        DuplicateIdError: vectors of one shard or of two would have the same id.
         FileNotFoundError: there is no such shard.
         IndexFileError: a shard is damaged or foreign, or trained otherwise than the first.
-        ConversionError: a shard has no inverted lists.
+        ConversionError: a shard has no inverted lists, or of a kind that faiss does not leave on disk.
+        DtypeError: shards is a single path.
         ImportError: faiss is not installed.
 
     >>> import tempfile
@@ -59,6 +76,8 @@ def merge_faiss_shards(
     ...     merge_faiss_shards(shards, f"{folder}/all.faiss", shift_ids=True)
     30
     """
+    if isinstance(shards, str | bytes | os.PathLike):
+        raise DtypeError(f"shards is {shards!r}, expected a list of files to merge")
     if not shards:
         raise ArgumentError("shards is empty, expected files to merge")
     data = Path(f"{os.fspath(path)}.ivfdata" if data_path is None else data_path)
@@ -68,8 +87,7 @@ def merge_faiss_shards(
     build = load_installed()
     faiss = build.module
     first = _read_shard(build, shards[0])
-    if not shift_ids:
-        _check_labels(build, shards)
+    _check_labels(build, shards, shift_ids)
     nprobe = faiss.extract_index_ivf(first).nprobe
     for shard in shards[1:]:
         _check_same_training(build, first, _read_shard(build, shard), shard)
@@ -82,7 +100,7 @@ def merge_faiss_shards(
         ondisk.merge_ondisk(first, [os.fspath(shard) for shard in shards], os.fspath(data), shift_ids)
         write_index(build, first, path)
     except RuntimeError as error:
-        raise IndexFileError(f"faiss could not merge the shards: {error}") from error
+        raise IndexFileError(f"faiss could not merge the shards: {reason_of(error)}") from error
     finally:
         if not Path(path).exists():
             data.unlink(missing_ok=True)
@@ -91,27 +109,75 @@ def merge_faiss_shards(
 
 def _read_shard(build: FaissBuild, path: str | os.PathLike[str]) -> Any:
     index = read_index(build, path, on_disk=True)
-    if build.module.try_extract_index_ivf(index) is None:
+    ivf = build.module.try_extract_index_ivf(index)
+    if ivf is None or isinstance(build.module.downcast_index(ivf), build.module.IndexIVFPQR):
         raise ConversionError(
-            f"{os.fspath(path)!r} holds a {type(index).__name__}, expected an inverted file"
+            f"{os.fspath(path)!r} holds {type(index).__name__}, expected an inverted file whose lists are all "
+            "that it has of its vectors"
         )
     return index
 
 
-def _check_labels(build: FaissBuild, shards: Sequence[str | os.PathLike[str]]) -> None:
-    """Raise `ArgumentError` where two shards number their vectors from 0."""
-    counting = []
+@dataclasses.dataclass(frozen=True)
+class _Labels:
+    """Where the labels of the vectors in a shard begin and end, after they are shifted."""
+
+    path: str
+    shift: int
+    low: int
+    high: int
+
+    def read(self, build: FaissBuild) -> Tensor:
+        """Return them, in the order of the lists."""
+        index = _read_shard(build, self.path)
+        lists = list_labels(build, build.module.extract_index_ivf(index))
+        return torch.cat([torch.as_tensor(each) for each in lists]) + self.shift
+
+
+def _check_labels(build: FaissBuild, shards: Sequence[str | os.PathLike[str]], shift_ids: bool) -> None:
+    """Raise `ArgumentError` where two shards number their vectors from 0, or two vectors have one label."""
+    found, counting, before = [], [], 0
     for shard in shards:
         index = _read_shard(build, shard)
         ivf = build.module.extract_index_ivf(index)
         spans = [(int(each.min()), int(each.max())) for each in list_labels(build, ivf)]
-        if spans and min(low for low, _ in spans) == 0 and max(high for _, high in spans) == ivf.ntotal - 1:
+        if not spans:
+            continue
+        low, high = min(low for low, _ in spans), max(high for _, high in spans)
+        shift = before if shift_ids else 0
+        found.append(_Labels(os.fspath(shard), shift, low + shift, high + shift))
+        before += int(ivf.ntotal)
+        if (low, high) == (0, ivf.ntotal - 1):
             counting.append(repr(os.fspath(shard)))
-    if len(counting) > 1:
+    if len(counting) > 1 and not shift_ids:
         raise ArgumentError(
             f"{counting[0]} and {counting[1]} both number their vectors from 0; "
             "shift_ids=True numbers those of each shard after the ones before"
         )
+    group: list[_Labels] = []
+    for each in sorted(found, key=lambda labels: labels.low):
+        # Those that overlap with none of the others are in memory alone.
+        if group and each.low > max(labels.high for labels in group):
+            _check_different(build, group)
+            group = []
+        group.append(each)
+    _check_different(build, group)
+
+
+def _check_different(build: FaissBuild, group: Sequence[_Labels]) -> None:
+    """Raise `DuplicateIdError` where two vectors of these shards have one label."""
+    if not group:
+        return
+    ordered = torch.cat([each.read(build) for each in group]).sort().values
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(twice):
+        return
+    label = int(twice[0])
+    holders = [repr(each.path) for each in group if bool((each.read(build) == label).any())]
+    raise DuplicateIdError(
+        f"shards hold the id {label} {'more than once' if len(holders) == 1 else 'each'}: "
+        f"{' and '.join(holders)}; ids of merged vectors must differ"
+    )
 
 
 def _empty(build: FaissBuild, index: Any) -> None:
@@ -150,13 +216,16 @@ def search_preassigned(
     lists: Tensor,  # (Q, P)
     coarse_scores: Tensor | None = None,  # (Q, P)
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
-    """Search an inverted file of faiss in chosen lists, by ``faiss.contrib.ivf_tools``.
+    """Search an inverted file of faiss in chosen lists.
+
+    The index itself is not changed: several threads may search it so.
 
     Args:
         index: an inverted file of faiss on the CPU, also behind transforms.
         queries: ``(Q, D)`` float dtype, on the CPU.
         k: number of neighbours.
-        lists: ``(Q, P)`` int64, the numbers of the lists that each query reads; -1 for none.
+        lists: ``(Q, P)`` int64, the numbers of the lists that each query reads; -1 for none. P is at most
+            the number of lists.
         coarse_scores: ``(Q, P)`` float32, the scores of the centroids of these lists, which product-quantized
             residuals and inner products of residuals need.
 
@@ -168,29 +237,60 @@ def search_preassigned(
     """
     build = load_installed()
     ivf = _inverted_file(build, index)
-    check_vectors("queries", queries, dim=int(index.d), device=torch.device("cpu"))
+    check_vectors("queries", queries, dim=int(index.d), device=_CPU)
     check_k(k)
     _check_lists("lists", lists, len(queries), ivf.nlist, least=-1)
     if lists.ndim != 2:
         raise ShapeError(f"lists has shape {tuple(lists.shape)}, expected (Q, P)")
+    if not 1 <= lists.shape[1] <= ivf.nlist:
+        raise ShapeError(f"lists has {lists.shape[1]} columns, expected 1 to {ivf.nlist}, the number of lists")
     if coarse_scores is None and ivf.by_residual and not type(ivf).__name__.startswith("IndexIVFFlat"):
         raise ArgumentError("coarse_scores is missing, which an inverted file of residuals needs")
-    if coarse_scores is not None and coarse_scores.shape != lists.shape:
-        raise ShapeError(f"coarse_scores has shape {tuple(coarse_scores.shape)}, lists {tuple(lists.shape)}")
+    if coarse_scores is not None:
+        check_vectors("coarse_scores", coarse_scores, dim=lists.shape[1], owner="lists", device=_CPU)
+        if len(coarse_scores) != len(lists):
+            raise ShapeError(f"coarse_scores has {len(coarse_scores)} rows, lists has {len(lists)}")
     use_one_thread_if_forked(build)
-    given = None if coarse_scores is None else coarse_scores.detach().float().contiguous().numpy()
+    given = torch.zeros(lists.shape) if coarse_scores is None else coarse_scores.detach().float()
     rows = queries.detach().float().contiguous()
     # Its own way past transforms takes one only.
     for transform in _transforms(build, index):
         rows = torch.as_tensor(transform.apply(rows.numpy()))
-    before, ivf.nprobe = ivf.nprobe, lists.shape[1]
+    found = _search_lists(build, ivf, rows, k, lists.contiguous(), given.contiguous())
+    SEARCHES.count(queries=len(queries), nbytes=rows.nbytes + found[0].nbytes + found[1].nbytes)
+    return found
+
+
+def _search_lists(
+    build: FaissBuild, ivf: Any, rows: Tensor, k: int, lists: Tensor, coarse_scores: Tensor
+) -> tuple[Tensor, Tensor]:
+    faiss, n_probes = build.module, lists.shape[1]
+    scores = torch.empty((len(rows), k), dtype=torch.float32, device="cpu")
+    ids = torch.empty((len(rows), k), dtype=torch.int64, device="cpu")
+    floats, labels = faiss.cast_integer_to_float_ptr, faiss.cast_integer_to_idx_t_ptr
+    arguments = (
+        len(rows),
+        floats(rows.data_ptr()),
+        k,
+        labels(lists.data_ptr()),
+        floats(coarse_scores.data_ptr()),
+        floats(scores.data_ptr()),
+        labels(ids.data_ptr()),
+        False,
+    )
     try:
-        scores, ids = _ivf_tools(build).search_preassigned(
-            ivf, rows.numpy(), k, lists.contiguous().numpy(), given
-        )
-    finally:
-        ivf.nprobe = before
-    return torch.as_tensor(scores), torch.as_tensor(ids)
+        if not ignores_nprobe_of_calls(build, ivf):
+            ivf.search_preassigned_c(*arguments, faiss.SearchParametersIVF(nprobe=n_probes))
+            return scores, ids
+        with _changing_nprobe:
+            before, ivf.nprobe = ivf.nprobe, n_probes
+            try:
+                ivf.search_preassigned_c(*arguments)
+            finally:
+                ivf.nprobe = before
+    except RuntimeError as error:
+        raise describe_refusal("search in chosen lists", ivf, error) from error
+    return scores, ids
 
 
 def add_preassigned(
@@ -214,12 +314,14 @@ def add_preassigned(
     ivf = _inverted_file(build, index)
     if _transforms(build, index):
         raise ConversionError("index transforms its vectors; transform them and add them to what is behind")
-    check_vectors("vectors", vectors, dim=int(index.d), device=torch.device("cpu"))
+    check_vectors("vectors", vectors, dim=int(index.d), device=_CPU)
     _check_lists("lists", lists, len(vectors), ivf.nlist, least=0)
     if lists.ndim != 1:
         raise ShapeError(f"lists has shape {tuple(lists.shape)}, expected (N,)")
-    if ids is not None and (ids.dtype != torch.int64 or ids.shape != lists.shape):
-        raise ShapeError(f"ids is {ids.dtype} {tuple(ids.shape)}, expected int64 {tuple(lists.shape)}")
+    if ids is not None:
+        _check_numbers("ids", ids, len(vectors))
+        if ids.ndim != 1:
+            raise ShapeError(f"ids has shape {tuple(ids.shape)}, expected (N,)")
     use_one_thread_if_forked(build)
     _ivf_tools(build).add_preassigned(
         ivf,
@@ -233,7 +335,7 @@ def _inverted_file(build: FaissBuild, index: Any) -> Any:
     faiss = build.module
     if not isinstance(index, faiss.Index):
         raise DtypeError(
-            f"index is a {type(index).__name__}, expected an inverted file of faiss that holds "
+            f"index is of type {type(index).__name__}, expected an inverted file of faiss that holds "
             "floats, such as the faiss_index of a FaissIndex"
         )
     index = faiss.downcast_index(index)
@@ -241,7 +343,7 @@ def _inverted_file(build: FaissBuild, index: Any) -> Any:
         return index
     if isinstance(index, faiss.IndexPreTransform):
         return _inverted_file(build, index.index)
-    raise ConversionError(f"index is a {type(index).__name__}, expected an inverted file of faiss")
+    raise ConversionError(f"index is {type(index).__name__}, expected an inverted file of faiss")
 
 
 def _transforms(build: FaissBuild, index: Any) -> list[Any]:
@@ -254,12 +356,18 @@ def _transforms(build: FaissBuild, index: Any) -> list[Any]:
     return chain + _transforms(build, index.index)
 
 
-def _check_lists(name: str, lists: Tensor, n: int, nlist: int, *, least: int) -> None:
-    if not isinstance(lists, Tensor) or lists.dtype != torch.int64:
-        got = lists.dtype if isinstance(lists, Tensor) else type(lists).__name__
+def _check_numbers(name: str, numbers: Tensor, n: int) -> None:
+    if not isinstance(numbers, Tensor) or numbers.dtype != torch.int64:
+        got = numbers.dtype if isinstance(numbers, Tensor) else type(numbers).__name__
         raise DtypeError(f"{name} is {got}, expected an int64 tensor")
-    if not lists.ndim or len(lists) != n:
-        raise ShapeError(f"{name} has shape {tuple(lists.shape)}, expected {n} rows")
+    # Faiss reads them where they lie.
+    check_device(name, numbers, _CPU, "the index")
+    if not numbers.ndim or len(numbers) != n:
+        raise ShapeError(f"{name} has shape {tuple(numbers.shape)}, expected {n} rows")
+
+
+def _check_lists(name: str, lists: Tensor, n: int, nlist: int, *, least: int) -> None:
+    _check_numbers(name, lists, n)
     if lists.numel() and not least <= int(lists.min()) <= int(lists.max()) < nlist:
         span = f"{int(lists.min())} to {int(lists.max())}"
         raise ArgumentError(f"{name} has {span}, expected {least} <= list < {nlist}")

@@ -43,7 +43,8 @@ def to_gpu(
     Raises:
         ElipsError: no such GPU, no GPU code, or an index or options that faiss does not take.
     """
-    if not isinstance(devices, Sequence):
+    numbers = isinstance(devices, Sequence) and all(type(device) is int for device in devices)
+    if not numbers or isinstance(devices, str | bytes):
         raise DtypeError(f"devices is {devices!r}, expected the numbers of GPUs, such as [0]")
     if not devices or len(set(devices)) != len(devices):
         raise ArgumentError(f"devices is {list(devices)}, expected the numbers of different GPUs")
@@ -91,7 +92,7 @@ def _kind_to_make(build: FaissBuild, index: Any) -> str:
     name = type(build.module.downcast_index(index)).__name__
     if name not in _MADE_ONE_BY_ONE:
         raise ImplementationError(
-            f"index is a {name}; faiss sets interleaved_layout and memory_space for "
+            f"index is {name}; faiss sets interleaved_layout and memory_space for "
             f"{', '.join(_MADE_ONE_BY_ONE)} only"
         )
     return _MADE_ONE_BY_ONE[name]

@@ -5,11 +5,14 @@ import torch
 from elips_torch import (
     ArgumentError,
     ConversionError,
+    DeviceError,
     DtypeError,
+    DuplicateIdError,
     FaissIndex,
     IndexFileError,
     ShapeError,
     add_preassigned,
+    faiss_stats,
     merge_faiss_shards,
     read_faiss,
     search_preassigned,
@@ -65,10 +68,14 @@ def test_shards_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, vec
     flat, other = tmp_path / "flat.faiss", tmp_path / "other.faiss"
     faiss.write_index(faiss.IndexFlatL2(DIM), str(flat))
     faiss.write_index(trained(vectors[:300]), str(other))
+    refined = tmp_path / "refined.faiss"
+    faiss.write_index(faiss.IndexIVFPQR(faiss.IndexFlatL2(DIM), DIM, 2, 4, 4, 4, 4), str(refined))
     foreign = tmp_path / "foreign"
     foreign.write_bytes(b"nothing of the kind")
     cases = [
         ([], ArgumentError, "shards is empty"),
+        (str(paths[0]), DtypeError, "shards is '.*', expected a list of files"),
+        ([refined], ConversionError, "IndexIVFPQR, expected an inverted file whose lists are all"),
         ([paths[0], flat], ConversionError, "IndexFlat.*expected an inverted file"),
         ([paths[0], other], IndexFileError, "trained otherwise"),
         ([paths[0], foreign], IndexFileError, "no index of faiss"),
@@ -88,6 +95,35 @@ def test_shards_that_all_count_from_0_are_refused(tmp_path, vectors):
     with pytest.raises(ArgumentError, match=r"0\.faiss' and '.*1\.faiss' both number.*shift_ids=True"):
         merge_faiss_shards(paths, tmp_path / "all.faiss")
     assert merge_faiss_shards(paths[:1], tmp_path / "one.faiss") == 200
+
+
+def shard_under(folder, index, vectors, ids):
+    shard = faiss.clone_index(index)
+    shard.add_with_ids(vectors[: len(ids)].numpy(), torch.tensor(ids).numpy())
+    path = folder / f"{'-'.join(map(str, ids))}.faiss"
+    faiss.write_index(shard, str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "shift", "message"),
+    [
+        ([[5, 9], [1, 2], [7, 9, 8]], False, r"the id 9 each: .*5-9\.faiss' and '.*7-9-8\.faiss'"),
+        ([[1, 2], [8, 5, 8]], False, r"the id 8 more than once: '.*8-5-8\.faiss'"),
+        ([[0, 15], [13, 1]], True, r"the id 15 each: .*0-15\.faiss' and '.*13-1\.faiss'"),
+        ([[4, 5], [4, 5]], False, r"the id 4 each"),
+    ],
+)
+def test_shards_with_one_id_twice_are_refused(tmp_path, vectors, labels, shift, message):
+    index = trained(vectors, "IVF1,Flat")
+    paths = [shard_under(tmp_path, index, vectors, ids) for ids in labels]
+    before = set(tmp_path.iterdir())
+    with pytest.raises(DuplicateIdError, match=message):
+        merge_faiss_shards(paths, tmp_path / "all.faiss", shift_ids=shift)
+    assert set(tmp_path.iterdir()) == before
+    # Moved up, none of the others meet.
+    if not shift and len(set(labels[-1])) == len(labels[-1]):
+        assert merge_faiss_shards(paths, tmp_path / "all.faiss", shift_ids=True) == sum(map(len, labels))
 
 
 def test_lists_on_disk_stay_there_where_their_labels_are_row_numbers(tmp_path, vectors):
@@ -117,7 +153,10 @@ def test_other_codebooks_are_noticed_and_other_parameters_are_not(tmp_path, vect
         merge_faiss_shards(paths, tmp_path / "again.faiss")
 
 
-@pytest.mark.parametrize("description", [f"IVF{NLIST},Flat", f"IVF{NLIST},PQ4x4", f"PCA8,IVF{NLIST},SQ8"])
+@pytest.mark.parametrize(
+    "description",
+    [f"IVF{NLIST},Flat", f"IVF{NLIST},PQ4x4", f"PCA8,IVF{NLIST},SQ8", f"IVF{NLIST},PQ4x4fsr"],
+)
 def test_searching_chosen_lists(vectors, description):
     index = trained(vectors, description)
     index.add(vectors.numpy())
@@ -132,7 +171,14 @@ def test_searching_chosen_lists(vectors, description):
     wanted = index.search(queries, 5)
     assert (ids.numpy() == wanted[1]).all()
     assert (scores.numpy() == wanted[0]).all()
-    assert ivf.nprobe == 3
+    # The index has a width of its own, which is neither asked nor changed.
+    ivf.nprobe = 1
+    before = faiss_stats().searches
+    again = search_preassigned(
+        index, vectors[:10], 5, torch.from_numpy(lists), torch.from_numpy(coarse)
+    )
+    assert torch.equal(again[1], ids)
+    assert (ivf.nprobe, faiss_stats().searches) == (1, before + 1)
     none = torch.full((10, 2), -1)
     found = search_preassigned(index, vectors[:10], 5, none, torch.zeros(10, 2))
     assert (found[1] == -1).all()
@@ -159,8 +205,22 @@ def test_bad_arguments_are_refused(vectors):
         add_preassigned(index, vectors, lists.int())
     with pytest.raises(ConversionError, match="IndexFlat"):
         add_preassigned(faiss.IndexFlatL2(DIM), vectors, lists)
-    with pytest.raises(DtypeError, match="index is a int"):
+    with pytest.raises(DtypeError, match="index is of type int"):
         search_preassigned(3, vectors, 1, lists[:, None])
     with pytest.raises(ArgumentError, match="coarse_scores is missing"):
         search_preassigned(index, vectors, 1, lists[:, None])
+    for scores, error, message in (
+        ([0.0], DtypeError, "coarse_scores is a list, expected a torch.Tensor"),
+        (torch.zeros(600, 2), ShapeError, "coarse_scores has dim 2, lists has dim 1"),
+        (torch.zeros(5, 1), ShapeError, "coarse_scores has 5 rows, lists has 600"),
+        (torch.zeros(600, 1, device="meta"), DeviceError, "coarse_scores is on meta"),
+    ):
+        with pytest.raises(error, match=message):
+            search_preassigned(index, vectors, 1, lists[:, None], scores)
+    with pytest.raises(ShapeError, match="lists has 9 columns, expected 1 to 8, the number of lists"):
+        search_preassigned(index, vectors, 1, lists[:, None].expand(-1, 9))
+    with pytest.raises(DeviceError, match="lists is on meta, the index is on cpu"):
+        add_preassigned(index, vectors, lists.to("meta"))
+    with pytest.raises(DtypeError, match="ids is list, expected an int64 tensor"):
+        add_preassigned(index, vectors, lists, ids=[1])
     assert index.ntotal == 0

@@ -90,6 +90,12 @@ def test_a_broken_faiss_says_how_to_mend_it(monkeypatch, error):
         load_installed()
 
 
+def test_a_package_that_was_removed_in_part_is_broken(monkeypatch):
+    monkeypatch.setattr(builds.importlib, "import_module", lambda name: types.ModuleType("faiss"))
+    with pytest.raises(ImportError, match="cannot be imported: module 'faiss' has no attribute"):
+        load_installed()
+
+
 def test_another_build_loads_beside_the_installed_one(tmp_path):
     installed = load_installed()
     before = dict(sys.modules), list(sys.path)

@@ -68,7 +68,7 @@ def test_no_room_is_made_where_there_are_vectors(monkeypatch):
 def test_what_has_no_configuration_is_named(monkeypatch):
     build = recording_build(monkeypatch)
     with pytest.raises(
-        ImplementationError, match="index is a IndexPreTransform; faiss sets interleaved_layout"
+        ImplementationError, match="index is IndexPreTransform; faiss sets interleaved_layout"
     ):
         to_gpu(build, stand_in("IndexPreTransform"), [0], GpuOptions(memory_space="unified"))
     with pytest.raises(ImplementationError, match="on one GPU only"):

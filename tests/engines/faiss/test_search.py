@@ -83,7 +83,7 @@ def test_rows_within_a_radius(build, vectors):
 
 
 def test_what_cannot_be_searched_is_refused(build, vectors):
-    with pytest.raises(DtypeError, match="index is a IndexBinaryFlat, expected an index of float"):
+    with pytest.raises(DtypeError, match="index is IndexBinaryFlat, expected an index of float"):
         search_index(build, faiss.IndexBinaryFlat(DIM * 8), vectors[:2], 3)
     with pytest.raises(ShapeError, match="queries has dim 16, the index has dim 8"):
         search_index(build, faiss.IndexFlatL2(8), vectors[:2], 3)

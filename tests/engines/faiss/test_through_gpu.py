@@ -79,6 +79,8 @@ def test_a_gpu_to_go_through_that_means_nothing_is_refused(monkeypatch):
         error = DeviceError if load_installed().has_gpu else ImplementationError
         with pytest.raises(error, match=r"there are 0|has no GPU code"):
             knn(queries, database, 3, implementation="faiss", device="cuda:0")
+        with pytest.raises(error, match=r"there are 0|has no GPU code"):
+            knn(queries, database[:0], 3, implementation="faiss", device="cuda:0")
     stand_in_for_gpus(monkeypatch)
     with pytest.raises(ImplementationError, match="on GPUs, not 'l1'"):
         knn(queries, database, 3, metric="l1", implementation="faiss", device="cuda:0")
