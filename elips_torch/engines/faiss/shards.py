@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from elips_torch.engines.faiss.builds import FaissBuild, load_installed, standin
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.index_files import read_index, write_index
 from elips_torch.engines.faiss.messages import reason_of
-from elips_torch.engines.faiss.opaque import describe_refusal, list_labels, to_bytes
+from elips_torch.engines.faiss.opaque import describe_refusal, list_labels, to_bytes, without_labels
 from elips_torch.engines.faiss.search_parameters import ignores_nprobe_of_calls
 from elips_torch.engines.faiss.stats import SEARCHES
 
@@ -45,7 +45,8 @@ def merge_faiss_shards(
     `read_faiss` and ``faiss.read_index`` read the result; it refers to its data by their path.
 
     Args:
-        shards: files of faiss, each an inverted file, also behind transforms, with the same training.
+        shards: files of faiss, each an inverted file, also behind transforms or under an id map, with the
+            same training.
         path: the index file to write; it must not exist.
         data_path: where the lists go, default ``path`` with ".ivfdata" at its end; it must not exist.
         shift_ids: number the vectors of each shard after those of the ones before; for shards that each
@@ -86,11 +87,11 @@ def merge_faiss_shards(
             raise ArgumentError(f"{os.fspath(target)!r} is there already")
     build = load_installed()
     faiss = build.module
-    first = _read_shard(build, shards[0])
+    first = _read_shard(build, shards[0])[0]
     _check_labels(build, shards, shift_ids)
     nprobe = faiss.extract_index_ivf(first).nprobe
     for shard in shards[1:]:
-        _check_same_training(build, first, _read_shard(build, shard), shard)
+        _check_same_training(build, first, _read_shard(build, shard)[0], shard)
     _empty(build, first)
     faiss.extract_index_ivf(first).nprobe = nprobe
     use_one_thread_if_forked(build)
@@ -98,6 +99,7 @@ def merge_faiss_shards(
         ondisk = importlib.import_module("faiss.contrib.ondisk")
     try:
         ondisk.merge_ondisk(first, [os.fspath(shard) for shard in shards], os.fspath(data), shift_ids)
+        _put_labels(build, first, shards, shift_ids)
         write_index(build, first, path)
     except RuntimeError as error:
         raise IndexFileError(f"faiss could not merge the shards: {reason_of(error)}") from error
@@ -107,15 +109,44 @@ def merge_faiss_shards(
     return int(faiss.extract_index_ivf(first).ntotal)
 
 
-def _read_shard(build: FaissBuild, path: str | os.PathLike[str]) -> Any:
-    index = read_index(build, path, on_disk=True)
+def _read_shard(build: FaissBuild, path: str | os.PathLike[str]) -> tuple[Any, Tensor | None]:
+    """Return a shard without the id map around it, and the label ``(N,)`` of each row that the map has."""
+    index, labels = read_index(build, path, on_disk=True), None
+    if isinstance(index, build.module.IndexIDMap):
+        index, labels = without_labels(build, index)
     ivf = build.module.try_extract_index_ivf(index)
     if ivf is None or isinstance(build.module.downcast_index(ivf), build.module.IndexIVFPQR):
         raise ConversionError(
             f"{os.fspath(path)!r} holds {type(index).__name__}, expected an inverted file whose lists are all "
             "that it has of its vectors"
         )
-    return index
+    return index, labels
+
+
+def _labels_of(build: FaissBuild, path: str | os.PathLike[str]) -> Iterator[Tensor]:
+    """Yield the labels of each list of a shard that holds any."""
+    index, labels = _read_shard(build, path)
+    for each in list_labels(build, build.module.extract_index_ivf(index)):
+        rows = torch.as_tensor(each)
+        yield rows if labels is None else labels[rows]
+
+
+def _put_labels(
+    build: FaissBuild, merged: Any, shards: Sequence[str | os.PathLike[str]], shift_ids: bool
+) -> None:
+    """Give the rows of shards under id maps, which are merged by their numbers, their labels."""
+    lists = build.module.extract_index_ivf(merged).invlists
+    done, before = [0] * lists.nlist, 0
+    for path in shards:
+        index, labels = _read_shard(build, path)
+        part = build.module.extract_index_ivf(index).invlists
+        shift = before if shift_ids else 0
+        for number, start in enumerate(done):
+            done[number] = stop = start + int(part.list_size(number))
+            if labels is not None and start < stop:
+                held = torch.as_tensor(build.module.rev_swig_ptr(lists.get_ids(number), stop))
+                held[start:] = labels[held[start:] - shift] + shift
+        before += int(index.ntotal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,25 +160,22 @@ class _Labels:
 
     def read(self, build: FaissBuild) -> Tensor:
         """Return them, in the order of the lists."""
-        index = _read_shard(build, self.path)
-        lists = list_labels(build, build.module.extract_index_ivf(index))
-        return torch.cat([torch.as_tensor(each) for each in lists]) + self.shift
+        return torch.cat([each.clone() for each in _labels_of(build, self.path)]) + self.shift
 
 
 def _check_labels(build: FaissBuild, shards: Sequence[str | os.PathLike[str]], shift_ids: bool) -> None:
     """Raise `ArgumentError` where two shards number their vectors from 0, or two vectors have one label."""
     found, counting, before = [], [], 0
     for shard in shards:
-        index = _read_shard(build, shard)
-        ivf = build.module.extract_index_ivf(index)
-        spans = [(int(each.min()), int(each.max())) for each in list_labels(build, ivf)]
+        spans = [(int(each.min()), int(each.max()), len(each)) for each in _labels_of(build, shard)]
         if not spans:
             continue
-        low, high = min(low for low, _ in spans), max(high for _, high in spans)
+        low, high = min(low for low, _, _ in spans), max(high for _, high, _ in spans)
+        total = sum(size for _, _, size in spans)
         shift = before if shift_ids else 0
         found.append(_Labels(os.fspath(shard), shift, low + shift, high + shift))
-        before += int(ivf.ntotal)
-        if (low, high) == (0, ivf.ntotal - 1):
+        before += total
+        if (low, high) == (0, total - 1):
             counting.append(repr(os.fspath(shard)))
     if len(counting) > 1 and not shift_ids:
         raise ArgumentError(
@@ -243,7 +271,9 @@ def search_preassigned(
     if lists.ndim != 2:
         raise ShapeError(f"lists has shape {tuple(lists.shape)}, expected (Q, P)")
     if not 1 <= lists.shape[1] <= ivf.nlist:
-        raise ShapeError(f"lists has {lists.shape[1]} columns, expected 1 to {ivf.nlist}, the number of lists")
+        raise ShapeError(
+            f"lists has {lists.shape[1]} columns, expected 1 to {ivf.nlist}, the number of lists"
+        )
     if coarse_scores is None and ivf.by_residual and not type(ivf).__name__.startswith("IndexIVFFlat"):
         raise ArgumentError("coarse_scores is missing, which an inverted file of residuals needs")
     if coarse_scores is not None:

@@ -16,6 +16,7 @@ from elips_torch import (
     merge_faiss_shards,
     read_faiss,
     search_preassigned,
+    write_faiss,
 )
 
 DIM, NLIST = 16, 8
@@ -61,6 +62,31 @@ def test_merged_shards_find_what_one_index_finds(tmp_path, vectors, description,
     assert (found[0] == scores).all()
     here = read_faiss(tmp_path / "all.faiss")
     assert (here.search(vectors[:20], 5, nprobe=3).ids.numpy() == ids).mean() > 0.99
+
+
+def test_shards_under_id_maps_keep_their_labels(tmp_path, vectors):
+    whole, empty = trained(vectors), trained(vectors)
+    labels = torch.randperm(300, generator=torch.Generator().manual_seed(1)).view(3, 100) * 200
+    paths = [tmp_path / f"{number}.faiss" for number in range(3)]
+    for number, (path, part) in enumerate(zip(paths, vectors[:300].split(100), strict=True)):
+        # Labels that ascend lie in the lists.
+        ids = labels[number].sort().values if number == 1 else labels[number]
+        shard = FaissIndex(faiss.clone_index(empty))
+        shard.add(part, ids=ids)
+        write_faiss(shard, path)
+        whole.add_with_ids(part.numpy(), ids.numpy())
+    assert isinstance(faiss.read_index(str(paths[0])), faiss.IndexIDMap2)
+    assert merge_faiss_shards(paths, tmp_path / "all.faiss") == 300
+    merged = faiss.read_index(str(tmp_path / "all.faiss"))
+    assert isinstance(merged, faiss.IndexIVFFlat)
+    whole.nprobe = merged.nprobe = NLIST
+    found, wanted = merged.search(vectors[:50].numpy(), 5), whole.search(vectors[:50].numpy(), 5)
+    assert (found[1] == wanted[1]).all()
+    with pytest.raises(DuplicateIdError, match=r"0\.faiss"):
+        merge_faiss_shards([paths[0], paths[0]], tmp_path / "twice.faiss")
+    assert merge_faiss_shards([paths[0], paths[0]], tmp_path / "twice.faiss", shift_ids=True) == 200
+    twice = read_faiss(tmp_path / "twice.faiss").ids.sort().values
+    assert torch.equal(twice, torch.cat([labels[0], labels[0] + 100]).sort().values)
 
 
 def test_shards_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, vectors):
@@ -174,9 +200,7 @@ def test_searching_chosen_lists(vectors, description):
     # The index has a width of its own, which is neither asked nor changed.
     ivf.nprobe = 1
     before = faiss_stats().searches
-    again = search_preassigned(
-        index, vectors[:10], 5, torch.from_numpy(lists), torch.from_numpy(coarse)
-    )
+    again = search_preassigned(index, vectors[:10], 5, torch.from_numpy(lists), torch.from_numpy(coarse))
     assert torch.equal(again[1], ids)
     assert (ivf.nprobe, faiss_stats().searches) == (1, before + 1)
     none = torch.full((10, 2), -1)
