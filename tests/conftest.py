@@ -1,6 +1,12 @@
-"""The order of the tests, and how hypothesis draws in all of them."""
+"""The order of the tests, how hypothesis draws in all of them, and how threads wait."""
+
+import os
 
 from hypothesis import settings
+
+# Read when torch and faiss are imported: where something else keeps a core busy, their threads spend most of
+# the time waiting for each other, and some tests take three times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("project", deadline=None)

@@ -20,7 +20,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def was_forked() -> bool:
-    """Whether this process was forked, so that neither compiled code nor OpenMP may run in it."""
+    """Whether this process was forked, so that neither code that torch compiles nor OpenMP may run in it."""
     return _state["forked"]
 
 

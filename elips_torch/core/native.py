@@ -1,6 +1,6 @@
 """C++ that is compiled on the user's machine, once, and kept on disk.
 
-The code needs nothing of torch's headers, so compiling takes seconds. It shares torch's OpenMP threads.
+The code needs nothing of torch's headers, so compiling takes seconds. Its threads are its own.
 """
 
 import ctypes
@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from elips_torch.core.compilation import find_cpp_compiler, was_forked
+from elips_torch.core.compilation import find_cpp_compiler
 from elips_torch.core.hardware import DeviceFacts
 
 logger = logging.getLogger("elips_torch")
 
-_OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-fast-math", "-w")
+_OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-pthread", "-fno-fast-math", "-w")
 # Instruction sets, each with what it needs beside those before it.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
@@ -54,8 +54,8 @@ def native_reasons(facts: DeviceFacts) -> list[str]:
 
 
 def native_threads() -> int:
-    """Return how many threads C++ may use: those of torch, but one where OpenMP would hang, after a fork."""
-    return 1 if was_forked() else torch.get_num_threads()
+    """Return how many threads C++ may use: as many as torch; after a fork it makes new ones."""
+    return torch.get_num_threads()
 
 
 class NativeLibrary:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from elips_torch.core import compilation, native
+from elips_torch.core import native
 from elips_torch.core.compilation import find_cpp_compiler
 from elips_torch.core.hardware import DeviceFacts, device_facts
-from elips_torch.core.native import NativeLibrary, instruction_options, native_reasons, native_threads
+from elips_torch.core.native import NativeLibrary, instruction_options, native_reasons
 
 HERE = native_reasons(device_facts("cpu"))
 OPTIONS = instruction_options(device_facts("cpu"))
@@ -22,12 +22,7 @@ needs_compiler = pytest.mark.skipif(bool(HERE), reason="; ".join(HERE))
 AVX512 = DeviceFacts("cpu", "2 cores", "AVX512")
 CODE = """
 #include "answer.h"
-extern "C" int answer(int n_threads) {
-    int sum = 0;
-#pragma omp parallel num_threads(n_threads) reduction(+ : sum)
-    sum += ANSWER;
-    return sum;
-}
+extern "C" int answer() { return ANSWER; }
 """
 
 
@@ -99,7 +94,7 @@ def test_code_is_compiled_once(tmp_path, cache, monkeypatch, caplog):
     library = NativeLibrary(main)
     assert not library.is_ready(OPTIONS)
     with caplog.at_level(logging.INFO, logger="elips_torch"):
-        assert library.load(OPTIONS).answer(1) == 21
+        assert library.load(OPTIONS).answer() == 21
     assert "compiling main.cpp" in caplog.text
     assert library.is_ready(OPTIONS)
     assert not library.has_failed(OPTIONS)
@@ -109,15 +104,15 @@ def test_code_is_compiled_once(tmp_path, cache, monkeypatch, caplog):
     # As another process would find it.
     again = NativeLibrary(main)
     assert again.is_ready(OPTIONS)
-    assert again.load(OPTIONS).answer(1) == 21
+    assert again.load(OPTIONS).answer() == 21
 
 
 @needs_compiler
 def test_changed_sources_are_compiled_anew(tmp_path):
-    assert NativeLibrary(write_sources(tmp_path / "code")).load(OPTIONS).answer(1) == 21
+    assert NativeLibrary(write_sources(tmp_path / "code")).load(OPTIONS).answer() == 21
     changed = NativeLibrary(write_sources(tmp_path / "code", answer=5))
     assert not changed.is_ready(OPTIONS)
-    assert changed.load(OPTIONS).answer(1) == 5
+    assert changed.load(OPTIONS).answer() == 5
 
 
 @needs_compiler
@@ -148,7 +143,7 @@ def test_an_interrupted_compilation_leaves_no_file(tmp_path, cache, monkeypatch)
             library.load(OPTIONS)
     assert list(cache.iterdir()) == []
     # It has not failed: the next call tries again.
-    assert library.load(OPTIONS).answer(1) == 21
+    assert library.load(OPTIONS).answer() == 21
 
 
 @needs_compiler
@@ -156,7 +151,7 @@ def test_a_file_that_does_not_load_is_compiled_again(tmp_path, cache):
     library = NativeLibrary(write_sources(tmp_path / "code"))
     cache.mkdir()
     library.path(OPTIONS).write_bytes(b"no library")
-    assert library.load(OPTIONS).answer(1) == 21
+    assert library.load(OPTIONS).answer() == 21
 
 
 def test_what_does_not_load_when_compiled_again_leaves_the_work_to_torch(
@@ -191,7 +186,7 @@ library = native.NativeLibrary(folder / "code" / "main.cpp")
 assert not library.is_ready(options)
 print("ready", flush=True)
 sys.stdin.readline()
-print(library.load(options).answer(1))
+print(library.load(options).answer())
 """
 
 
@@ -222,41 +217,7 @@ def test_processes_that_compile_at_the_same_time_both_end_with_the_code(tmp_path
     assert len(list(cache.iterdir())) == 1
 
 
-# Threads.
-
-
-def test_threads_are_those_of_torch_and_one_after_a_fork(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    assert native_threads() == 7
-    monkeypatch.setitem(compilation._state, "forked", True)
-    assert native_threads() == 1
-
-
-FORKING = """
-import os, sys, time, warnings
-from pathlib import Path
-import torch
-from elips_torch.core import native
-folder, options = Path(sys.argv[1]), tuple(sys.argv[2:])
-native.cache_folder = lambda: folder / "cache"
-torch.set_num_threads(2)
-answer = native.NativeLibrary(folder / "code" / "main.cpp").load(options).answer
-# Now OpenMP's threads wait for work; in a forked process there are none.
-assert answer(native.native_threads()) == 42
-warnings.simplefilter("ignore", DeprecationWarning)
-child = os.fork()
-if not child:
-    os._exit(answer(native.native_threads()))
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@needs_compiler
-def test_a_forked_process_runs_the_code_with_one_thread(tmp_path):
-    write_sources(tmp_path / "code")
-    command = [sys.executable, "-c", FORKING, str(tmp_path), *OPTIONS]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert result.stdout == "21\n"
+# Imports.
 
 
 FIRST_SEARCH = """

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,6 +18,7 @@
 #include "outcome.h"
 #include "reservoir.h"
 #include "rescore.h"
+#include "team.h"
 
 extern "C" {
 
@@ -425,23 +427,24 @@ Outcome run(const Assigning& a) {
     Centroids<Code> centroids(a);
     if (!centroids.memory) return NO_MEMORY;
     const int64_t blocks = (a.n_vectors + BLOCK - 1) / BLOCK;
-    bool ready = true, usable = true;
-#pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1)
-    {
-#pragma omp for reduction(& : usable)
-        for (int64_t number = 0; number < a.n_centroids; ++number) usable &= centroids.fill(a, number);
-        if (usable) {
-            Worker<Code, Value> worker(a, centroids);
-            if (!worker.is_ready()) {
-#pragma omp atomic write
-                ready = false;
-            }
-#pragma omp for schedule(dynamic)
-            for (int64_t first = 0; first < blocks; first += BLOCKS_AT_ONCE)
-                if (worker.is_ready()) worker.run(first, std::min<int64_t>(blocks, first + BLOCKS_AT_ONCE));
+    std::atomic<bool> ready{true}, usable{true};
+    Pieces numbers(a.n_centroids, a.n_centroids / (4 * a.n_threads)), pieces(blocks, BLOCKS_AT_ONCE);
+    Team::run(a.n_threads, [&](int) {
+        for (int64_t number, last; numbers.take(number, last);)
+            for (; number < last; ++number)
+                if (!centroids.fill(a, number)) usable = false;
+    });
+    if (!usable) return UNBOUNDED;
+    Team::run(a.n_threads, [&](int) {
+        if (!pieces.are_left()) return;
+        Worker<Code, Value> worker(a, centroids);
+        if (!worker.is_ready()) {
+            ready = false;
+            return;
         }
-    }
-    return !ready ? NO_MEMORY : usable ? DONE : UNBOUNDED;
+        for (int64_t first, last; pieces.take(first, last);) worker.run(first, last);
+    });
+    return ready ? DONE : NO_MEMORY;
 }
 
 template <class Code>

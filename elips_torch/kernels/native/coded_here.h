@@ -2,15 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "arguments.h"
 #include "coding.h"
 #include "memory.h"
 #include "outcome.h"
-
-// Features of queries whose coding takes longer than waking threads.
-constexpr int64_t WORTH_SHARING = 2048;
+#include "team.h"
 
 static int code_queries(const Coding& c) {
     if (c.code_type != 0 && c.code_type != 1) return UNKNOWN_TYPE;
@@ -18,17 +17,16 @@ static int code_queries(const Coding& c) {
     double mean_length = 0.0;
     for (int i = 0; i < c.dim; ++i) mean_length += double(c.mean[i]) * c.mean[i];
     mean_length = std::sqrt(mean_length);
-    bool ready = true;
-#pragma omp parallel num_threads(c.n_threads) if (c.n_threads > 1 && int64_t(c.n_queries) * c.dim > WORTH_SHARING)
-    {
+    std::atomic<bool> ready{true};
+    const bool shares = int64_t(c.n_queries) * c.dim > WORTH_SHARING;
+    Pieces pieces(c.n_queries, c.n_queries / (4 * c.n_threads));
+    Team::run(shares ? c.n_threads : 1, [&](int) {
         Memory<double> wide = allocate<double>(c.dim);
         if (!wide) {
-#pragma omp atomic write
             ready = false;
+            return;
         }
-#pragma omp for
-        for (int64_t q = 0; q < c.n_queries; ++q) {
-            if (!wide) continue;
+        for (int64_t q = 0, last = 0; q < last || pieces.take(q, last); ++q) {
             if (is_distance(c.metric) && c.code_type == 0)
                 code_query_of_differences<float>(c, q);
             else if (is_distance(c.metric))
@@ -38,7 +36,7 @@ static int code_queries(const Coding& c) {
             else
                 code_query<int8_t>(c, q, mean_length, wide.get());
         }
-    }
+    });
     return ready ? DONE : NO_MEMORY;
 }
 

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,6 +17,7 @@
 #include "memory.h"
 #include "outcome.h"
 #include "rescore.h"
+#include "team.h"
 #include "unpack.h"
 
 extern "C" {
@@ -209,20 +211,18 @@ class Origin {
 };
 
 static int make_terms(const GridTerms& t) {
-    bool ready = true;
-#pragma omp parallel num_threads(t.n_threads) if (t.n_threads > 1)
-    {
+    std::atomic<bool> ready{true};
+    // Neighbouring slots belong to one list.
+    Pieces pieces(t.n, t.n / (4 * t.n_threads));
+    Team::run(t.n_threads, [&](int) {
         Memory<float> vector = allocate<float>(t.dim);
         Origin origin;
         if (!vector || !origin.make(t.dim)) {
-#pragma omp atomic write
             ready = false;
+            return;
         }
         int64_t list = -1;
-        // Neighbouring slots belong to one list.
-#pragma omp for
-        for (int64_t i = 0; i < t.n; ++i) {
-            if (!ready) continue;
+        for (int64_t i = 0, last = 0; i < last || pieces.take(i, last); ++i) {
             const int64_t row = t.rows[i];
             const int64_t own = t.packed.centroids ? t.packed.assignments[row] : 0;
             if (own != list) origin.take(t.packed, t.grid, list = own, t.dim);
@@ -244,6 +244,6 @@ static int make_terms(const GridTerms& t) {
             terms[0] = static_cast<float>((std::sqrt(norm) + ROUNDED * std::sqrt(lost)) * WIDER);
             terms[1] = t.metric == L2 ? static_cast<float>(-product - 0.5 * square) : 0.0f;
         }
-    }
+    });
     return ready ? DONE : NO_MEMORY;
 }

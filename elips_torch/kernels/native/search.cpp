@@ -6,6 +6,7 @@
 // are scored by the definition and sorted. Thresholds only decide how much is kept, never the result.
 
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 
 #include "arguments.h"
@@ -19,6 +20,7 @@
 #include "reservoir.h"
 #include "scan.h"
 #include "sharing.h"
+#include "team.h"
 
 namespace {
 
@@ -27,20 +29,19 @@ constexpr int64_t MOST_LOOKING_UP = 20, MOST_LOOKING_UP_LISTS = 16;
 
 template <class Value>
 bool rank(const Arguments& a, Reservoir* reservoirs) {
-    bool ready = true;
+    std::atomic<bool> ready{true};
     // Few queries differ in what they have kept.
-    const int at_once = std::clamp(a.n_queries / (8 * a.n_threads), 1, 4);
-#pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1 && a.n_queries > 1)
-    {
+    Pieces pieces(a.n_queries, std::clamp(a.n_queries / (8 * a.n_threads), 1, 4));
+    Team::run(std::min(a.n_threads, a.n_queries), [&](int) {
+        if (!pieces.are_left()) return;
         Ranking<Value> ranking(a);
         if (!ranking.is_ready()) {
-#pragma omp atomic write
             ready = false;
+            return;
         }
-#pragma omp for schedule(dynamic, at_once)
-        for (int64_t q = 0; q < a.n_queries; ++q)
-            if (ranking.is_ready()) ranking.query(q, reservoirs);
-    }
+        for (int64_t q, last; pieces.take(q, last);)
+            for (; q < last; ++q) ranking.query(q, reservoirs);
+    });
     return ready;
 }
 
@@ -52,19 +53,16 @@ bool scan(const Arguments& a, Reservoir* reservoirs, float* limits) {
     const bool few = a.probes ? int64_t(a.n_queries) * a.n_probes <= MOST_LOOKING_UP_LISTS * lists.n
                               : a.n_queries <= MOST_LOOKING_UP;
     const bool looks_up = std::is_same_v<Code, int8_t> && few && ByteTables::serve(a);
-    if (looks_up && !tables.allocate_for(a)) return false;
-    return share(
-        a, lists, reservoirs, [&](int part) { return Scan<Code>(a, part, limits, looks_up ? &tables : nullptr); },
-        [&] { return !looks_up || tables.make(a); });
+    if (looks_up && !tables.make(a)) return false;
+    return share(a, lists, reservoirs,
+                 [&](int part) { return Scan<Code>(a, part, limits, looks_up ? &tables : nullptr); });
 }
 
 template <class Distance>
 bool scan_distances(const Arguments& a, Reservoir* reservoirs, float* limits) {
     ListQueries lists;
     if (a.probes && !lists.fill(a)) return false;
-    return share(
-        a, lists, reservoirs, [&](int part) { return DistanceScan<Distance>(a, part, limits); },
-        [] { return true; });
+    return share(a, lists, reservoirs, [&](int part) { return DistanceScan<Distance>(a, part, limits); });
 }
 
 bool scan_distances(const Arguments& a, Reservoir* reservoirs, float* limits) {

@@ -1,14 +1,14 @@
 // How threads share the rows and the queries of a scan.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
+#include <atomic>
 
 #include "arguments.h"
 #include "probed_lists.h"
 #include "products.h"
 #include "reservoir.h"
+#include "team.h"
 
 // Chunks in an order that meets rows from everywhere early, whatever their order is.
 static inline int64_t stride_of(int64_t n) {
@@ -21,41 +21,33 @@ static inline int64_t stride_of(int64_t n) {
     return stride;
 }
 
-// Scan all rows, or the lists, by all threads. `make` makes what a thread scans with; `before` is called by
-// each thread before, and says whether it has done its share of what all need.
-template <class Make, class Before>
-bool share(const Arguments& a, const ListQueries& lists, Reservoir* reservoirs, Make make, Before before) {
-    bool ready = true;
-    int64_t next = 0;
-#pragma omp parallel num_threads(a.n_threads) if (a.n_threads > 1)
-    {
-        const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
-        const bool splits_rows = a.n_parts > 1;
+// Scan all rows, or the lists, by all threads. `make` makes what a thread scans with.
+template <class Make>
+bool share(const Arguments& a, const ListQueries& lists, Reservoir* reservoirs, Make make) {
+    std::atomic<bool> ready{true}, is_over{false};
+    std::atomic<int64_t> next{0};
+    const bool splits_rows = a.n_parts > 1;
+    Team::run(a.n_threads, [&](int thread) {
         int first = 0, last = a.n_queries;
         if (!splits_rows) {
             // Whole blocks of queries, as evenly as they go.
             const int64_t wide = a.probes ? 1 : MOST_VECTORS * LANES, blocks = (a.n_queries + wide - 1) / wide;
-            first = static_cast<int>(std::min<int64_t>(a.n_queries, blocks * thread / n_threads * wide));
-            last = static_cast<int>(std::min<int64_t>(a.n_queries, blocks * (thread + 1) / n_threads * wide));
+            first = static_cast<int>(std::min<int64_t>(a.n_queries, blocks * thread / a.n_threads * wide));
+            last = static_cast<int>(std::min<int64_t>(a.n_queries, blocks * (thread + 1) / a.n_threads * wide));
         }
         const int part = splits_rows ? thread : 0;
+        // What was kept is gathered in the first part.
+        if (first == last || (part > 0 && is_over)) return;
         auto work = make(part);
-        const bool mine = first < last;
-        // A thread without memory leaves its share undone: then all fails.
-        const bool has_shared = before();
-        const bool prepared = has_shared && (!mine || work.prepare(reservoirs + int64_t(part) * a.n_queries, first, last));
-        if (!prepared) {
-#pragma omp atomic write
+        if (!work.prepare(reservoirs + int64_t(part) * a.n_queries, first, last)) {
+            // A thread without memory leaves its share undone: then all fails.
             ready = false;
+            return;
         }
         const int64_t n = a.probes ? lists.n : work.n_chunks(), stride = stride_of(n);
-        if (prepared && mine && !a.probes) work.take(nullptr, first, last - first, 0);
-        for (int64_t i = 0; prepared && mine; ++i) {
-            int64_t number = i;
-            if (splits_rows) {
-#pragma omp atomic capture
-                number = next++;
-            }
+        if (!a.probes) work.take(nullptr, first, last - first, 0);
+        for (int64_t i = 0;; ++i) {
+            const int64_t number = splits_rows ? next++ : i;
             if (number >= n) break;
             if (!a.probes) {
                 work.chunk(static_cast<int64_t>((static_cast<__int128>(number) * stride) % n));
@@ -72,6 +64,7 @@ bool share(const Arguments& a, const ListQueries& lists, Reservoir* reservoirs, 
             work.take(begin, 0, static_cast<int>(end - begin), list);
             work.list(list);
         }
-    }
+        is_over = splits_rows;
+    });
     return ready;
 }

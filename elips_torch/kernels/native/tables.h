@@ -9,12 +9,14 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 
 #include "arguments.h"
 #include "memory.h"
 #include "reservoir.h"
+#include "team.h"
 
 constexpr int TURNED_ROWS = 64, ENTRIES = 256;
 
@@ -96,20 +98,21 @@ class ByteTables {
                has_byte_permutes();
     }
 
-    bool allocate_for(const Arguments& a) {
+    // Returns whether there was memory.
+    bool make(const Arguments& a) {
         parts_ = a.packed.parts;
         tables_ = allocate<uint8_t>(int64_t(a.n_queries) * parts_ * ENTRIES);
         facts_ = allocate<Facts>(a.n_queries);
-        return tables_ && facts_;
-    }
-
-    // Called by all threads of a region, each of which makes some.
-    bool make(const Arguments& a) {
-        Memory<float> sums = allocate<float>(parts_ * (ENTRIES + 1));
-#pragma omp for
-        for (int q = 0; q < a.n_queries; ++q)
-            if (sums) make(a, q, sums.get());
-        return static_cast<bool>(sums);
+        if (!tables_ || !facts_) return false;
+        std::atomic<bool> ready{true};
+        Pieces pieces(a.n_queries, 1);
+        const bool shares = int64_t(a.n_queries) * a.dim > WORTH_SHARING;
+        Team::run(shares ? std::min(a.n_threads, a.n_queries) : 1, [&](int) {
+            Memory<float> sums = allocate<float>(parts_ * (ENTRIES + 1));
+            if (!sums) ready = false;
+            for (int64_t q, last; sums && pieces.take(q, last);) make(a, q, sums.get());
+        });
+        return ready;
     }
 
     struct Facts {
