@@ -207,12 +207,13 @@ def test_masks_of_any_memory_layout(kind):
 
 
 def test_where_rounding_is_open_the_definition_decides(kind, monkeypatch):
-    """Sums that lie between two float32 numbers, exactly."""
+    """Sums that lie between two float32 numbers, but for a last feature that float64 has no room for."""
     generator = torch.Generator().manual_seed(0)
     q, x = torch.zeros(5, 4), torch.randint(-8, 9, (1000, 4), generator=generator).float()
     x[:, 2:] = 0.0
     # Beyond 2**26 every eighth number is a float32, and these sums lie 4 above one.
     x[:, 0], x[:, 1] = 8192.0 + 4.0 * (x[:, 0] + 8.0), 2.0 + 4.0 * x[:, 1]
+    x[:, 2] = 2.0**-30
     settled = []
     settle = NativeSearch._ranked
     monkeypatch.setattr(
