@@ -269,7 +269,7 @@ def test_without_room_for_ties_the_answer_is_wrong(monkeypatch, certified):
     assert not torch.equal(search("ip", "int8", q, x, 40, plane=plane)[1], expected[1])
 
 
-# That the screen does the work on ordinary data, and gives up on hard data.
+# That the screen does the work on ordinary data, and is right on hard data.
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -287,7 +287,8 @@ def test_hard_data_is_right(metric, name, kind, certified):
     found = search(metric, kind, q, x, 10)
     assert len(certified) == 1
     if name == "duplicates":
-        assert certified == [0]
+        # More of them than there is room for are told apart by the definition.
+        assert certified == [20]
     expected = knn_exact(q.double(), x.double(), 10, resolve_metric(metric), None, Selection(), WORKSPACE)
     assert_same(found, expected)
 
