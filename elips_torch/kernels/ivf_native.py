@@ -42,22 +42,16 @@ def native_lists(
     if isinstance(decode, StoredRows) and decode.plane is not None:
         plane = decode.plane
         # Where codes have nothing to say: of rows that are much longer than most, or many near ties.
-        otherwise = functools.partial(
-            _distance_lists if metric.name in _DISTANCES else _decoded_lists,
-            layout,
-            decode,
-            metric,
-            k,
-            n_excluded,
-            workspace_bytes,
-        )
+        otherwise = functools.partial(_distance_lists, layout, decode, metric, k, n_excluded, workspace_bytes)
         if not native_serves(decode.vectors, plane, layout.slots.shape[0] if decode.in_slots else None):
             return None if plane.step is None else otherwise()
         kind = NativeSearch if plane.step is None else DifferenceSearch
         search = kind(decode.vectors, metric, plane, k, n_excluded)
         if not search.plan(1, workspace_bytes):
             return None
-        return ScreenedLists(search, layout, decode.in_slots, otherwise)
+        # Products would have to copy the vectors first: scoring near ties is mostly faster.
+        search.is_hasty = metric.name in _DISTANCES
+        return ScreenedLists(search, layout, decode.in_slots, otherwise if search.is_hasty else None)
     if metric.form != "product":
         return _distance_lists(layout, decode, metric, k, n_excluded, workspace_bytes)
     if not library_compiles():
@@ -113,8 +107,8 @@ class ScreenedLists:
         search: of all rows.
         layout: the rows of each list.
         in_slots: the plane lies in the order of the slots.
-        otherwise: makes the search of queries that this one does not certify, by the vectors themselves; None
-            where there is none.
+        otherwise: makes the search of queries that this one does not certify, by distances of the vectors
+            themselves; None where there is none.
     """
 
     def __init__(

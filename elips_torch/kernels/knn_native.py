@@ -52,6 +52,8 @@ _BLOCK, _BLOCKS_PER_THREAD = 64, 4
 _READING, _WORTH_THREADS = 10, 10**6
 # The share of rows beyond which another search is cheaper than looking at survivors.
 _MOST_SURVIVORS = 1 / 32
+# Full reservoirs that are scored before a quick search answers instead (measured).
+_HASTY = 4
 # Bytes of a kept row, in a thread's reservoir and where it is ranked.
 _KEPT_BYTES, _RANKED_BYTES = 12, 32
 # Bytes per query and feature: as float64, as code and packed by each part, with temporaries of coding.
@@ -139,9 +141,13 @@ class NativeSearch:
         n_excluded: rows that are left out for each query, at most.
         names: ``(N,)`` int64, the number by which masks, ranks and results know each row; None where the
             rows are numbered from 0.
+
+    Attributes:
+        is_hasty: a query is left open early where bounds leave too many rows: what answers it then is quick.
     """
 
     has_overhead: ClassVar[bool] = False
+    is_hasty: bool = False
 
     def __init__(
         self,
@@ -346,6 +352,7 @@ class NativeSearch:
             "n_queries": n_queries,
             "k": k,
             "capacity": plan.capacity,
+            "most_scored": _HASTY * plan.capacity if self.is_hasty else 2**62,
             "n_threads": plan.threads,
             "n_parts": plan.parts,
             "metric": METRICS[self.metric.name],

@@ -204,6 +204,7 @@ class Arguments(ctypes.Structure):
         ("scores", ctypes.c_void_p),
         ("found", ctypes.c_void_p),
         ("status", ctypes.c_void_p),
+        ("most_scored", ctypes.c_int64),
         ("slack", ctypes.c_float),
         ("dim", ctypes.c_int32),
         ("n_queries", ctypes.c_int32),

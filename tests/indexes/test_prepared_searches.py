@@ -176,34 +176,35 @@ def test_short_lists_are_read_on(prepared):
 
 
 def test_queries_that_are_open_are_searched_again(prepared):
-    # Scores halfway between two float32 numbers cannot be told from products that round.
+    # Ties next to the middle between two float32 numbers cannot be told from products that round.
     index = FlatIndex(8, "ip")
     rows = torch.zeros(300, 8)
-    rows[:, 0] = 1.0
-    rows[:, 1] = torch.arange(300.0) * 2.0**-24
+    rows[:, :3] = torch.tensor([1.0, 2.0**-24, 2.0**-30])
     index.add(rows)
     queries = torch.zeros(40, 8)
-    queries[:, :2] = torch.tensor([[1.0, 1.0], [3.0, 1e-3]]).repeat(20, 1)
+    queries[:, :3] = torch.tensor([[1.0, 1.0, 2.0**-30], [3.0, 1e-3, 0.0]]).repeat(20, 1)
     index.search(queries, 4, implementation="native")
     prepared.clear()
     agrees(index, queries, 4)
-    assert sum(prepared) > 0
+    assert prepared == [20]
 
 
 def test_what_leaves_most_queries_open_is_given_up(prepared):
     index = FlatIndex(DIM)
-    rows = vectors(20)[torch.arange(6000) % 20] + 1e-5 * vectors(6000, 1)
+    # Ties next to the middle between two float32 numbers.
+    rows = torch.zeros(6000, DIM)
+    rows[:, :3] = torch.tensor([8192.0, 2.0, 2.0**-30])
     index.add(rows)
-    queries = rows[::600]
+    queries = torch.zeros(10, DIM)
     # Queries whose neighbours are beyond doubt.
-    far = torch.full((10, DIM), 3.0)
-    index.add(far * torch.arange(1, 11)[:, None])
+    far = torch.full((10, DIM), 3e4) * torch.arange(11, 21)[:, None]
+    index.add(far)
     prepared.clear()
     for misses in (3, 1, 4):
         for _ in range(misses):
             agrees(index, queries)
         if misses < 4:
-            agrees(index, far * torch.arange(1, 11)[:, None])
+            agrees(index, far)
     assert prepared[-4:] == [10] * 4
     prepared.clear()
     agrees(index, queries)

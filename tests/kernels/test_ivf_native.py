@@ -145,7 +145,7 @@ def test_selections_ranks_and_probes_of_nothing(metric, kind):
 def test_distances_answer_where_codes_say_nothing(kind):
     queries, database, assignments, probes, layout = problem(40, n=9000)
     # Rows that no code fits are kept for every query, and there are more of them than is worth while.
-    database[::8] *= 1e4
+    database[torch.arange(9000) % 8 > 0] *= 1e4
     exclude = torch.arange(40 * 30).reshape(40, 30)
     selection = Selection(None, exclude)
     step = native_lists(
@@ -161,8 +161,12 @@ def test_distances_answer_where_codes_say_nothing(kind):
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_some_queries_are_left_to_distances_with_what_is_theirs(kind):
-    queries, database, assignments, probes, layout = problem(40, n=9000)
-    # No code fits most rows of one list: they survive for the queries that probe it.
+    queries, database, assignments, probes, _ = problem(40, n=9000)
+    # No code fits most rows of one long list: they survive for the queries that probe it.
+    assignments[:6000] = 3
+    lists = InvertedLists()
+    lists.rebuild(assignments, 17)
+    layout = lists.layout
     database[(torch.arange(9000) % 8 != 1) & (assignments == 3)] *= 1e4
     generator = torch.Generator().manual_seed(1)
     exclude = torch.randint(0, 9000, (40, 600), generator=generator)
@@ -193,20 +197,19 @@ def test_short_floats_need_no_int8_instructions(dim, kind, monkeypatch):
             assert_same(found, ivf_search(queries, database, assignments, probes, 10, "l1"))
 
 
-@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", [kind for kind in DECODERS if "int8" in kind])
-def test_vectors_answer_where_int8_codes_say_nothing(metric, kind, monkeypatch):
-    queries, database, assignments, probes, layout = problem(40, n=9000)
+def test_distances_answer_where_int8_codes_say_nothing(kind, monkeypatch):
+    queries, database, assignments, probes, layout = problem(40, n=9000, nlist=5)
     # Codes cannot tell most rows of a list from each other.
     database = database[assignments] + 1e-3 * database
     selection = Selection(torch.rand(40, 9000, generator=torch.Generator().manual_seed(1)) < 0.5)
-    arguments = layout, decoder(kind, metric, database, layout), resolve_metric(metric)
-    step = native_lists(*arguments, 10, 9, 0, WORKSPACE)
+    arguments = layout, decoder(kind, "l2", database, layout), resolve_metric("l2")
+    step = native_lists(*arguments, 10, 5, 0, WORKSPACE)
     alone = step.search.run(queries, 10, None, selection, WORKSPACE, step.lists(probes))[2]
     assert int(alone.sum()) < 20
     scores, rows, certified = step.run(queries, probes, 10, None, selection, WORKSPACE)
     assert bool(certified.all())
-    wanted = ivf_search(queries, database, assignments, probes, 10, metric, mask=selection.mask)
+    wanted = ivf_search(queries, database, assignments, probes, 10, "l2", mask=selection.mask)
     assert_same((scores, rows), wanted)
     # However many of them are searched at a time.
     monkeypatch.setattr(type(step.otherwise()), "queries_at_once", lambda *sizes: 7)
@@ -215,8 +218,19 @@ def test_vectors_answer_where_int8_codes_say_nothing(metric, kind, monkeypatch):
     assert_same(again[:2], wanted)
 
 
+@pytest.mark.parametrize("metric", ["ip", "cosine"])
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if "int8" in kind])
+def test_the_definition_decides_where_int8_codes_say_nothing(metric, kind):
+    queries, database, assignments, probes, layout = problem(40, n=9000, nlist=5)
+    database = database[assignments] + 1e-3 * database
+    # All queries find what is theirs among near ties.
+    selection = Selection(torch.rand(40, 9000, generator=torch.Generator().manual_seed(1)) < 0.5)
+    found = search(kind, metric, queries, database, probes, layout, 10, selection=selection)
+    assert_same(found, ivf_search(queries, database, assignments, probes, 10, metric, mask=selection.mask))
+
+
 def test_distances_of_rows_that_lie_close_together_far_from_the_origin():
-    queries, database, assignments, probes, layout = problem(40, n=3000)
+    queries, database, assignments, probes, layout = problem(40, n=9000)
     database, queries = 100 + 1e-3 * database, 100 + 1e-3 * queries
     step = native_lists(
         layout,

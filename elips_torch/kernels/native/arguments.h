@@ -60,6 +60,7 @@ struct Arguments {
     float* scores;
     int64_t* found;
     int32_t* status;
+    int64_t most_scored;  // rows that a reservoir may score to tell them apart, before its query is left open
     float slack;
     int32_t dim;
     int32_t n_queries;

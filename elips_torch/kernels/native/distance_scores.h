@@ -42,14 +42,7 @@ static bool sums_are_exact(const double* query, const Value* row, int dim, doubl
     if (!(total < HIGHEST)) return false;
     int exponent;
     std::frexp(total, &exponent);
-    const double scale = std::ldexp(1.0, 52 - exponent);
-    bool are_whole = true;
-    for (int i = 0; i < dim; ++i) {
-        const double q = query[i] * scale, x = wide(row[i]) * scale;
-        are_whole &= q == std::nearbyint(q);
-        are_whole &= x == std::nearbyint(x);
-    }
-    return are_whole;
+    return are_whole(query, row, dim, std::ldexp(1.0, 52 - exponent));
 }
 
 template <class Value>

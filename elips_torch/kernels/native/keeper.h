@@ -5,6 +5,7 @@
 
 #include "arguments.h"
 #include "reservoir.h"
+#include "settle.h"
 
 class Keeper {
    public:
@@ -57,7 +58,9 @@ class Keeper {
     bool keep(int64_t row, int64_t query, float upper, float lower) {
         if (is_selective_ && !sees(query, name_of(a_, row))) return false;
         Reservoir& reservoir = reservoirs_[query];
-        if (reservoir.failed || !reservoir.push(static_cast<int32_t>(row), upper, lower)) return false;
+        if (reservoir.failed) return false;
+        const auto settle = [&](Reservoir& r) { return settle_any(a_, query, r); };
+        if (!reservoir.push(static_cast<int32_t>(row), upper, lower, settle)) return false;
         if (limits_) {
             float other;
             __atomic_load(limits_ + query, &other, __ATOMIC_RELAXED);

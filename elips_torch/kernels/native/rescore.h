@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 enum Metric : int32_t {
     L2 = 0,
@@ -146,6 +147,28 @@ struct Score {
     bool sure;
 };
 
+// Whether features are whole multiples of 1 / scale.
+template <class Value>
+static bool are_whole(const double* query, const Value* row, int dim, double scale) {
+    bool all_are = true;
+    for (int i = 0; i < dim; ++i) {
+        const double q = query[i] * scale, x = wide(row[i]) * scale;
+        all_are &= q == std::nearbyint(q);
+        all_are &= x == std::nearbyint(x);
+    }
+    return all_are;
+}
+
+// Whether every sum of products of features, or of squares of differences, is exact, in whatever order, where none
+// exceeds `size`: as of short floats, whose sums often lie between two float32 numbers.
+template <class Value>
+static bool products_are_exact(const double* query, const Value* row, int dim, double size) {
+    if (!(size < std::numeric_limits<double>::infinity())) return false;
+    int exponent;
+    std::frexp(size, &exponent);
+    return are_whole(query, row, dim, std::ldexp(1.0, (52 - exponent) >> 1));
+}
+
 // Both this sum and the definition's err by at most (dim + 2) u of their size, a quotient by twice as
 // much. Where everything within that error rounds alike, the definition rounds to it, too (Ziv, Fast
 // evaluation of elementary mathematical functions with correctly rounded last bit, 1991).
@@ -167,6 +190,8 @@ static Score score(int32_t metric, const double* query, double query_length, con
     }
     const double error = size * (4.0 * (dim + 8) / 9007199254740992.0);
     const float low = static_cast<float>(value - error), high = static_cast<float>(value + error);
+    if (low != high && metric != COSINE && products_are_exact(query, row, dim, size))
+        return {static_cast<float>(value) + 0.0f, true};
     // Rounded from below, a zero may carry a sign; scores have none.
     return {low + 0.0f, low == high};
 }

@@ -87,9 +87,12 @@ struct Reservoir {
     // The largest upper bound of what was dropped for want of room.
     float lost = LOWEST;
     bool failed = false;
+    // Rows that were scored to tell them apart.
+    int64_t scored = 0;
 
     void start() {
         n = 0;
+        scored = 0;
         failed = false;
         limit = lost = LOWEST;
         trigger = std::min(capacity, 2 * k + 32);
@@ -101,14 +104,16 @@ struct Reservoir {
         n = 0;
     }
 
-    // Returns whether the threshold may have risen.
-    bool push(int32_t row, float most, float least) {
+    // Returns whether the threshold may have risen. Where bounds leave too many rows, `settle` is to drop some for
+    // good, all but k, and to return whether it has.
+    template <class Settle>
+    bool push(int32_t row, float most, float least, Settle settle) {
         rows[n] = row;
         upper[n] = most;
         lower[n] = least;
         if (++n < trigger) return false;
         prune();
-        if (n > capacity - capacity / 8) shed();
+        if (n > capacity - capacity / 8 && !settle(*this)) shed();
         trigger = std::min(capacity, std::max(trigger, n + n / 4 + 16));
         return true;
     }
