@@ -220,7 +220,9 @@ def test_where_floats_are_expected_bits_are_refused(tmp_path):
     codes, path = random_codes(300, 8), tmp_path / "bits.faiss"
     lists.train(codes)
     lists.add(codes)
-    with pytest.raises(DtypeError, match="index is of type IndexBinaryIVF, expected an inverted file of faiss"):
+    with pytest.raises(
+        DtypeError, match="index is of type IndexBinaryIVF, expected an inverted file of faiss"
+    ):
         search_preassigned(lists, torch.zeros(2, 64), 1, torch.zeros(2, 1, dtype=torch.int64))
     with pytest.raises(DtypeError, match="index is IndexBinaryIVF, expected an index of float vectors"):
         search_index(load_installed(), lists, torch.zeros(2, 64), 1)

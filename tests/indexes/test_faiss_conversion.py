@@ -217,7 +217,10 @@ def test_what_has_no_counterpart_there_is_refused():
         ("HNSW8", "IndexHNSWFlat, which has no counterpart.*FaissIndex"),
         ("LSH", "IndexLSH"),
         ("IDMap,HNSW8", "index is IndexIDMap, its index is IndexHNSWFlat, which"),
-        ("IVF4_HNSW8,Flat", "index is IndexIVFFlat, its quantizer is IndexHNSWFlat, which.* serves the index"),
+        (
+            "IVF4_HNSW8,Flat",
+            "index is IndexIVFFlat, its quantizer is IndexHNSWFlat, which.* serves the index",
+        ),
         ("PCA8,IVF4_HNSW8,PQ4x4", "PreTransform, its index is IndexIVFPQ, its quantizer is IndexHNSWFlat"),
         ("HNSW8,RFlat", "index is IndexRefineFlat, its base_index is IndexHNSWFlat, which"),
         ("PQ4x4fs", "IndexPQFastScan"),

@@ -293,7 +293,9 @@ def _linear(build: FaissBuild, transform: Any, kind: str) -> LinearDescription:
 
 
 def _id_map(build: FaissBuild, index: Any) -> IDMapDescription:
-    return IDMapDescription(_describe_inside(build, index, "index"), _array(build, index.id_map, index.id_map.size()))
+    return IDMapDescription(
+        _describe_inside(build, index, "index"), _array(build, index.id_map, index.id_map.size())
+    )
 
 
 def _refine(build: FaissBuild, index: Any) -> RefineDescription:

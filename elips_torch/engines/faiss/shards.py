@@ -112,8 +112,8 @@ def _read_shard(build: FaissBuild, path: str | os.PathLike[str]) -> Any:
     ivf = build.module.try_extract_index_ivf(index)
     if ivf is None or isinstance(build.module.downcast_index(ivf), build.module.IndexIVFPQR):
         raise ConversionError(
-            f"{os.fspath(path)!r} holds {type(index).__name__}, expected an inverted file whose lists are all "
-            "that it has of its vectors"
+            f"{os.fspath(path)!r} holds {type(index).__name__}, expected an inverted file whose lists are "
+            "all that it has of its vectors"
         )
     return index
 
@@ -243,7 +243,9 @@ def search_preassigned(
     if lists.ndim != 2:
         raise ShapeError(f"lists has shape {tuple(lists.shape)}, expected (Q, P)")
     if not 1 <= lists.shape[1] <= ivf.nlist:
-        raise ShapeError(f"lists has {lists.shape[1]} columns, expected 1 to {ivf.nlist}, the number of lists")
+        raise ShapeError(
+            f"lists has {lists.shape[1]} columns, expected 1 to {ivf.nlist}, the number of lists"
+        )
     if coarse_scores is None and ivf.by_residual and not type(ivf).__name__.startswith("IndexIVFFlat"):
         raise ArgumentError("coarse_scores is missing, which an inverted file of residuals needs")
     if coarse_scores is not None:

@@ -75,7 +75,7 @@ def test_shards_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, vec
     cases = [
         ([], ArgumentError, "shards is empty"),
         (str(paths[0]), DtypeError, "shards is '.*', expected a list of files"),
-        ([refined], ConversionError, "IndexIVFPQR, expected an inverted file whose lists are all"),
+        ([refined], ConversionError, "IndexIVFPQR, expected an inverted file whose lists are"),
         ([paths[0], flat], ConversionError, "IndexFlat.*expected an inverted file"),
         ([paths[0], other], IndexFileError, "trained otherwise"),
         ([paths[0], foreign], IndexFileError, "no index of faiss"),
@@ -174,9 +174,7 @@ def test_searching_chosen_lists(vectors, description):
     # The index has a width of its own, which is neither asked nor changed.
     ivf.nprobe = 1
     before = faiss_stats().searches
-    again = search_preassigned(
-        index, vectors[:10], 5, torch.from_numpy(lists), torch.from_numpy(coarse)
-    )
+    again = search_preassigned(index, vectors[:10], 5, torch.from_numpy(lists), torch.from_numpy(coarse))
     assert torch.equal(again[1], ids)
     assert (ivf.nprobe, faiss_stats().searches) == (1, before + 1)
     none = torch.full((10, 2), -1)
