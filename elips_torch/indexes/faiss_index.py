@@ -13,6 +13,7 @@ from elips_torch.core.errors import (
     ImplementationError,
     IndexFileError,
     MetricError,
+    NonFiniteError,
     NotEmptyError,
     NotFittedError,
     ParameterError,
@@ -30,7 +31,7 @@ from elips_torch.engines.faiss import opaque, tuning
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.consistency import check_consistent
 from elips_torch.engines.faiss.index_files import read_index
-from elips_torch.engines.faiss.looks import are_finite
+from elips_torch.engines.faiss.looks import are_finite, check_finite_rows
 from elips_torch.engines.faiss.row_search import RowSearch
 from elips_torch.engines.faiss.search import gpus_inside
 from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY, may_take_selectors, value_limits
@@ -68,7 +69,8 @@ class FaissIndex(FaissVectors):
             the index.
         k: number of neighbours that `search` returns by default.
         index_in_state_dict: whether checkpoints hold the index.
-        check_finite: whether vectors and queries are checked for NaN and infinity.
+        check_finite: whether vectors and queries are checked for NaN and infinity; of vectors that are in
+            faiss_index already, those that lie in one place as they are (flat ones, also behind a graph).
         workspace_bytes: limit on temporary memory of searches with masks or exclusions. Default 256 MiB.
 
     Attributes:
@@ -77,7 +79,8 @@ class FaissIndex(FaissVectors):
         ids: ``(ntotal,)`` int64, the label of each row.
 
     Raises:
-        ElipsError: no index of faiss, or a metric that the library or the index does not have.
+        ElipsError: no index of faiss, a metric that the library or the index does not have, or vectors that
+            are not finite.
         ImportError: faiss is not installed.
 
     >>> import torch
@@ -117,6 +120,8 @@ class FaissIndex(FaissVectors):
             check_finite=check_finite,
             workspace_bytes=workspace_bytes,
         )
+        if check_finite:
+            check_finite_rows(build, faiss_index)
         index, labels = opaque.without_labels(build, faiss_index)
         if labels is None:
             labels = torch.arange(int(index.ntotal))
@@ -153,6 +158,7 @@ class FaissIndex(FaissVectors):
             FileNotFoundError: there is no such file.
             DeviceError: there is no such device.
             IndexFileError: a truncated, damaged or foreign file.
+            NonFiniteError: vectors hold NaN or infinity.
             ElipsError: a wrong option, or as for the class.
 
         >>> import tempfile
@@ -173,6 +179,8 @@ class FaissIndex(FaissVectors):
             made = cls._configured(index, metric, options)
         except (ConversionError, DuplicateIdError) as error:
             raise IndexFileError(f"{os.fspath(path)!r}: {error}") from error
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{os.fspath(path)!r}: {error}") from error
         return made.to(device)
 
     @classmethod

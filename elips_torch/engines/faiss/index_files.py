@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from elips_torch.core.errors import DamagedIndexError, DtypeError, IndexFileError
-from elips_torch.engines.faiss.bits_in_bytes import check_graph_of_bits
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.graphs_in_bytes import check_bytes
 from elips_torch.engines.faiss.messages import reason_of
 from elips_torch.engines.faiss.row_kinds import BITS, FLOATS, MARK_OF_BITS, kind_of
 
@@ -50,20 +50,20 @@ def read_index(
     use_one_thread_if_forked(build)
     read = getattr(build.module, (BITS if holds_bits else FLOATS).read)
     try:
-        if holds_bits:
-            _check_graph(path)
+        if start:
+            _check_content(path)
         return mend_fast_scan(build, read(where, build.module.IO_FLAG_MMAP if on_disk else 0))
     except (RuntimeError, MemoryError, DamagedIndexError) as error:
         raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {reason_of(error)}") from error
 
 
-def _check_graph(path: str | os.PathLike[str]) -> None:
+def _check_content(path: str | os.PathLike[str]) -> None:
     with (
         open(path, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         memoryview(content) as view,
     ):
-        check_graph_of_bits(view)
+        check_bytes(view)
 
 
 def write_index(build: FaissBuild, index: Any, path: str | os.PathLike[str]) -> None:
