@@ -312,7 +312,7 @@ class FaissIndex(FaissVectors):
         truth = torch.where(rows < 0, -1, self.places[rows.clamp_min(0)])
         rows = self._as_faiss(queries.detach())
         if self.device.type == "cpu" and not gpus_inside(self._faiss):
-            copied = self._build.module.clone_index(self._faiss)
+            copied = opaque.copied(self._build, self._faiss)
             return tuning.explore(self._build, copied, rows, truth, experiments)
         before = {name: getattr(*where) for name, where in self._holders.items()}
         try:
