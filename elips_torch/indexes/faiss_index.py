@@ -9,6 +9,7 @@ from torch import Tensor
 from elips_torch.core.errors import (
     ArgumentError,
     ConversionError,
+    DtypeError,
     DuplicateIdError,
     ImplementationError,
     IndexFileError,
@@ -21,6 +22,7 @@ from elips_torch.core.errors import (
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import (
+    check_count,
     check_unique,
     check_usable,
     check_values,
@@ -306,6 +308,9 @@ class FaissIndex(FaissVectors):
         """
         tuning.parameter_space(self._build, self._faiss)
         check_vectors("queries", queries, dim=self.dim, device=self.device)
+        check_count("experiments", experiments, least=0)
+        if not isinstance(true_ids, Tensor) or true_ids.dtype != torch.int64:
+            raise DtypeError(f"true_ids is {true_ids!r}, expected an int64 tensor")
         if true_ids.ndim != 2 or len(true_ids) != len(queries):
             raise ArgumentError(f"true_ids has shape {tuple(true_ids.shape)}, expected ({len(queries)}, K)")
         rows = self._rows_of(true_ids)

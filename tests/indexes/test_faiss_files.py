@@ -239,6 +239,13 @@ def test_vectors_that_are_not_finite_are_refused_where_they_lie_as_they_are(desc
         FaissIndex.read(tmp_path / "bad.faiss")
 
 
+@pytest.mark.parametrize("path", [None, 3, b"x", [], torch.zeros(2)])
+def test_what_is_no_path_is_refused(path):
+    for call in (read_faiss, FaissIndex.read, lambda path: write_faiss(FlatIndex(4), path)):
+        with pytest.raises(DtypeError, match=r"path is .*, expected a path"):
+            call(path)
+
+
 def test_centroids_that_are_not_finite_are_refused():
     index = faiss.index_factory(8, "IVF2_HNSW4,SQ8")
     index.train(torch.randn(80, 8, generator=torch.Generator().manual_seed(0)).numpy())

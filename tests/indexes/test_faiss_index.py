@@ -268,6 +268,12 @@ def test_faiss_tunes_itself():
     assert index.parameter_ranges()["nprobe"] == [1, 2, 4, 8, 16]
     with pytest.raises(ParameterError, match="does not take the parameters 'speed=9', it has nprobe"):
         index.set_parameters("speed=9")
+    with pytest.raises(DtypeError, match="parameters is 3, expected a str"):
+        index.set_parameters(3)
+    with pytest.raises(DtypeError, match=r"true_ids is .*, expected an int64 tensor"):
+        index.explore(data(1), [[1]])
+    with pytest.raises(DtypeError, match=r"experiments is 0\.5, expected an int"):
+        index.explore(data(1), torch.zeros(1, 1).long(), experiments=0.5)
     queries = data(50, seed=2)
     points = index.explore(queries, exact.search(queries, 5).ids, experiments=12)
     assert index.nprobe == 3

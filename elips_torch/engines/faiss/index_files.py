@@ -15,6 +15,18 @@ from elips_torch.engines.faiss.messages import reason_of
 from elips_torch.engines.faiss.row_kinds import BITS, FLOATS, MARK_OF_BITS, kind_of
 
 
+def check_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """Return a path that a user gave.
+
+    Raises:
+        DtypeError: it is none.
+    """
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise DtypeError(f"{name} is {path!r}, expected a path: a str or an os.PathLike of one") from error
+
+
 def read_index(
     build: FaissBuild, path: str | os.PathLike[str], *, on_disk: bool = False, bits: bool = False
 ) -> Any:
@@ -29,10 +41,11 @@ def read_index(
     Raises:
         FileNotFoundError: there is no such file.
         IndexFileError: truncated, damaged or foreign.
-        DtypeError: an index of bits, where only floats are taken.
+        DtypeError: an index of bits, where only floats are taken, or no path.
     """
+    is_there = check_path("path", path).is_file()
     where = os.fspath(path)
-    if not Path(path).is_file():
+    if not is_there:
         raise FileNotFoundError(f"no index file at {where!r}")
     with open(path, "rb") as file:
         start = file.read(9)
@@ -69,7 +82,7 @@ def _check_content(path: str | os.PathLike[str]) -> None:
 def write_index(build: FaissBuild, index: Any, path: str | os.PathLike[str]) -> None:
     """Write an index of faiss; the file appears whole or not at all."""
     write = getattr(build.module, kind_of(build, index).write)
-    target = Path(path)
+    target = check_path("path", path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {os.fspath(target.parent)!r} to save an index in")
     if target.is_dir():
