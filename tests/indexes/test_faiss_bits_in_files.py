@@ -68,6 +68,33 @@ def test_parts_that_contradict_each_other_are_found(number):
         check_consistent(build, index)
 
 
+@pytest.mark.parametrize(
+    ("description", "damage", "message"),
+    [
+        (
+            "LSH",
+            lambda index: setattr(index, "train_thresholds", True),
+            "number of thresholds is 0, expected 8",
+        ),
+        ("LSH", lambda index: setattr(index, "nbits", 9), "the number of bits is 9, expected 8"),
+        ("LSH16r", lambda index: index.rrot.A.resize(3), "matrix of the rotation is 3, expected 128"),
+        ("PCA4,Flat", lambda index: spoil_matrix(index), "matrix of transform 0 is 3, expected 32"),
+    ],
+)
+def test_hashes_and_transforms_of_floats_that_contradict_themselves_are_found(description, damage, message):
+    build = load_installed()
+    index = faiss.index_factory(8, description)
+    index.train(torch.randn(100, 8, generator=torch.Generator().manual_seed(0)).numpy())
+    check_consistent(build, index)
+    damage(index)
+    with pytest.raises(DamagedIndexError, match=message):
+        check_consistent(build, index)
+
+
+def spoil_matrix(index):
+    faiss.downcast_VectorTransform(index.chain.at(0)).A.resize(3)
+
+
 def test_an_id_map_that_counts_wrong_is_refused_before_faiss_believes_it(tmp_path):
     index, path = faiss.IndexBinaryIDMap2(faiss.IndexBinaryFlat(BITS)), tmp_path / "map.faiss"
     index.add_with_ids(codes(60).numpy(), np.arange(60) + 5)
