@@ -12,6 +12,7 @@ import elips_torch
 
 ROOT = pathlib.Path(elips_torch.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+EXAMPLES = sorted((ROOT.parent / "examples").rglob("*.py"))
 LAYERS = {
     "core": 0,
     "reference": 1,
@@ -45,7 +46,7 @@ LAZY = ("faiss", "cuvs", "lightning", "torchmetrics", "triton", "matplotlib", "t
 
 def imports(path: pathlib.Path):
     """Yield the full names of the modules that a file imports, anywhere in it."""
-    package = ["elips_torch", *path.relative_to(ROOT).parts[:-1]]
+    package = list(path.relative_to(ROOT.parent).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -55,6 +56,17 @@ def imports(path: pathlib.Path):
             yield module
             # `from elips_torch import ops` names a folder too.
             yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def imports_by_name(path: pathlib.Path):
+    """Yield the names that a file imports by a call, as far as they stand there."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = (
+                node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            )
+            if function in ("import_module", "__import__"):
+                yield str(node.args[0].value)
 
 
 def folder_of(path: pathlib.Path) -> str | None:
@@ -106,6 +118,25 @@ def test_an_optional_package_is_imported_by_its_folder_only(package):
         if owner not in path.parents and any(name.split(".")[0] == package for name in imports(path))
     ]
     assert not strangers
+
+
+def test_faiss_is_imported_by_its_folder_only_by_whatever_way():
+    owner = ROOT / OWNERS["faiss"]
+
+    def importers(paths):
+        return [
+            path
+            for path in paths
+            if any(
+                name.split(".")[0] == "faiss" for found in (imports, imports_by_name) for name in found(path)
+            )
+        ]
+
+    assert EXAMPLES
+    inside = [path for path in FILES if owner in path.parents]
+    # Here they are by a call, which the other test does not see.
+    assert importers(inside)
+    assert not importers([path for path in (*FILES, *EXAMPLES) if path not in inside])
 
 
 def run(program: str) -> str:

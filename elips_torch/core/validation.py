@@ -167,7 +167,11 @@ def check_count(name: str, count: int, least: int = 1) -> int:
     if type(count) is not int:
         if isinstance(count, bool) or not isinstance(count, SupportsIndex):
             raise DtypeError(f"{name} is {count!r}, expected an int")
-        count = operator.index(count)
+        try:
+            count = operator.index(count)
+        except TypeError as error:
+            # Tensors and arrays of other than one integer.
+            raise DtypeError(f"{name} is {count!r}, expected an int") from error
     if count < least:
         raise ArgumentError(f"{name} is {count}, expected at least {least}")
     return count

@@ -9,10 +9,12 @@ from torch import Tensor
 from elips_torch.core.errors import (
     ArgumentError,
     ConversionError,
+    DtypeError,
     DuplicateIdError,
     ImplementationError,
     IndexFileError,
     MetricError,
+    NonFiniteError,
     NotEmptyError,
     NotFittedError,
     ParameterError,
@@ -20,6 +22,7 @@ from elips_torch.core.errors import (
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import (
+    check_count,
     check_unique,
     check_usable,
     check_values,
@@ -30,7 +33,7 @@ from elips_torch.engines.faiss import opaque, tuning
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.consistency import check_consistent
 from elips_torch.engines.faiss.index_files import read_index
-from elips_torch.engines.faiss.looks import are_finite
+from elips_torch.engines.faiss.looks import are_finite, check_finite_rows
 from elips_torch.engines.faiss.row_search import RowSearch
 from elips_torch.engines.faiss.search import gpus_inside
 from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY, may_take_selectors, value_limits
@@ -68,7 +71,8 @@ class FaissIndex(FaissVectors):
             the index.
         k: number of neighbours that `search` returns by default.
         index_in_state_dict: whether checkpoints hold the index.
-        check_finite: whether vectors and queries are checked for NaN and infinity.
+        check_finite: whether vectors and queries are checked for NaN and infinity; of vectors that are in
+            faiss_index already, those that lie in one place as they are (flat ones, also behind a graph).
         workspace_bytes: limit on temporary memory of searches with masks or exclusions. Default 256 MiB.
 
     Attributes:
@@ -77,7 +81,8 @@ class FaissIndex(FaissVectors):
         ids: ``(ntotal,)`` int64, the label of each row.
 
     Raises:
-        ElipsError: no index of faiss, or a metric that the library or the index does not have.
+        ElipsError: no index of faiss, a metric that the library or the index does not have, or vectors that
+            are not finite.
         ImportError: faiss is not installed.
 
     >>> import torch
@@ -117,6 +122,8 @@ class FaissIndex(FaissVectors):
             check_finite=check_finite,
             workspace_bytes=workspace_bytes,
         )
+        if check_finite:
+            check_finite_rows(build, faiss_index)
         index, labels = opaque.without_labels(build, faiss_index)
         if labels is None:
             labels = torch.arange(int(index.ntotal))
@@ -153,6 +160,7 @@ class FaissIndex(FaissVectors):
             FileNotFoundError: there is no such file.
             DeviceError: there is no such device.
             IndexFileError: a truncated, damaged or foreign file.
+            NonFiniteError: vectors hold NaN or infinity.
             ElipsError: a wrong option, or as for the class.
 
         >>> import tempfile
@@ -173,6 +181,8 @@ class FaissIndex(FaissVectors):
             made = cls._configured(index, metric, options)
         except (ConversionError, DuplicateIdError) as error:
             raise IndexFileError(f"{os.fspath(path)!r}: {error}") from error
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{os.fspath(path)!r}: {error}") from error
         return made.to(device)
 
     @classmethod
@@ -298,13 +308,16 @@ class FaissIndex(FaissVectors):
         """
         tuning.parameter_space(self._build, self._faiss)
         check_vectors("queries", queries, dim=self.dim, device=self.device)
+        check_count("experiments", experiments, least=0)
+        if not isinstance(true_ids, Tensor) or true_ids.dtype != torch.int64:
+            raise DtypeError(f"true_ids is {true_ids!r}, expected an int64 tensor")
         if true_ids.ndim != 2 or len(true_ids) != len(queries):
             raise ArgumentError(f"true_ids has shape {tuple(true_ids.shape)}, expected ({len(queries)}, K)")
         rows = self._rows_of(true_ids)
         truth = torch.where(rows < 0, -1, self.places[rows.clamp_min(0)])
         rows = self._as_faiss(queries.detach())
         if self.device.type == "cpu" and not gpus_inside(self._faiss):
-            copied = self._build.module.clone_index(self._faiss)
+            copied = opaque.copied(self._build, self._faiss)
             return tuning.explore(self._build, copied, rows, truth, experiments)
         before = {name: getattr(*where) for name, where in self._holders.items()}
         try:

@@ -23,6 +23,7 @@ from elips_torch.engines.faiss.descriptions import (
 from elips_torch.engines.faiss.looks import are_labels
 from elips_torch.engines.faiss.search import index_gpu, search_index
 from elips_torch.engines.faiss.selectors import bitmap_selector, lists_parameters, plain_parameters
+from elips_torch.engines.faiss.stats import SEARCHES
 from elips_torch.engines.faiss.transfer import to_gpu
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.storage import Snapshot
@@ -219,12 +220,13 @@ def search_mirror(
     mirror = mirror_of(index)
     if bad is not None:
         queries = queries.masked_fill(bad[:, None], 0.0)
-    scores, rows = mirror.search(queries, k, selection, n_probes)
-    on_cpu = rows.device.type == "cpu" and rows.is_contiguous()
-    if not (on_cpu and are_labels(mirror.build, rows)) and bool((rows[:, -1:] < 0).any()):
-        if n_probes is not None:
-            _read_on(index, mirror, queries, k, selection, n_probes, (scores, rows))
-        scores.masked_fill_(rows < 0, index._metric.worst)
+    with SEARCHES.as_one(len(queries)):
+        scores, rows = mirror.search(queries, k, selection, n_probes)
+        on_cpu = rows.device.type == "cpu" and rows.is_contiguous()
+        if not (on_cpu and are_labels(mirror.build, rows)) and bool((rows[:, -1:] < 0).any()):
+            if n_probes is not None:
+                _read_on(index, mirror, queries, k, selection, n_probes, (scores, rows))
+            scores.masked_fill_(rows < 0, index._metric.worst)
     if bad is not None:
         scores.masked_fill_(bad[:, None], torch.nan)
         rows.masked_fill_(bad[:, None], -1)

@@ -177,7 +177,9 @@ def knn(
             GPU; "native", C++ on a CPU that screens by a plane, or by distances under the other metrics, and
             is compiled at the first large search;
             "compiled", the same steps through `torch.compile`; "faiss", the candidates of its brute-force
-            search, which are selected in float32 and may miss near ties; "eager", which serves every call.
+            search, which are selected in float32 and may miss near ties, under "l2", "ip", "cosine", "l1",
+            "linf" and "lp", on a GPU under the first three, and of no float64 vectors; "eager", which serves
+            every call.
         workspace_bytes: limit on temporary memory, in bytes, at least 1 MiB. Default 256 MiB.
         device: with "faiss", a GPU that tensors on the CPU go through by parts, no more than the workspace at
             once: for a database larger than its memory. Default: tensors are searched where they are.

@@ -257,3 +257,37 @@ def test_a_wrong_bit_gives_an_index_or_an_error_of_the_library(place, bit, descr
     except ElipsError as error:
         said = str(error)
     assert len(index.ids) == index.ntotal if said is None else str(path) in said
+
+
+@pytest.mark.parametrize("description", ["Flat", "IDMap,Flat", "PCA4,Flat", "HNSW8", "IVF1,SQ8,RFlat"])
+def test_vectors_that_are_not_finite_are_refused_where_they_lie_as_they_are(description, tmp_path):
+    vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    index = faiss.index_factory(8, description)
+    index.train(vectors.numpy())
+    vectors[4, 1], vectors[30, 0] = torch.nan, torch.inf
+    if description.startswith("IDMap"):
+        index.add_with_ids(vectors.numpy(), torch.arange(50).numpy())
+    else:
+        index.add(vectors.numpy())
+    with pytest.raises(NonFiniteError, match=r"^faiss_index has NaN or infinity in rows 4, 30"):
+        FaissIndex(index)
+    assert FaissIndex(index, check_finite=False).ntotal == 50
+    faiss.write_index(index, str(tmp_path / "bad.faiss"))
+    with pytest.raises(NonFiniteError, match=r"bad\.faiss': faiss_index has NaN or infinity in rows 4, 30"):
+        FaissIndex.read(tmp_path / "bad.faiss")
+
+
+@pytest.mark.parametrize("path", [None, 3, b"x", [], torch.zeros(2)])
+def test_what_is_no_path_is_refused(path):
+    for call in (read_faiss, FaissIndex.read, lambda path: write_faiss(FlatIndex(4), path)):
+        with pytest.raises(DtypeError, match=r"path is .*, expected a path"):
+            call(path)
+
+
+def test_centroids_that_are_not_finite_are_refused():
+    index = faiss.index_factory(8, "IVF2_HNSW4,SQ8")
+    index.train(torch.randn(80, 8, generator=torch.Generator().manual_seed(0)).numpy())
+    centroids = faiss.downcast_index(faiss.downcast_index(index.quantizer).storage)
+    faiss.rev_swig_ptr(centroids.get_xb(), 16)[9] = np.inf
+    with pytest.raises(NonFiniteError, match="the quantizer of faiss_index has NaN or infinity in row 1"):
+        FaissIndex(index)

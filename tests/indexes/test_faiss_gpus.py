@@ -142,7 +142,7 @@ def test_what_is_no_device_is_refused_by_name(device):
 @pytest.mark.parametrize("devices", ["cuda:0", ["cuda:0"], [0.0], [True], b"\0", [[0]], None])
 def test_numbers_of_gpus_are_numbers(devices):
     index = FaissIndex.from_factory(DIM, "Flat")
-    with pytest.raises(DtypeError, match="devices is .*, expected the numbers of GPUs"):
+    with pytest.raises(DtypeError, match=r"devices is .*, expected the numbers of GPUs"):
         index.to_gpus(devices)
 
 

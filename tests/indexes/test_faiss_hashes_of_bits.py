@@ -140,5 +140,5 @@ def test_floats_under_bits_that_mean_something_else_are_refused():
     lists.add_with_ids(vectors(100).numpy(), np.arange(100) * 1000)
     mapped = faiss.IndexIDMap(faiss.IndexFlatL2(BITS))
     for floats in (lists, mapped):
-        with pytest.raises(ConversionError, match=r"labels of its own in a IndexI.* an IndexBinaryIDMap"):
+        with pytest.raises(ConversionError, match=r"labels of its own in IndexI.* an IndexBinaryIDMap"):
             FaissIndex(faiss.IndexBinaryFromFloat(floats))

@@ -18,8 +18,11 @@ from elips_torch import (
     FaissIndex,
     FlatIndex,
     ImplementationError,
+    IVFFlatIndex,
     MetricError,
+    NonFiniteError,
     ParameterError,
+    faiss_stats,
     load_index,
 )
 from elips_torch.testing import IndexContract
@@ -265,6 +268,12 @@ def test_faiss_tunes_itself():
     assert index.parameter_ranges()["nprobe"] == [1, 2, 4, 8, 16]
     with pytest.raises(ParameterError, match="does not take the parameters 'speed=9', it has nprobe"):
         index.set_parameters("speed=9")
+    with pytest.raises(DtypeError, match="parameters is 3, expected a str"):
+        index.set_parameters(3)
+    with pytest.raises(DtypeError, match=r"true_ids is .*, expected an int64 tensor"):
+        index.explore(data(1), [[1]])
+    with pytest.raises(DtypeError, match=r"experiments is 0\.5, expected an int"):
+        index.explore(data(1), torch.zeros(1, 1).long(), experiments=0.5)
     queries = data(50, seed=2)
     points = index.explore(queries, exact.search(queries, 5).ids, experiments=12)
     assert index.nprobe == 3
@@ -293,6 +302,43 @@ def test_fast_scans_of_additive_codes_take_masks_and_removals(description):
     refined = FaissIndex.from_factory(DIM, description + ",RFlat", nprobe=4).fit(data(700, seed=1))
     refined.add(data(300))
     assert bool((refined.search(queries, 7, mask=mask, k_factor=4).ids % 2 == 0).all())
+
+
+def counted(search):
+    """Return by how much a search raises the counts of searches and queries."""
+    before = faiss_stats()
+    search()
+    after = faiss_stats()
+    assert after.bytes > before.bytes or after.searches == before.searches
+    return after.searches - before.searches, after.queries - before.queries
+
+
+def test_each_search_of_a_user_is_counted_once():
+    vectors = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    index = FaissIndex.from_factory(8, "IVF8,Flat", nprobe=1).fit(vectors)
+    index.add(vectors)
+    queries, few = vectors[:6], torch.arange(500) % 100 == 0
+    own = few.expand(6, -1)
+    radius = torch.tensor([1.0, 2.0, 1.0, 3.0, 3.0, 1.0])
+    # Few rows that are visible take several rounds, and each radius takes one.
+    for search in (
+        lambda: index.search(queries, 5),
+        lambda: index.search(queries, 5, mask=few),
+        lambda: index.search(queries, 5, mask=own),
+        lambda: index.range_search(queries, 1.0),
+        lambda: index.range_search(queries, radius),
+    ):
+        assert counted(search) == (1, 6)
+    lists = IVFFlatIndex(8, nlist=8, nprobe=1).fit(vectors)
+    lists.add(vectors)
+    for mask in (None, few, own):
+        assert counted(lambda mask=mask: lists.search(queries, 5, mask=mask, implementation="faiss")) == (
+            1,
+            6,
+        )
+    assert counted(lambda: lists.search(queries, 5)) == (0, 0)
+    with pytest.raises(NonFiniteError):
+        counted(lambda: index.search(queries * torch.nan, 5, mask=few))
 
 
 def test_what_is_no_index_of_faiss_is_refused():

@@ -62,6 +62,7 @@ def _sizes(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, int]]:
         for number in range(index.chain.size()):
             transform = index.chain.at(number)
             yield f"the dim before transform {number}", transform.d_in, dim
+            yield from _transform_sizes(faiss.downcast_VectorTransform(transform), f"transform {number}")
             dim = transform.d_out
     elif isinstance(index, faiss.IndexIDMap):
         yield "the number of ids", index.id_map.size(), index.ntotal
@@ -72,10 +73,33 @@ def _sizes(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, int]]:
     elif isinstance(index, faiss.IndexIVF) and index.invlists is not None:
         yield "the number of lists", index.invlists.nlist, index.nlist
         yield "the size of the lists", index.invlists.compute_ntotal(), index.ntotal
+    if isinstance(index, faiss.IndexLSH):
+        yield from _hash_sizes(index)
     for name in _QUANTIZERS:
         if hasattr(index, name):
             yield from _quantizer_sizes(build, index, name)
     yield from _sizes_inside(build, index)
+
+
+def _transform_sizes(transform: Any, name: str) -> Iterator[tuple[str, int, int]]:
+    """Yield the same of what turns vectors into others by a matrix."""
+    if hasattr(transform, "A") and transform.is_trained:
+        yield f"the size of the matrix of {name}", transform.A.size(), transform.d_in * transform.d_out
+        if transform.have_bias:
+            yield f"the size of the bias of {name}", transform.b.size(), transform.d_out
+
+
+def _hash_sizes(index: Any) -> Iterator[tuple[str, int, int]]:
+    """Yield the same of what keeps a bit of each feature, or of each direction."""
+    most = index.nbits if index.rotate_data else index.d
+    yield "the number of bits", index.nbits, max(1, min(index.nbits, most))
+    yield "the size of a code", index.code_size, (index.nbits + 7) // 8
+    if index.train_thresholds and index.is_trained:
+        yield "the number of thresholds", index.thresholds.size(), index.nbits
+    if index.rotate_data:
+        yield "the dim before the rotation", index.rrot.d_in, index.d
+        yield "the dim after the rotation", index.rrot.d_out, index.nbits
+        yield from _transform_sizes(index.rrot, "the rotation")
 
 
 def _sizes_of_bits(build: FaissBuild, index: Any) -> Iterator[tuple[str, int, int]]:

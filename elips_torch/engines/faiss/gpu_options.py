@@ -50,7 +50,7 @@ class GpuOptions:
     shard: bool = False
 
     def __post_init__(self) -> None:
-        if self.indices_options not in _INDICES:
+        if self.indices_options not in tuple(_INDICES):
             known = ", ".join(map(repr, _INDICES))
             raise ArgumentError(f"indices_options is {self.indices_options!r}, expected one of {known}")
         if self.memory_space not in _MEMORY:

@@ -7,13 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from elips_torch.core.errors import DamagedIndexError, DtypeError, IndexFileError
-from elips_torch.engines.faiss.bits_in_bytes import check_graph_of_bits
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.graphs_in_bytes import check_bytes
 from elips_torch.engines.faiss.messages import reason_of
 from elips_torch.engines.faiss.row_kinds import BITS, FLOATS, MARK_OF_BITS, kind_of
 from elips_torch.engines.faiss.written import prepare_to_train, prepare_to_write
+
+
+def check_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """Return a path that a user gave.
+
+    Raises:
+        DtypeError: it is none.
+    """
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise DtypeError(f"{name} is {path!r}, expected a path: a str or an os.PathLike of one") from error
 
 
 def read_index(
@@ -30,10 +42,11 @@ def read_index(
     Raises:
         FileNotFoundError: there is no such file.
         IndexFileError: truncated, damaged or foreign.
-        DtypeError: an index of bits, where only floats are taken.
+        DtypeError: an index of bits, where only floats are taken, or no path.
     """
+    is_there = check_path("path", path).is_file()
     where = os.fspath(path)
-    if not Path(path).is_file():
+    if not is_there:
         raise FileNotFoundError(f"no index file at {where!r}")
     with open(path, "rb") as file:
         start = file.read(9)
@@ -51,21 +64,21 @@ def read_index(
     use_one_thread_if_forked(build)
     read = getattr(build.module, (BITS if holds_bits else FLOATS).read)
     try:
-        if holds_bits:
-            _check_graph(path)
+        if start:
+            _check_content(path)
         index = read(where, build.module.IO_FLAG_MMAP if on_disk else 0)
     except (RuntimeError, MemoryError, DamagedIndexError) as error:
         raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {reason_of(error)}") from error
     return prepare_to_train(build, mend_fast_scan(build, index))
 
 
-def _check_graph(path: str | os.PathLike[str]) -> None:
+def _check_content(path: str | os.PathLike[str]) -> None:
     with (
         open(path, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         memoryview(content) as view,
     ):
-        check_graph_of_bits(view)
+        check_bytes(view)
 
 
 def write_index(build: FaissBuild, index: Any, path: str | os.PathLike[str]) -> None:
@@ -79,7 +92,7 @@ def write_index(build: FaissBuild, index: Any, path: str | os.PathLike[str]) -> 
     """
     prepare_to_write(build, index)
     write = getattr(build.module, kind_of(build, index).write)
-    target = Path(path)
+    target = check_path("path", path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {os.fspath(target.parent)!r} to save an index in")
     if target.is_dir():

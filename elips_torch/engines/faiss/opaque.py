@@ -19,10 +19,10 @@ from elips_torch.core.errors import (
 )
 from elips_torch.core.metric import Metric, resolve_metric
 from elips_torch.core.validation import check_count
-from elips_torch.engines.faiss.bits_in_bytes import check_graph_of_bits, label_lists_in_hash
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
+from elips_torch.engines.faiss.graphs_in_bytes import check_bytes, label_lists_in_hash
 from elips_torch.engines.faiss.messages import reason_of
 from elips_torch.engines.faiss.row_kinds import (
     BITS,
@@ -323,8 +323,7 @@ def from_bytes(build: FaissBuild, content: Tensor) -> Any:
     held = content.contiguous().cpu().numpy()
     kind = BITS if held[: len(MARK_OF_BITS)].tobytes() == MARK_OF_BITS else FLOATS
     try:
-        if kind is BITS:
-            check_graph_of_bits(held.data)
+        check_bytes(held.data)
         index = getattr(build.module, kind.deserialize)(held)
     except (RuntimeError, MemoryError, DamagedIndexError) as error:
         raise IndexFileError(f"faiss cannot read the index: {reason_of(error)}") from error

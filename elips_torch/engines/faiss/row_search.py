@@ -26,6 +26,7 @@ from elips_torch.engines.faiss.search_parameters import (
     widened,
     within_graph,
 )
+from elips_torch.engines.faiss.stats import SEARCHES
 from elips_torch.kernels.selection import Selection
 
 # Bytes per candidate: score, place, row, whether it is out, and the order of those that are not.
@@ -70,7 +71,8 @@ class RowSearch:
             if self._engine.on_gpu or rows.device.type != "cpu" or not are_labels(self.build, rows):
                 scores.masked_fill_(rows < 0, self.metric.worst)
             return scores, rows
-        return self._search_some(queries, k, selection, values, workspace_bytes)
+        with SEARCHES.as_one(len(queries)):
+            return self._search_some(queries, k, selection, values, workspace_bytes)
 
     def range_search(
         self,
@@ -88,10 +90,11 @@ class RowSearch:
         if not len(self.place_of):
             # faiss ends the process where a graph holds nothing.
             return radius.new_zeros(len(queries) + 1, dtype=torch.int64), radius[:0], self.place_of
-        found = [
-            self._range(queries[start:stop], float(radius[start]), params)
-            for start, stop in _equal_spans(radius)
-        ]
+        with SEARCHES.as_one(len(queries)):
+            found = [
+                self._range(queries[start:stop], float(radius[start]), params)
+                for start, stop in _equal_spans(radius)
+            ]
         counts = torch.cat([lims.diff() for lims, _, _ in found]) if found else radius.new_zeros(0).long()
         scores = torch.cat([each[1] for each in found]) if found else radius.new_zeros(0)
         places = torch.cat([each[2] for each in found]) if found else counts

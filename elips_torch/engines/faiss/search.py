@@ -95,6 +95,8 @@ class IndexSearch:
         queries: Tensor,  # (Q, D), or (Q, D / 8) of bits
         radius: float,
         params: Any = None,
+        *,
+        stats: SearchCounter = SEARCHES,
     ) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
         """Return where the results of each query start, scores and labels, as `search` does.
 
@@ -116,6 +118,9 @@ class IndexSearch:
         # The memory of the result goes with it.
         scores = torch.from_numpy(module.rev_swig_ptr(found.distances, count).copy())
         ids = torch.from_numpy(module.rev_swig_ptr(found.labels, count).copy())
+        nbytes = rows.nbytes + lims.nbytes + scores.nbytes + ids.nbytes
+        cuvs = self.on_gpus and runs_with_cuvs(self.build, self.index)
+        stats.count(queries=len(rows), nbytes=nbytes, fallback=device != self.device, cuvs=cuvs)
         return lims.to(device), scores.to(device), ids.to(device)
 
 
@@ -158,6 +163,8 @@ def range_search_index(
     queries: Tensor,  # (Q, D)
     radius: float,
     params: Any = None,
+    *,
+    stats: SearchCounter = SEARCHES,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
     """Find the rows that an index of faiss sees within a radius, in faiss's order.
 
@@ -167,6 +174,7 @@ def range_search_index(
         queries: ``(Q, D)`` or ``(D,)``, as for `search_index`.
         radius: one for all queries.
         params: faiss's ``SearchParameters`` for this call.
+        stats: counts the call; by default those of the process.
 
     Returns:
         Where the results of each query start, scores, and ids, on the queries' device.
@@ -176,7 +184,8 @@ def range_search_index(
         ElipsError: a binary index, or another dim.
     """
     _check(build, index, queries)
-    return IndexSearch(build, index).range_search(torch.atleast_2d(queries.detach()), radius, params)
+    rows = torch.atleast_2d(queries.detach())
+    return IndexSearch(build, index).range_search(rows, radius, params, stats=stats)
 
 
 def index_gpu(index: Any) -> int | None:

@@ -113,9 +113,10 @@ def takes_parameters(build: FaissBuild, index: Any) -> bool:
 
 
 def ignores_nprobe_of_calls(build: FaissBuild, index: Any) -> bool:
-    """Return whether an index makes its tables for its own nprobe, and reads those of the call past their end."""
-    kind = build.module.IndexIVFPQFastScan
-    return isinstance(index, kind) and bool(index.by_residual) and _release(build) < _NPROBE_OF_CALLS
+    """Return whether an index makes its tables for its own nprobe, and reads past their end for another."""
+    if type(index).__name__ != "IndexIVFPQFastScan" or not index.by_residual:
+        return False
+    return _release(build) < _NPROBE_OF_CALLS
 
 
 def _release(build: FaissBuild) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from elips_torch.core.errors import (
 from elips_torch.core.validation import check_device, check_k, check_vectors
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed, standing_as_faiss
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
-from elips_torch.engines.faiss.index_files import read_index, write_index
+from elips_torch.engines.faiss.index_files import check_path, read_index, write_index
 from elips_torch.engines.faiss.messages import reason_of
 from elips_torch.engines.faiss.opaque import describe_refusal, list_labels, to_bytes, without_labels
 from elips_torch.engines.faiss.search_parameters import ignores_nprobe_of_calls
@@ -61,7 +61,7 @@ def merge_faiss_shards(
         FileNotFoundError: there is no such shard.
         IndexFileError: a shard is damaged or foreign, or trained otherwise than the first.
         ConversionError: a shard has no inverted lists, or of a kind that faiss does not leave on disk.
-        DtypeError: shards is a single path.
+        DtypeError: shards is no list, or something else no path.
         ImportError: faiss is not installed.
 
     >>> import tempfile
@@ -77,12 +77,13 @@ def merge_faiss_shards(
     ...     merge_faiss_shards(shards, f"{folder}/all.faiss", shift_ids=True)
     30
     """
-    if isinstance(shards, str | bytes | os.PathLike):
+    if isinstance(shards, str | bytes) or not isinstance(shards, Sequence):
         raise DtypeError(f"shards is {shards!r}, expected a list of files to merge")
     if not shards:
         raise ArgumentError("shards is empty, expected files to merge")
-    data = Path(f"{os.fspath(path)}.ivfdata" if data_path is None else data_path)
-    for target in (Path(path), data):
+    index_path = check_path("path", path)
+    data = Path(f"{index_path}.ivfdata") if data_path is None else check_path("data_path", data_path)
+    for target in (index_path, data):
         if target.exists():
             raise ArgumentError(f"{os.fspath(target)!r} is there already")
     build = load_installed()
@@ -117,8 +118,8 @@ def _read_shard(build: FaissBuild, path: str | os.PathLike[str]) -> tuple[Any, T
     ivf = build.module.try_extract_index_ivf(index)
     if ivf is None or isinstance(build.module.downcast_index(ivf), build.module.IndexIVFPQR):
         raise ConversionError(
-            f"{os.fspath(path)!r} holds {type(index).__name__}, expected an inverted file whose lists are all "
-            "that it has of its vectors"
+            f"{os.fspath(path)!r} holds {type(index).__name__}, expected an inverted file whose lists are "
+            "all that it has of its vectors"
         )
     return index, labels
 

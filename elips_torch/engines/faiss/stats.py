@@ -2,6 +2,8 @@
 
 import dataclasses
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9,7 +11,7 @@ class EngineStats:
     """What the engine had done at one moment.
 
     Attributes:
-        searches: calls.
+        searches: calls, by number of neighbours or by radius; one that asks faiss several times is one.
         queries: queries in all of them.
         bytes: bytes of queries that came in and of results that went out.
         fallbacks: calls that went by a slower way than the one asked for, such as through the CPU.
@@ -36,6 +38,7 @@ class SearchCounter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._thread = threading.local()
         self.reset()
 
     def count(self, *, queries: int, nbytes: int, fallback: bool = False, cuvs: bool = False) -> None:
@@ -47,6 +50,10 @@ class SearchCounter:
             fallback: whether it went by a slower way than the one asked for.
             cuvs: whether cuVS ran it.
         """
+        rounds = getattr(self._thread, "rounds", None)
+        if rounds is not None:
+            rounds.append((nbytes, fallback, cuvs))
+            return
         # Each search comes by here: an object of counts is made only for who asks.
         with self._lock:
             self._searches += 1
@@ -55,6 +62,24 @@ class SearchCounter:
             self._fallbacks += fallback
             self._cuvs = cuvs
             self._cuvs_searches += cuvs
+
+    @contextmanager
+    def as_one(self, queries: int) -> Iterator[None]:
+        """Count what this thread searches inside the block as one search, and nothing where it fails.
+
+        Args:
+            queries: how many it answers, whichever of them faiss is asked about again.
+        """
+        outer = getattr(self._thread, "rounds", None)
+        rounds: list[tuple[int, bool, bool]] = []
+        self._thread.rounds = rounds
+        try:
+            yield
+        finally:
+            self._thread.rounds = outer
+        if rounds:
+            nbytes, fallbacks, cuvs = zip(*rounds, strict=True)
+            self.count(queries=queries, nbytes=sum(nbytes), fallback=any(fallbacks), cuvs=any(cuvs))
 
     def counts(self) -> EngineStats:
         """Return the counts so far, of one moment."""

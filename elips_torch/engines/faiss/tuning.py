@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import ImplementationError, ParameterError
+from elips_torch.core.errors import DtypeError, ImplementationError, ParameterError
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.row_kinds import BITS, kind_of
 from elips_torch.engines.faiss.search import gpus_inside, index_gpu, placed
@@ -32,7 +32,10 @@ def set_parameters(build: FaissBuild, index: Any, parameters: str) -> None:
 
     Raises:
         ParameterError: one that the index does not have; those before it are set.
+        DtypeError: no text.
     """
+    if not isinstance(parameters, str):
+        raise DtypeError(f"parameters is {parameters!r}, expected a str such as 'nprobe=16'")
     try:
         parameter_space(build, index).set_index_parameters(index, parameters)
     except RuntimeError as error:

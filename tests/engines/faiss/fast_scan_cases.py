@@ -1,13 +1,15 @@
 """Inverted files of fast scan give back their vectors after whatever reads or copies them."""
 
 import copy
+import dataclasses
 import gc
 
 import pytest
 import torch
 
-from elips_torch import FaissIndex
+from elips_torch import FaissIndex, ParameterError
 from elips_torch.engines.faiss.builds import load_installed
+from elips_torch.engines.faiss.search_parameters import may_widen, search_parameters
 
 DESCRIPTIONS = [
     "IVF8,PQ8x4fs",
@@ -47,6 +49,19 @@ WAYS = {
     "to_faiss": lambda index, file: FaissIndex(index.to_faiss()),
     "clone": of_a_clone,
 }
+
+
+def test_before_1_13_a_fast_scan_of_residuals_takes_no_nprobe_for_a_call():
+    index = FaissIndex.from_factory(16, "PCA8,IVF8,PQ4x4fsr")
+    for version, expected in (("1.12.0", False), ("1.13.2", True)):
+        build = dataclasses.replace(load_installed(), version=version)
+        assert may_widen(build, index.faiss_index) is expected
+        if not expected:
+            with pytest.raises(
+                ParameterError, match=r"no single call of IndexIVFPQFastScan; set index.nprobe = 2"
+            ):
+                search_parameters(build, index.faiss_index, {"nprobe": 2})
+        assert may_widen(build, FaissIndex.from_factory(16, "IVF8,PQ8x4fs").faiss_index)
 
 
 def quantizer_of(build, index):

@@ -101,7 +101,9 @@ def test_shards_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, vec
     cases = [
         ([], ArgumentError, "shards is empty"),
         (str(paths[0]), DtypeError, "shards is '.*', expected a list of files"),
-        ([refined], ConversionError, "IndexIVFPQR, expected an inverted file whose lists are all"),
+        (3, DtypeError, "shards is 3, expected a list of files"),
+        ([b"x"], DtypeError, "path is b'x', expected a path"),
+        ([refined], ConversionError, "IndexIVFPQR, expected an inverted file whose lists are"),
         ([paths[0], flat], ConversionError, "IndexFlat.*expected an inverted file"),
         ([paths[0], other], IndexFileError, "trained otherwise"),
         ([paths[0], foreign], IndexFileError, "no index of faiss"),
