@@ -1,6 +1,6 @@
 """C++ that is compiled on the user's machine, once, and kept on disk.
 
-The code needs nothing of torch's headers, so compiling takes seconds. Its threads are its own.
+The code needs nothing of torch's headers, so compiling takes seconds. It shares torch's OpenMP threads.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from elips_torch.core.hardware import DeviceFacts
 
 logger = logging.getLogger("elips_torch")
 
-_OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-pthread", "-fno-fast-math", "-w")
+_OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-pthread", "-fno-fast-math", "-w")
 # Instruction sets, each with what it needs beside those before it.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,28 @@ HERE = native_reasons(device_facts("cpu"))
 OPTIONS = instruction_options(device_facts("cpu"))
 pytestmark = pytest.mark.skipif(bool(HERE), reason="; ".join(HERE))
 CODE = """
-#include "team.h"
+#include <immintrin.h>
+#include <omp.h>
+#include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <new>
+// To choose which threads there are.
+#define private public
+#include "team.h"
+
+extern "C" bool spins() { return Team::team().spins(); }
+extern "C" void rest(bool forever) { Team::team().paused_until_ = forever ? INT64_MAX : 0; }
+
+// The first number is done at once, the others take a while.
+extern "C" void wait_for_others() {
+    Team::run(2, [](int i) { if (i) usleep(20000); });
+}
 
 // How often each of n numbers is called, and by which thread.
 extern "C" void numbers(int n, int work, int* calls, long* threads) {
@@ -46,12 +66,23 @@ def compiled(folder):
     source = Path(elips_torch.kernels.__file__).parent / "native" / "team.h"
     shutil.copy(source, folder)
     (folder / "main.cpp").write_text(CODE)
-    return NativeLibrary(folder / "main.cpp").load(OPTIONS)
+    library = NativeLibrary(folder / "main.cpp").load(OPTIONS)
+    library.spins.restype = ctypes.c_bool
+    library.rest.argtypes = [ctypes.c_bool]
+    return library
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def code(tmp_path_factory):
     return compiled(tmp_path_factory.mktemp("code"))
+
+
+@pytest.fixture(params=[False, True], ids=["openmp", "own"])
+def library(code, request):
+    """The code with OpenMP's threads, and with its own."""
+    code.rest(request.param)
+    yield code
+    code.rest(False)
 
 
 def numbers(library, n, work=0):
@@ -98,6 +129,21 @@ def test_several_callers_get_what_is_theirs(library):
     assert wrong == []
 
 
+def test_openmp_is_not_waited_for_after_a_long_wait(code):
+    code.rest(False)
+    # The scheduler may have kept the threads waiting before.
+    for _ in range(50):
+        numbers(code, 2, work=10**5)
+        if code.spins():
+            break
+        time.sleep(0.5)
+    assert code.spins()
+    code.wait_for_others()
+    assert not code.spins()
+    time.sleep(0.5)
+    assert code.spins()
+
+
 FORKING = """
 import os, sys, threading, warnings
 from pathlib import Path
@@ -115,6 +161,7 @@ for caller in callers:
 for _ in range(20):
     child = os.fork()
     if not child:
+        assert not library.spins()
         right = (test_team.numbers(library, n, work=1000)[0] == [1] * n for n in [*range(1, 6)] * 20)
         os._exit(0 if all(right) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,22 +1,21 @@
 // Threads that share the work of a call.
 //
-// OpenMP's wait for each other and for the next region by spinning, for milliseconds. Where other processes use
-// the cores, that takes the time slices which the work needs. These sleep soon, and whoever calls does what no
-// other thread has begun; a forked process makes its own.
+// Torch's, which are OpenMP's, wait for each other and for the next region by spinning, for milliseconds. On free
+// cores they are there at once, and others would have to push them aside. Where other processes use the cores,
+// spinning takes the time slices which the work needs: a call is over when the last thread has had its turn. Once
+// such a wait is seen, calls are shared for a while among threads that sleep soon, and whoever calls does what no
+// other thread has begun. So they are in a forked process, where OpenMP has no threads.
 #pragma once
 
 #include <immintrin.h>
+#include <omp.h>
 #include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
-#include <mutex>
 #include <new>
-#include <system_error>
-#include <thread>
 
 // Features of queries whose coding takes longer than waking threads.
 constexpr int64_t WORTH_SHARING = 2048;
@@ -53,7 +52,10 @@ class Team {
             return;
         }
         Job job{[](const void* b, int i) { (*static_cast<const Body*>(b))(i); }, &body, n};
-        team().share(job);
+        if (team().spins())
+            team().share_among_openmp(job);
+        else
+            team().share(job);
     }
 
  private:
@@ -66,48 +68,86 @@ class Team {
         Job* after = nullptr;
     };
 
+    class Lock {
+       public:
+        explicit Lock(pthread_mutex_t& mutex) : mutex_(mutex) { pthread_mutex_lock(&mutex_); }
+        ~Lock() { pthread_mutex_unlock(&mutex_); }
+        Lock(const Lock&) = delete;
+
+       private:
+        pthread_mutex_t& mutex_;
+    };
+
+    using Clock = std::chrono::steady_clock;
     // As long as waking a thread takes.
     static constexpr std::chrono::microseconds PATIENCE{50};
+    // A wait for OpenMP's threads that is no matter of sharing unevenly; and for how long there are no more,
+    // longer each time.
+    static constexpr std::chrono::microseconds LONG_WAIT{200};
+    static constexpr std::chrono::milliseconds SHORTEST_PAUSE{25}, LONGEST_PAUSE{400};
 
     static Team& team() {
         // Never freed: threads go on while a process ends. A forked one has none of them.
         static Team* const made = new Team;
         static const int is_watched =
-            pthread_atfork([] { made->mutex_.lock(); }, [] { made->mutex_.unlock(); }, [] { new (made) Team; });
+            pthread_atfork([] { pthread_mutex_lock(&made->mutex_); }, [] { pthread_mutex_unlock(&made->mutex_); },
+                           [] { (new (made) Team)->is_forked_ = true; });
         (void)is_watched;
         return *made;
     }
 
+    bool spins() const {
+        return !is_forked_ && Clock::now().time_since_epoch().count() >= paused_until_.load(std::memory_order_relaxed);
+    }
+
+    void share_among_openmp(Job& job) {
+        const auto begin = Clock::now();
+        auto done = begin;
+#pragma omp parallel num_threads(job.n)
+        {
+            for (int i = omp_get_thread_num(); i < job.n; i += omp_get_num_threads()) job.call(job.body, i);
+            if (omp_get_thread_num() == 0) done = Clock::now();
+        }
+        const auto end = Clock::now();
+        Clock::duration pause = SHORTEST_PAUSE;
+        if (end - done > LONG_WAIT && end - done > done - begin) {
+            pause = Clock::duration(pause_.load(std::memory_order_relaxed));
+            paused_until_.store((end + pause).time_since_epoch().count(), std::memory_order_relaxed);
+            pause = std::min<Clock::duration>(2 * pause, LONGEST_PAUSE);
+        }
+        pause_.store(pause.count(), std::memory_order_relaxed);
+    }
+
     void share(Job& job) {
         {
-            std::lock_guard<std::mutex> lock(mutex_);
-            for (; n_threads_ < job.n - 1; ++n_threads_) {
-                try {
-                    std::thread([this] { work(); }).detach();
-                } catch (const std::system_error&) {
-                    // Those that are there do it.
-                    break;
-                }
-            }
+            const Lock lock(mutex_);
+            // Where no more can be made, those that are there do it.
+            while (n_threads_ < job.n - 1 && start_thread()) ++n_threads_;
             Job* last = first_;
             while (last && last->after) last = last->after;
             (last ? last->after : first_) = &job;
             is_open_.store(true);
-            for (int i = std::min(sleeping_, job.n - 1); i > 0; --i) work_.notify_one();
+            for (int i = std::min(sleeping_, job.n - 1); i > 0; --i) pthread_cond_signal(&work_);
         }
         int number = 0;
         do job.call(job.body, number);
         while ((number = take(job)) < job.n);
         if (spin([&] { return job.running.load() == 0; })) return;
-        std::unique_lock<std::mutex> lock(mutex_);
+        const Lock lock(mutex_);
         ++waiting_;
-        done_.wait(lock, [&] { return job.running.load() == 0; });
+        while (job.running.load()) pthread_cond_wait(&done_, &mutex_);
         --waiting_;
+    }
+
+    bool start_thread() {
+        pthread_t thread;
+        const auto work = [](void* team) -> void* { static_cast<Team*>(team)->work(); };
+        return pthread_create(&thread, nullptr, work, this) == 0 && pthread_detach(thread) == 0;
     }
 
     // Return the next number of a job, n where all are taken.
     int take(Job& job) {
-        std::lock_guard<std::mutex> lock(mutex_);
+        const Lock lock(mutex_);
         return job.next < job.n ? begin(job) : job.n;
     }
 
@@ -123,41 +163,48 @@ class Team {
         return number;
     }
 
-    void work() {
+    [[noreturn]] void work() {
         for (;;) {
             spin([&] { return is_open_.load(std::memory_order_relaxed); });
-            std::unique_lock<std::mutex> lock(mutex_);
-            ++sleeping_;
-            work_.wait(lock, [&] { return first_ != nullptr; });
-            --sleeping_;
-            Job& job = *first_;
-            const int number = begin(job);
-            job.running.fetch_add(1);
-            lock.unlock();
-            job.call(job.body, number);
-            lock.lock();
+            Job* job;
+            int number;
+            {
+                const Lock lock(mutex_);
+                ++sleeping_;
+                while (!first_) pthread_cond_wait(&work_, &mutex_);
+                --sleeping_;
+                job = first_;
+                number = begin(*job);
+                job->running.fetch_add(1);
+            }
+            job->call(job->body, number);
+            const Lock lock(mutex_);
             // After this the job may be gone.
-            if (job.running.fetch_sub(1) == 1 && waiting_) done_.notify_all();
+            if (job->running.fetch_sub(1) == 1 && waiting_) pthread_cond_broadcast(&done_);
         }
     }
 
     template <class Ready>
     static bool spin(Ready ready) {
-        const auto end = std::chrono::steady_clock::now() + PATIENCE;
+        const auto end = Clock::now() + PATIENCE;
         do {
             for (int i = 0; i < 16; ++i) {
                 if (ready()) return true;
                 _mm_pause();
             }
-        } while (std::chrono::steady_clock::now() < end);
+        } while (Clock::now() < end);
         return ready();
     }
 
-    std::mutex mutex_;
-    std::condition_variable work_, done_;
+    // Of pthreads: those of C++ ask for a newer library than the process may have.
+    pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t work_ = PTHREAD_COND_INITIALIZER, done_ = PTHREAD_COND_INITIALIZER;
     Job* first_ = nullptr;  // those of which not all has been begun
     std::atomic<bool> is_open_{false};
     int n_threads_ = 0, sleeping_ = 0, waiting_ = 0;
+    bool is_forked_ = false;
+    // Since the clock's epoch, and how long the next pause is.
+    std::atomic<Clock::rep> paused_until_{0}, pause_{Clock::duration(SHORTEST_PAUSE).count()};
 };
 
 }  // namespace
