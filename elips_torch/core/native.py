@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from elips_torch.core.compilation import find_cpp_compiler
+from elips_torch.core.compilation import find_cpp_compiler, was_forked
 from elips_torch.core.hardware import DeviceFacts
 
 logger = logging.getLogger("elips_torch")
@@ -54,8 +54,8 @@ def native_reasons(facts: DeviceFacts) -> list[str]:
 
 
 def native_threads() -> int:
-    """Return how many threads C++ may use: as many as torch; after a fork it makes new ones."""
-    return torch.get_num_threads()
+    """Return how many threads C++ may use: those of torch, but one after a fork, where OpenMP may hang."""
+    return 1 if was_forked() else torch.get_num_threads()
 
 
 class NativeLibrary:

@@ -134,7 +134,13 @@ def to_faiss(
         if precomputed_tables is not None and not numbers:
             raise ArgumentError("precomputed_tables: a FaissIndex on the CPU has them or not as it is")
         made = hand_over(
-            build, index.faiss_index, index.places, index.ids, normalizes=index.metric == "cosine"
+            build,
+            index.faiss_index,
+            index.places,
+            index.ids,
+            normalizes=index.metric == "cosine",
+            # Faiss makes some families with options of a GPU, and nothing around them.
+            keeps_family=options.needs_config,
         )
     else:
         made = construct(build, describe_index(index, index.ids, DescriptionOptions(precomputed_tables)))

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from elips_torch.core import native
+from elips_torch.core import compilation, native
 from elips_torch.core.compilation import find_cpp_compiler
 from elips_torch.core.hardware import DeviceFacts, device_facts
-from elips_torch.core.native import NativeLibrary, instruction_options, native_reasons
+from elips_torch.core.native import NativeLibrary, instruction_options, native_reasons, native_threads
 
 HERE = native_reasons(device_facts("cpu"))
 OPTIONS = instruction_options(device_facts("cpu"))
@@ -215,6 +215,16 @@ def test_processes_that_compile_at_the_same_time_both_end_with_the_code(tmp_path
     assert [process.communicate(timeout=60)[0] for process in processes] == ["21\n"] * 2
     assert calls.read_text().split() == ["begin", "begin", "end", "end"]
     assert len(list(cache.iterdir())) == 1
+
+
+# Threads.
+
+
+def test_threads_are_those_of_torch_and_one_after_a_fork(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert native_threads() == 7
+    monkeypatch.setitem(compilation._state, "forked", True)
+    assert native_threads() == 1
 
 
 # Imports.

@@ -183,6 +183,24 @@ def test_what_has_learned_nothing_comes_back(description, tmp_path):
         assert torch.equal(each.search(TRAINING[:9], 3).scores, wanted.scores)
 
 
+def test_neighbours_at_levels_that_they_do_not_reach_are_noticed(tmp_path):
+    index = faiss.IndexHNSWFlat(DIM, 4)
+    index.add(uniform(900).numpy())
+    graph = index.hnsw
+    levels, neighbours = (faiss.vector_to_array(each).copy() for each in (graph.levels, graph.neighbors))
+    before = neighbours.tobytes()
+    room = faiss.vector_to_array(graph.cum_nneighbor_per_level)
+    start = int(graph.offsets.at(graph.entry_point))
+    neighbours[start + room[1] : start + room[2]] = np.flatnonzero(levels == 1)[-1]
+    path = tmp_path / "a.faiss"
+    content = faiss.serialize_index(index).tobytes()
+    path.write_bytes(content)
+    assert FaissIndex.read(path).ntotal == 900
+    path.write_bytes(content.replace(before, neighbours.tobytes()))
+    with pytest.raises(IndexFileError, match=r"a\.faiss.*leads at level 1 to nodes that are not there"):
+        FaissIndex.read(path)
+
+
 def test_what_faiss_writes_without_its_vectors_is_not_written(tmp_path):
     index = FaissIndex.from_factory(DIM, "ZnLattice2x3_4").fit(TRAINING)
     write_faiss(index, tmp_path / "a.faiss")

@@ -128,6 +128,20 @@ def test_faiss_puts_equal_scores_in_the_same_order(description, tmp_path):
         assert not isinstance(ascending.to_faiss(), faiss.IndexIDMap2 | faiss.IndexBinaryIDMap2)
 
 
+@pytest.mark.parametrize("description", ["IVF16,Flat", "IVF16,SQ8", "BIVF16"])
+@pytest.mark.parametrize("left", [4, 0])
+def test_lists_that_hold_nothing_go_along(description, left):
+    index = FaissIndex.from_factory(DIM, description).fit(uniform(700, seed=1).round())
+    index.add(uniform(5).round(), ids=[9, 8, 7, 6, 5])
+    index.remove([9, 8, 7, 6, 5][left:])
+    made = index.to_faiss()
+    assert made.ntotal == left
+    index.nprobe = 16
+    bits = QUERIES.round()
+    rows = pack_bits(bits) if description.startswith("B") else bits
+    assert torch.equal(by_hand(index.to_faiss(), rows, 4)[1], index.search(bits, 4).ids)
+
+
 @pytest.mark.parametrize("description", HERE_TOO)
 def test_ids_come_over_and_go_on(description):
     index = filled(description, HERE_TOO[description])

@@ -334,8 +334,9 @@ def test_integers_within_int8_need_no_look_at_the_vectors(low, certified):
     assert_reference("l2", found, q, x, 8)
 
 
-def test_forked_processes_search_on(monkeypatch, certified):
+def test_forked_processes_search_with_one_thread(monkeypatch, certified):
     monkeypatch.setitem(compilation._state, "forked", True)
+    assert knn_native.native_threads() == 1
     q, x = clustered(5000, 32, 9, torch.Generator().manual_seed(0))
     index = FlatIndex(32)
     index.add(x)

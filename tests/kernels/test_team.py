@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -36,9 +35,16 @@ CODE = """
 extern "C" bool spins() { return Team::team().spins(); }
 extern "C" void rest(bool forever) { Team::team().paused_until_ = forever ? INT64_MAX : 0; }
 
-// The first number is done at once, the others take a while.
-extern "C" void wait_for_others() {
-    Team::run(2, [](int i) { if (i) usleep(20000); });
+// A call of which the last thread came, the first was done and all were after so many microseconds.
+extern "C" void judge(long latest, long done, long end) {
+    const auto begin = Team::Clock::now();
+    const auto at = [&](long us) { return begin + std::chrono::microseconds(us); };
+    Team::team().judge(begin, at(latest), at(done), at(end));
+}
+extern "C" long pause_us() {
+    const auto now = Team::Clock::now().time_since_epoch();
+    const Team::Clock::duration left = Team::Clock::duration(Team::team().paused_until_) - now;
+    return std::chrono::duration_cast<std::chrono::microseconds>(left).count();
 }
 
 // How often each of n numbers is called, and by which thread.
@@ -69,6 +75,7 @@ def compiled(folder):
     library = NativeLibrary(folder / "main.cpp").load(OPTIONS)
     library.spins.restype = ctypes.c_bool
     library.rest.argtypes = [ctypes.c_bool]
+    library.pause_us.restype = ctypes.c_long
     return library
 
 
@@ -129,28 +136,44 @@ def test_several_callers_get_what_is_theirs(library):
     assert wrong == []
 
 
-def test_openmp_is_not_waited_for_after_a_long_wait(code):
+def test_openmp_is_not_waited_for_after_a_thread_came_late(code):
     code.rest(False)
-    # The scheduler may have kept the threads waiting before.
-    for _ in range(50):
-        numbers(code, 2, work=10**5)
-        if code.spins():
-            break
-        time.sleep(0.5)
-    assert code.spins()
-    code.wait_for_others()
-    assert not code.spins()
-    time.sleep(0.5)
-    assert code.spins()
+    # Uneven work, a short wait, and one that is short beside the work.
+    for times in ((10, 100, 9000), (300, 100, 290), (300, 9000, 9500)):
+        code.judge(*map(ctypes.c_long, times))
+        assert code.pause_us() < 0
+    lengths = []
+    for _ in range(6):
+        code.judge(*map(ctypes.c_long, (3000, 100, 5000)))
+        lengths.append(code.pause_us() / 1000)
+    # Longer each time, up to 400 ms; the call ends in 5.
+    for length, wanted in zip(lengths, (25, 50, 100, 200, 400, 400), strict=True):
+        assert wanted - 20 < length <= wanted + 5
+    code.judge(*map(ctypes.c_long, (10, 100, 200)))
+    code.judge(*map(ctypes.c_long, (3000, 100, 5000)))
+    assert code.pause_us() <= 30_000
+    code.rest(False)
 
 
 FORKING = """
 import os, sys, threading, warnings
+import torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_team
 library = test_team.compiled(Path(sys.argv[2]))
 warnings.simplefilter("ignore", DeprecationWarning)
+def check():
+    assert not library.spins()
+    right = (test_team.numbers(library, n, work=1000)[0] == [1] * n for n in [*range(1, 6)] * 20)
+    os._exit(0 if all(right) else 1)
+# Also where OpenMP's threads are there, and this code has not called them.
+torch.set_num_threads(2)
+torch.rand(10**7).sum()
+child = os.fork()
+if not child:
+    check()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 is_over = False
 def call():
     while not is_over:
@@ -161,9 +184,7 @@ for caller in callers:
 for _ in range(20):
     child = os.fork()
     if not child:
-        assert not library.spins()
-        right = (test_team.numbers(library, n, work=1000)[0] == [1] * n for n in [*range(1, 6)] * 20)
-        os._exit(0 if all(right) else 1)
+        check()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 is_over = True
 """

@@ -81,7 +81,7 @@ def check_bytes(content: memoryview) -> None:
     """Check the graph or the hashes in the bytes of an index; what has none passes.
 
     Where one is damaged, faiss ends the process, some releases at reading and some at searching, or finds
-    rows that there are not. Graphs behind transforms and refinements are left to it.
+    rows that there are not. Graphs behind transforms and refinements, and CAGRA of floats, are left to it.
 
     Args:
         content: as faiss writes it to files.
@@ -141,6 +141,13 @@ def _fault_of_graph(source: _Bytes) -> str | None:
         return "has lists of another size than its levels say"
     if len(neighbours) and not -1 <= neighbours.min() <= neighbours.max() < n_nodes:
         return f"has neighbours from {neighbours.min()} to {neighbours.max()}, there are {n_nodes} nodes"
+    tall = np.flatnonzero(levels > 1)
+    for level in range(1, int(levels.max(initial=1))):
+        tall = tall[levels[tall] > level]
+        slots = np.arange(room[level], room[level + 1])
+        met = neighbours[(ends[tall][:, None] + slots).ravel()]
+        if (levels[met[met >= 0]] <= level).any():
+            return f"leads at level {level} to nodes that are not there"
     return _fault_of_codes(source, header)
 
 

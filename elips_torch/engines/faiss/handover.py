@@ -28,7 +28,13 @@ _KNOWN_BY_LABEL = (
 
 
 def hand_over(
-    build: FaissBuild, index: Any, rows: Tensor, labels: Tensor, *, normalizes: bool = False
+    build: FaissBuild,
+    index: Any,
+    rows: Tensor,
+    labels: Tensor,
+    *,
+    normalizes: bool = False,
+    keeps_family: bool = False,
 ) -> Any:
     """Copy an index to the CPU, with some of its rows under other labels.
 
@@ -38,6 +44,7 @@ def hand_over(
         rows: ``(N,)`` int64, different rows to hand over.
         labels: ``(N,)`` int64, under which each is found.
         normalizes: whether the copy brings queries and vectors to length 1 first.
+        keeps_family: whether lists keep labels that do not ascend, too, so that there is nothing around them.
 
     Returns:
         An index that shares no memory with the other one. Its lists keep the labels where these ascend with
@@ -56,7 +63,7 @@ def hand_over(
     if len(rows) < total:
         _take_out(build, copy, rows, in_lists=lists is not None)
     numbers = torch.arange(len(labels), device="cpu")
-    in_lists = lists is not None and bool((labels.diff() > 0).all())
+    in_lists = lists is not None and (keeps_family or bool((labels.diff() > 0).all()))
     if lists is not None:
         label_of = torch.full((total,), -1, device="cpu")
         label_of[rows] = labels if in_lists else numbers
@@ -116,6 +123,8 @@ def _moved_up(build: FaissBuild, index: Any, lists: Any, is_hidden: Tensor) -> b
         return False
     for number in range(inverted.nlist):
         size = int(inverted.list_size(number))
+        if not size:
+            continue
         labels = torch.as_tensor(build.module.rev_swig_ptr(inverted.get_ids(number), size))
         keep = ~is_hidden[labels]
         kept = int(keep.sum())

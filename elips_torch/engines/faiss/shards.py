@@ -115,8 +115,10 @@ def _read_shard(build: FaissBuild, path: str | os.PathLike[str]) -> tuple[Any, T
     index, labels = read_index(build, path, on_disk=True), None
     if isinstance(index, build.module.IndexIDMap):
         index, labels = without_labels(build, index)
-    ivf = build.module.try_extract_index_ivf(index)
-    if ivf is None or isinstance(build.module.downcast_index(ivf), build.module.IndexIVFPQR):
+    inner = index
+    while isinstance(inner, build.module.IndexPreTransform):
+        inner = build.module.downcast_index(inner.index)
+    if not isinstance(inner, build.module.IndexIVF) or isinstance(inner, build.module.IndexIVFPQR):
         raise ConversionError(
             f"{os.fspath(path)!r} holds {type(index).__name__}, expected an inverted file whose lists are "
             "all that it has of its vectors"
@@ -129,6 +131,10 @@ def _labels_of(build: FaissBuild, path: str | os.PathLike[str]) -> Iterator[Tens
     index, labels = _read_shard(build, path)
     for each in list_labels(build, build.module.extract_index_ivf(index)):
         rows = torch.as_tensor(each)
+        if labels is not None and not 0 <= int(rows.min()) <= int(rows.max()) < len(labels):
+            raise IndexFileError(
+                f"{os.fspath(path)!r} is damaged: its lists hold rows that its id map has not"
+            )
         yield rows if labels is None else labels[rows]
 
 
@@ -247,7 +253,8 @@ def search_preassigned(
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Search an inverted file of faiss in chosen lists.
 
-    The index itself is not changed: several threads may search it so.
+    The index itself is not changed: several threads may search it so. (Before faiss 1.14 a fast scan of
+    residuals takes the number of lists from the index, which ordinary searches beside it then see.)
 
     Args:
         index: an inverted file of faiss on the CPU, also behind transforms.
@@ -311,7 +318,9 @@ def _search_lists(
     )
     try:
         if not ignores_nprobe_of_calls(build, ivf):
-            ivf.search_preassigned_c(*arguments, faiss.SearchParametersIVF(nprobe=n_probes))
+            ivf.search_preassigned_c(
+                *arguments, faiss.SearchParametersIVF(nprobe=n_probes, max_codes=ivf.max_codes)
+            )
             return scores, ids
         with _changing_nprobe:
             before, ivf.nprobe = ivf.nprobe, n_probes

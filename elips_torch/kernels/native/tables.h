@@ -194,7 +194,6 @@ class ByteTables {
         float step, error, norm;
     };
     static bool serve(const Arguments&) { return false; }
-    bool allocate_for(const Arguments&) { return false; }
     bool make(const Arguments&) { return false; }
     const Facts& facts(int64_t) const { return none_; }
     const uint8_t* of(int64_t) const { return nullptr; }

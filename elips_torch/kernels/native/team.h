@@ -81,19 +81,18 @@ class Team {
     using Clock = std::chrono::steady_clock;
     // As long as waking a thread takes.
     static constexpr std::chrono::microseconds PATIENCE{50};
-    // A wait for OpenMP's threads that is no matter of sharing unevenly; and for how long there are no more,
-    // longer each time.
+    // What is long to wait for a thread of OpenMP's; and for how long there are no more such waits, longer each
+    // time.
     static constexpr std::chrono::microseconds LONG_WAIT{200};
     static constexpr std::chrono::milliseconds SHORTEST_PAUSE{25}, LONGEST_PAUSE{400};
 
-    static Team& team() {
-        // Never freed: threads go on while a process ends. A forked one has none of them.
-        static Team* const made = new Team;
-        static const int is_watched =
-            pthread_atfork([] { pthread_mutex_lock(&made->mutex_); }, [] { pthread_mutex_unlock(&made->mutex_); },
-                           [] { (new (made) Team)->is_forked_ = true; });
-        (void)is_watched;
-        return *made;
+    static Team& team() { return *made_; }
+
+    // Made when the code is loaded, so that every fork from then on is noticed.
+    static Team* make() {
+        pthread_atfork([] { pthread_mutex_lock(&made_->mutex_); }, [] { pthread_mutex_unlock(&made_->mutex_); },
+                       [] { (new (made_) Team)->is_forked_ = true; });
+        return new Team;
     }
 
     bool spins() const {
@@ -103,14 +102,22 @@ class Team {
     void share_among_openmp(Job& job) {
         const auto begin = Clock::now();
         auto done = begin;
+        std::atomic<Clock::rep> latest{0};
 #pragma omp parallel num_threads(job.n)
         {
+            const Clock::rep now = Clock::now().time_since_epoch().count();
+            for (Clock::rep before = latest; before < now && !latest.compare_exchange_weak(before, now);) {}
             for (int i = omp_get_thread_num(); i < job.n; i += omp_get_num_threads()) job.call(job.body, i);
             if (omp_get_thread_num() == 0) done = Clock::now();
         }
-        const auto end = Clock::now();
+        judge(begin, Clock::time_point(Clock::duration(latest)), done, Clock::now());
+    }
+
+    // Whether a wait was for a thread that came late, not for one that had more to do; times are those when the
+    // call began, its last thread came, its first was done, and all were.
+    void judge(Clock::time_point begin, Clock::time_point latest, Clock::time_point done, Clock::time_point end) {
         Clock::duration pause = SHORTEST_PAUSE;
-        if (end - done > LONG_WAIT && end - done > done - begin) {
+        if (latest - begin > LONG_WAIT && end - done > LONG_WAIT && end - done > done - begin) {
             pause = Clock::duration(pause_.load(std::memory_order_relaxed));
             paused_until_.store((end + pause).time_since_epoch().count(), std::memory_order_relaxed);
             pause = std::min<Clock::duration>(2 * pause, LONGEST_PAUSE);
@@ -205,6 +212,10 @@ class Team {
     bool is_forked_ = false;
     // Since the clock's epoch, and how long the next pause is.
     std::atomic<Clock::rep> paused_until_{0}, pause_{Clock::duration(SHORTEST_PAUSE).count()};
+    // Never freed: threads go on while a process ends.
+    static Team* const made_;
 };
+
+Team* const Team::made_ = Team::make();
 
 }  // namespace

@@ -64,6 +64,46 @@ def test_merged_shards_find_what_one_index_finds(tmp_path, vectors, description,
     assert (here.search(vectors[:20], 5, nprobe=3).ids.numpy() == ids).mean() > 0.99
 
 
+def test_shards_with_vectors_beside_their_lists_are_refused(tmp_path, vectors):
+    refined = trained(vectors, f"IVF{NLIST},SQ8,RFlat")
+    refined.add(vectors.numpy())
+    mapped = faiss.IndexPreTransform(
+        faiss.RandomRotationMatrix(DIM, DIM), faiss.IndexIDMap2(trained(vectors))
+    )
+    for number, index in enumerate((refined, mapped)):
+        path = tmp_path / f"{number}.faiss"
+        faiss.write_index(index, str(path))
+        with pytest.raises(ConversionError, match="expected an inverted file"):
+            merge_faiss_shards([path], tmp_path / "all.faiss")
+    assert not (tmp_path / "all.faiss").exists()
+
+
+@pytest.mark.parametrize("row", [-3, 5000])
+def test_lists_that_contradict_an_id_map_are_refused(tmp_path, vectors, row):
+    lists = trained(vectors)
+    ids = torch.arange(50)
+    ids[7] = row
+    lists.add_with_ids(vectors[:50].numpy(), ids.numpy())
+    lists.ntotal = 0
+    shard = faiss.IndexIDMap2(lists)
+    lists.ntotal = shard.ntotal = 50
+    faiss.copy_array_to_vector(torch.arange(50).numpy() * 3, shard.id_map)
+    faiss.write_index(shard, str(tmp_path / "a.faiss"))
+    with pytest.raises(IndexFileError, match=r"a\.faiss' is damaged"):
+        merge_faiss_shards([tmp_path / "a.faiss"], tmp_path / "all.faiss")
+
+
+def test_chosen_lists_are_read_as_far_as_the_index_says(vectors):
+    index = trained(vectors)
+    index.add(vectors.numpy())
+    index.max_codes = 50
+    index.nprobe = NLIST
+    lists = index.quantizer.search(vectors[:4].numpy(), NLIST)[1]
+    found = search_preassigned(index, vectors[:4], 300, torch.as_tensor(lists))[1]
+    assert found.tolist() == index.search(vectors[:4].numpy(), 300)[1].tolist()
+    assert int((found >= 0).sum(1).max()) < 300
+
+
 def test_shards_under_id_maps_keep_their_labels(tmp_path, vectors):
     whole, empty = trained(vectors), trained(vectors)
     labels = torch.randperm(300, generator=torch.Generator().manual_seed(1)).view(3, 100) * 200
