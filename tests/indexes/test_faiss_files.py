@@ -289,7 +289,9 @@ def test_vectors_that_are_not_finite_are_refused_where_they_lie_as_they_are(desc
         index.add(vectors.numpy())
     with pytest.raises(NonFiniteError, match=r"^faiss_index has NaN or infinity in rows 4, 30"):
         FaissIndex(index)
-    assert FaissIndex(index, check_finite=False).ntotal == 50
+    # Faiss 1.15 has no list for such rows.
+    stored = 48 if description.startswith("IVF") and faiss.__version__ >= "1.15" else 50
+    assert FaissIndex(index, check_finite=False).ntotal == stored
     faiss.write_index(index, str(tmp_path / "bad.faiss"))
     with pytest.raises(NonFiniteError, match=r"bad\.faiss': faiss_index has NaN or infinity in rows 4, 30"):
         FaissIndex.read(tmp_path / "bad.faiss")

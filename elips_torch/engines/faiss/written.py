@@ -55,6 +55,7 @@ def _fill_untrained(build: FaissBuild, index: Any) -> None:
     if hasattr(index, "rq"):
         _fill_codebooks(index.rq)
     elif hasattr(index, "prq"):
+        _fill_codebooks(index.prq)
         for number in range(index.prq.nsplits):
             _fill_codebooks(index.prq.subquantizer(number))
 
