@@ -148,8 +148,8 @@ def test_a_nan_is_not_a_good_score(metric):
 @pytest.mark.parametrize("name", [m.name for m in METRICS])
 def test_a_score_does_not_depend_on_the_pairs_beside_it(name):
     kind = resolve(name)
-    for dim in (33, 40_000):
-        q, x = data(kind, 3, dim), data(kind, 5, dim, seed=1)
+    for dim, rows in ((1, 5), (7, 1), (8, 70), (33, 5), (200, 9), (1025, 4), (40_000, 5)):
+        q, x = data(kind, 3, dim), data(kind, rows, dim, seed=1)
         together = kind.score(q[:, None], x[None])
         alone = torch.stack([torch.stack([kind.score(u, v) for v in x]) for u in q])
         assert torch.equal(together, alone)

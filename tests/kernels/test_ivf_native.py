@@ -1,7 +1,5 @@
 """Search of inverted lists in C++ equals its reference, by planes and by decoded rows."""
 
-import functools
-
 import pytest
 import torch
 
@@ -91,23 +89,16 @@ def assert_same(found, expected):
     assert torch.equal(found[0], expected[0])
 
 
-@functools.cache
-def expected_of_problem(n_queries, k, metric):
-    """Return what the plain search finds; by it most of the time of the tests goes."""
-    queries, database, assignments, probes, _ = problem(n_queries)
-    return ivf_search(queries, database, assignments, probes, k, metric)
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("n_queries", [1, 5, 70])
 @pytest.mark.parametrize(("metric", "kind"), WAYS)
 def test_equals_the_reference(metric, kind, n_queries, threads, monkeypatch):
     monkeypatch.setattr(knn_native, "native_threads", lambda: threads)
     monkeypatch.setattr(knn_native, "_WORTH_THREADS", 0)
-    queries, database, _, probes, layout = problem(n_queries)
+    queries, database, assignments, probes, layout = problem(n_queries)
     for k in (1, 10, 400) if n_queries <= 5 else (10,):
         found = search(kind, metric, queries, database, probes, layout, k)
-        assert_same(found, expected_of_problem(n_queries, k, metric))
+        assert_same(found, ivf_search(queries, database, assignments, probes, k, metric))
 
 
 @pytest.mark.parametrize("dim", [1, 4, 7, 8, 15, 17, 63, 64, 65, 128, 200])
