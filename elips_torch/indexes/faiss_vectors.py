@@ -6,6 +6,7 @@ from torch import Tensor
 from elips_torch.core.errors import DtypeError, NotFittedError, ShapeError
 from elips_torch.core.validation import FLOAT_DTYPES, check_device
 from elips_torch.engines.faiss import opaque
+from elips_torch.engines.faiss.handover import drop_hidden
 from elips_torch.indexes.faiss_state import FaissState
 from elips_torch.quantizers.bits import pack_checked, unpack_bits
 
@@ -54,6 +55,19 @@ class FaissVectors(FaissState):
     def _overwrite_rows(self, where: Tensor, rows: dict[str, Tensor]) -> None:
         super()._overwrite_rows(where, {"places": self._added(rows["places"])})
         self._rows_changed()
+        self._drop_hidden()
+
+    def _keep_rows(self, keep: Tensor) -> None:
+        super()._keep_rows(keep)
+        self._drop_hidden()
+
+    def _drop_hidden(self) -> None:
+        """Take hidden rows out where searches would read them, which changes the order of ties."""
+        places, order = self.places.sort()
+        if len(places) == self._faiss.ntotal or not drop_hidden(self._build, self._faiss, places):
+            return
+        self._hold(self._faiss)
+        self.places[order] = torch.arange(len(places), device=self.device)
 
     def _added(self, vectors: Tensor) -> Tensor:
         """Return the places of vectors ``(N, D)``, which faiss gets; of places ``(N,)``, themselves."""

@@ -1,5 +1,7 @@
 """Indexes of faiss inside modules, handed over with the ids and the removals of these."""
 
+import copy
+
 import faiss
 import pytest
 import torch
@@ -102,17 +104,27 @@ def test_what_was_removed_does_not_go_along(description):
         assert brought.ids.sort().values.tolist() == index.ids.sort().values.tolist()
 
 
-@pytest.mark.parametrize("description", ["Flat", "IVF4,Flat", "PCA8,IVF4,PQ4x4np", "BIVF4", "BFlat"])
+@pytest.mark.parametrize(
+    "description",
+    [
+        "Flat",
+        "IVF4,Flat",
+        "PCA8,IVF4,PQ4x4np",
+        "BIVF4",
+        "BFlat",
+        "IVF4,PQ4x4fs",
+        "PCA8,IVF4,PQ4x4fs",
+        "PQ4x4fs",
+    ],
+)
 def test_faiss_puts_equal_scores_in_the_same_order(description, tmp_path):
     shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     rows = uniform(N).round()[shuffled % 40]
     ascending, index = (FaissIndex.from_factory(DIM, description).fit(rows) for _ in range(2))
     ascending.add(rows, ids=torch.arange(N) * 3)
     index.add(rows, ids=shuffled)
-    if description != "BIVF4":
-        # Those that are hidden here are asked for, too, since that family takes no selector.
-        index.remove(shuffled[::7])
-        index.upsert(rows[:20], shuffled[:20])
+    index.remove(shuffled[::7])
+    index.upsert(rows[:20], shuffled[:20])
     for each in (ascending, index):
         wanted = each.search(rows[:50], 9).ids
         assert len(set(each.search(rows[:50], 9).scores.flatten().tolist())) < 400, "equal scores"
@@ -260,3 +272,47 @@ def test_a_family_without_counterpart_is_read_by_faiss(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(IndexFileError, match=r"graph\.faiss"):
         FaissIndex.read(path)
+
+
+@pytest.mark.parametrize("description", ["BIVF4", "IVF4,PQ4x4fs", "PCA8,IVF4,PQ4x4fs"])
+def test_hidden_rows_leave_lists_that_take_no_selector(description):
+    index = FaissIndex.from_factory(DIM, description).fit(uniform(700, seed=1).round())
+    index.add(uniform(N).round(), ids=IDS)
+    index.nprobe = 4
+    kept = IDS[torch.arange(N) % 3 > 0]
+    vectors, before = index.reconstruct(kept), index.search(QUERIES.round(), N)
+    assert index.remove(IDS[::3]) == 100
+    assert index.faiss_index.ntotal == index.ntotal == 200
+    assert torch.equal(index.reconstruct(kept), vectors)
+    after = index.search(QUERIES.round(), 200)
+    is_kept = torch.isin(before.ids, kept)
+    assert torch.equal(after.scores, before.scores[is_kept].view(-1, 200))
+    assert torch.equal(after.ids.sort().values, before.ids[is_kept].view(-1, 200).sort().values)
+    # Rows that come again are at the end, those of other ids are where they were.
+    index.upsert(uniform(3, seed=8).round(), kept[[50, 7, 9]])
+    index.add(uniform(2, seed=9).round(), ids=[1, 2])
+    assert index.faiss_index.ntotal == index.ntotal == 202
+    others = torch.tensor([place not in (50, 7, 9) for place in range(200)])
+    assert torch.equal(index.reconstruct(kept[others]), vectors[others])
+    again = FaissIndex.from_factory(DIM, description)
+    again.load_state_dict(index.state_dict())
+    again.nprobe = 4
+    for other in (again, copy.deepcopy(index)):
+        assert_agree(other.search(QUERIES.round(), 9), index.search(QUERIES.round(), 9))
+    index.remove(index.ids)
+    assert index.faiss_index.ntotal == 0
+    assert index.search(QUERIES.round(), 2).ids.unique().tolist() == [-1]
+
+
+def test_lists_in_a_file_are_left_alone(tmp_path):
+    inner = faiss.index_binary_factory(DIM, "BIVF4")
+    bits = pack_bits(uniform(N).round())
+    inner.train(bits.numpy())
+    lists = faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(tmp_path / "lists"))
+    inner.replace_invlists(lists)
+    inner.add(bits.numpy())
+    inner.nprobe = 4
+    index = FaissIndex(inner)
+    index.remove(list(range(0, N, 2)))
+    assert lists.compute_ntotal() == index.faiss_index.ntotal == N
+    assert (index.search(QUERIES.round(), 40).ids % 2 == 1).all()
