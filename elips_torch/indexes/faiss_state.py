@@ -30,6 +30,7 @@ class FaissState(Index):
 
     places: Tensor
     _build: FaissBuild
+    _faiss: Any
     _of_bits: bool
     _gpus: tuple[int, ...] = ()
     _gpu_options: GpuOptions | None = None

@@ -47,16 +47,22 @@ def score_decoded(
     """Score chosen rows of each query, of vectors that are not stored as they are."""
     n_queries, n_candidates = rows.shape
     dim = queries.shape[1]
-    scores = torch.empty(rows.shape, dtype=torch.float32, device=queries.device)
     step = _pairs_at_once(dim, workspace_bytes)
+
+    def tile(start: int, stop: int, first: int, last: int) -> Tensor:
+        q = queries[start:stop].double().contiguous()[:, None]
+        part = rows[start:stop, first:last]
+        x = decode(part.reshape(-1)).double()
+        return metric.rounded_score(q, x.view(*part.shape, dim))
+
+    if 0 < rows.numel() <= step:
+        return tile(0, n_queries, 0, n_candidates)
+    scores = torch.empty(rows.shape, dtype=torch.float32, device=queries.device)
     # Whole queries at a time while they fit, parts of one query's candidates otherwise.
     query_step = max(1, step // max(1, n_candidates))
     for start, stop in spans(n_queries, query_step):
-        q = queries[start:stop].double().contiguous()[:, None]
         for first, last in spans(n_candidates, step if query_step == 1 else n_candidates):
-            part = rows[start:stop, first:last]
-            x = decode(part.reshape(-1)).double()
-            scores[start:stop, first:last] = metric.rounded_score(q, x.view(*part.shape, dim))
+            scores[start:stop, first:last] = tile(start, stop, first, last)
     return scores
 
 
