@@ -1,5 +1,7 @@
 """Searches of an index that are ready for queries like those of earlier calls."""
 
+import dataclasses
+import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Self
 
@@ -18,19 +20,86 @@ from elips_torch.kernels.selection import Selection
 
 # So many are kept, for batches of different sizes.
 _MOST_SEARCHES = 8
-# So often in a row may one leave most queries open.
+# So often in a row may one have much to do, or leave most queries open.
 _MOST_MISSES = 4
+# So often do two of them take turns.
+_TURNS = 4
+
+
+class _Contest:
+    """Two searches with the same results, which take turns until it is known which is quicker here."""
+
+    def __init__(self, first: PreparedSearch, second: PreparedSearch) -> None:
+        self._seconds: dict[PreparedSearch, list[float]] = {first: [], second: []}
+
+    def next(self) -> PreparedSearch:
+        """Return the one whose turn it is."""
+        return min(self._seconds, key=lambda each: len(self._seconds[each]))
+
+    def note(self, search: PreparedSearch, seconds: float) -> PreparedSearch | None:
+        """Take down how long a search took, with what it left to others; return the winner, once known."""
+        self._seconds[search].append(seconds)
+        if any(len(each) < _TURNS for each in self._seconds.values()):
+            return None
+        return min(self._seconds, key=lambda each: min(self._seconds[each]))
+
+
+@dataclasses.dataclass
+class _Ready:
+    """What is prepared for tensors as they are.
+
+    Attributes:
+        snapshots: those of the tensors.
+        searches: by what they serve; None where there is none.
+        shared: what several of them rest on, by name.
+    """
+
+    snapshots: tuple[Snapshot, ...] = ()
+    searches: dict[Hashable, PreparedSearch | _Contest | None] = dataclasses.field(default_factory=dict)
+    shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def rests_on(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors, and as they were."""
+        return len(self.snapshots) == len(tensors) and all(map(Snapshot.matches, self.snapshots, tensors))
+
+    def find(
+        self, key: Hashable, prepare: Callable[[], PreparedSearch | None]
+    ) -> PreparedSearch | _Contest | None:
+        """Return the search of a key, which is prepared where there was none before."""
+        if key in self.searches:
+            return self.searches.get(key)
+        found = prepare()
+        if len(self.searches) >= _MOST_SEARCHES:
+            self.searches.clear()
+        self.searches[key] = found
+        return found
+
+    def replace(self, before: PreparedSearch | _Contest, after: PreparedSearch | _Contest | None) -> None:
+        """Run another search from now on, or none."""
+        for key in [key for key, each in self.searches.copy().items() if each is before]:
+            self.searches[key] = after
+
+    def give_up(self, prepared: PreparedSearch, is_open: bool) -> None:
+        """Try what may be quicker than a search, or run it no more if it leaves most queries open."""
+        # What leaves most of the work to others is in their way.
+        after: PreparedSearch | _Contest | None = None if is_open else prepared
+        if prepared.instead is not None:
+            instead = prepared.instead(self.shared)
+            prepared.instead = None
+            if instead is not None:
+                after = _Contest(prepared, instead)
+        self.replace(prepared, after)
 
 
 class PreparedSearches:
     """The prepared searches of an index, kept until a tensor that they rest on changes."""
 
     def __init__(self) -> None:
-        self._state: tuple[tuple[Snapshot, ...], dict[Hashable, PreparedSearch | None]] = ((), {})
+        self._ready = _Ready()
 
     def clear(self) -> None:
         """Forget all searches, and the tensors that these hold."""
-        self._state = ((), {})
+        self._ready = _Ready()
 
     def run(
         self,
@@ -61,7 +130,7 @@ class PreparedSearches:
         Returns:
             Scores and rows ``(Q, K)``.
         """
-        prepared = None
+        ready = found = None
         if (
             queries.device.type == "cpu"
             and implementation in ("auto", "native")
@@ -69,6 +138,8 @@ class PreparedSearches:
             and selection.exclude is None
             and queries.shape[0]
         ):
+            ready = self._ready_for(rests_on)
+        if ready is not None:
             # All that a prepared search does not know.
             key = (
                 queries.shape[0],
@@ -81,45 +152,39 @@ class PreparedSearches:
                 torch.backends.mkldnn.enabled,
                 library_is_ready(queries.device),
             )
-            prepared = self._find(key, rests_on, prepare)
-        if prepared is None:
+            found = ready.find(key, prepare)
+        if ready is None or found is None:
             return search(queries)
-        scores, rows, left = prepared.run(queries)
+        start = time.perf_counter()
+        prepared = found.next() if isinstance(found, _Contest) else found
+        scores, rows, left, was_hard = prepared.run(queries)
         n_left = 0 if left is None else left.numel()
-        # What leaves most of the work to others is in their way.
-        prepared.misses = prepared.misses + 1 if 2 * n_left > queries.shape[0] else 0
-        if prepared.misses >= _MOST_MISSES:
-            self._give_up(prepared)
         if left is not None and n_left:
             # Some of the queries alone would be named by other numbers.
             if checked_by is not None:
                 check_values("queries", queries, checked_by)
             scores[left], rows[left] = search(queries[left])
+        is_open = 2 * n_left > queries.shape[0]
+        is_miss = is_open or (was_hard and prepared.instead is not None)
+        prepared.misses = prepared.misses + 1 if is_miss else 0
+        if isinstance(found, _Contest):
+            quicker = found.note(prepared, time.perf_counter() - start)
+            if quicker is not None:
+                ready.replace(found, quicker)
+        elif prepared.misses >= _MOST_MISSES:
+            ready.give_up(prepared, is_open)
         return scores, rows
 
-    def _give_up(self, prepared: PreparedSearch) -> None:
-        """Run a search no more while the tensors stay as they are."""
-        searches = self._state[1]
-        for key in [key for key, each in searches.copy().items() if each is prepared]:
-            searches[key] = None
-
-    def _find(
-        self, key: Hashable, rests_on: Sequence[Tensor], prepare: Callable[[], PreparedSearch | None]
-    ) -> PreparedSearch | None:
-        snapshots, searches = self._state
-        if len(snapshots) != len(rests_on) or not all(map(Snapshot.matches, snapshots, rests_on)):
-            if any(isinstance(tensor, nn.Parameter) for tensor in rests_on):
+    def _ready_for(self, tensors: Sequence[Tensor]) -> _Ready | None:
+        """Return what is prepared for tensors as they are; None where nobody can tell how they are."""
+        ready = self._ready
+        if not ready.rests_on(tensors):
+            if any(isinstance(tensor, nn.Parameter) for tensor in tensors):
                 # Fused optimisers leave no trace of what they write.
                 return None
             # What another thread has made of the tensors before goes with them.
-            snapshots, searches = self._state = tuple(map(Snapshot, rests_on)), {}
-        if key not in searches:
-            found = prepare()
-            if len(searches) >= _MOST_SEARCHES:
-                searches.clear()
-            searches[key] = found
-            return found
-        return searches.get(key)
+            ready = self._ready = _Ready(tuple(map(Snapshot, tensors)))
+        return ready
 
 
 class PreparesSearches(Index):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,30 @@ def native_lists(
         search = PackedSearch(packed, decode, decode.dim, metric, k, n_excluded)
         return ScreenedLists(search, layout, search.has_plane) if search.plan(1, workspace_bytes) else None
     return _decoded_lists(layout, decode, metric, k, n_excluded, workspace_bytes)
+
+
+def vector_lists(
+    layout: ListLayout,
+    vectors: Tensor,  # (N, D)
+    metric: Metric,
+    k: int,
+    workspace_bytes: int,
+    shared: dict[str, Any],
+) -> "ScreenedLists | None":
+    """Return a search of lists by the vectors as they are stored, or None where it cannot serve.
+
+    What it makes of all vectors it puts into, or takes from, what it shares.
+    """
+    if metric.name in _DISTANCES:
+        search: NativeSearch | None = distance_first(vectors, metric, k, 0, workspace_bytes)
+        return None if search is None else ScreenedLists(search, layout)
+    if "plain" not in shared:
+        shared["plain"] = plain_plane(metric, vectors)
+    plane = shared["plain"]
+    if plane is None or not native_serves(vectors, plane):
+        return None
+    search = NativeSearch(vectors, metric, plane, k, 0)
+    return ScreenedLists(search, layout) if search.plan(1, workspace_bytes) else None
 
 
 def _decoded_lists(

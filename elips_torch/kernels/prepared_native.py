@@ -14,6 +14,10 @@ from elips_torch.kernels.knn_native import NativeSearch
 from elips_torch.kernels.search_facts import ProbedLists
 from elips_torch.kernels.search_native import DONE, NO_MEMORY, SPARE, call_search, search_arguments
 
+# Telling near ties apart is much work from the scoring of more rows per query than this part of what a
+# reservoir holds (measured).
+_FEW_SCORED = 4
+
 
 class PreparedSearch:
     """A search of which only the queries are missing, good while its tensors stay as they are.
@@ -24,6 +28,11 @@ class PreparedSearch:
         shape: Q and k.
         workspace_bytes: limit on temporary memory, in bytes.
         coarse: the search whose rows are the lists to read; None where all rows are.
+
+    Attributes:
+        misses: how often in a row it had much to do, or left most queries open, as its owner counts.
+        instead: makes a search that may be quicker then, None where there is none; it is given what such
+            searches share, by name.
     """
 
     def __init__(
@@ -36,8 +45,8 @@ class PreparedSearch:
     ) -> None:
         self.shape = shape
         self.coarse = coarse
-        # How often in a row most queries were left open, as its owner counts.
         self.misses = 0
+        self.instead: Callable[[dict[str, Any]], PreparedSearch | None] | None = None
         self._search = search
         # The first queries and probes would be kept for nothing: those that come take their places.
         self._facts = {name: value for name, value in facts.items() if name not in ("source", "probes")}
@@ -47,15 +56,15 @@ class PreparedSearch:
         if coarse is not None:
             self._arguments.coarse = ctypes.addressof(coarse._arguments)
 
-    def run(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return scores and rows ``(Q, K)``, and which queries have no certain answer.
+    def run(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        """Return scores and rows ``(Q, K)``, which queries have no certain answer, and if it was hard.
 
         Args:
             queries: ``(Q, D)``, of the dtype that was described.
 
         Returns:
             Scores, rows, and numbers ``(M,)`` int64 of queries that are to be searched otherwise; None where
-            all are answered, with k rows each.
+            all are answered, with k rows each. And whether telling near ties apart was much work.
         """
         queries = queries.resolve_neg().contiguous()
         scores = torch.empty(self.shape, dtype=torch.float32, device="cpu")
@@ -69,9 +78,12 @@ class PreparedSearch:
         arguments.found = rows.data_ptr()
         arguments.status = status.data_ptr()
         arguments.memory = memory.data_ptr()
+        scored = ctypes.c_int64()
+        arguments.scored = ctypes.addressof(scored)
         outcome = call_search(arguments)
+        was_hard = _FEW_SCORED * scored.value > self.shape[0] * self._facts["capacity"]
         if outcome == DONE:
-            return scores, rows, None
+            return scores, rows, None, was_hard
         certified = self._search.certified(
             outcome,
             queries,
@@ -84,7 +96,7 @@ class PreparedSearch:
             rows=rows,
         )
         left = ~certified if outcome == NO_MEMORY else ~certified | (rows[:, -1] < 0)
-        return scores, rows, left.nonzero()[:, 0]
+        return scores, rows, left.nonzero()[:, 0], was_hard
 
 
 def prepare(

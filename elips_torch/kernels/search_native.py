@@ -205,6 +205,7 @@ class Arguments(ctypes.Structure):
         ("found", ctypes.c_void_p),
         ("status", ctypes.c_void_p),
         ("most_scored", ctypes.c_int64),
+        ("scored", ctypes.c_void_p),
         ("slack", ctypes.c_float),
         ("dim", ctypes.c_int32),
         ("n_queries", ctypes.c_int32),

@@ -1,6 +1,7 @@
 """Search of the inverted lists that each query probes; the entry that the IVF families share."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import bad_queries
 from elips_torch.kernels.coded_rows import PartRows
-from elips_torch.kernels.ivf_native import ScreenedLists, native_lists
+from elips_torch.kernels.ivf_native import ScreenedLists, native_lists, vector_lists
 from elips_torch.kernels.ivf_range_search_eager import ivf_range_search_eager
 from elips_torch.kernels.ivf_search_eager import ivf_search_eager
 from elips_torch.kernels.ivf_tables import table_step
-from elips_torch.kernels.list_layout import ListLayout, RowDecoder
+from elips_torch.kernels.list_layout import ListLayout, RowDecoder, StoredRows
 from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.search_native import library_reasons
 from elips_torch.kernels.selection import Selection
@@ -184,10 +185,23 @@ def prepare_ivf(
     request = describe(queries, layout, decode, metric, k)
     if choose("ivf_search", IMPLEMENTATIONS, request, implementation).name != "native":
         return None
+    shape, dtype = queries.shape, queries.dtype
+
+    def prepared(step: Any) -> PreparedSearch | None:
+        if not isinstance(step, ScreenedLists):
+            return None
+        like = torch.empty(shape, dtype=dtype, device="cpu")
+        return prepare(step.search, like, k, ranks, workspace_bytes, step.lists, coarse)
+
     step = native_lists(layout, decode, metric, k, coarse.shape[1], 0, workspace_bytes)
-    if not isinstance(step, ScreenedLists):
-        return None
-    return prepare(step.search, queries, k, ranks, workspace_bytes, step.lists, coarse)
+    found = prepared(step)
+    if found is not None and isinstance(decode, StoredRows) and decode.plane is not None:
+        vectors = decode.vectors
+        # Codes may have little to say about queries that are near many rows.
+        found.instead = lambda shared: prepared(
+            vector_lists(layout, vectors, metric, k, workspace_bytes, shared)
+        )
+    return found
 
 
 def run_ivf_range(

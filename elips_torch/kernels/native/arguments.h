@@ -61,6 +61,7 @@ struct Arguments {
     int64_t* found;
     int32_t* status;
     int64_t most_scored;  // rows that a reservoir may score to tell them apart, before its query is left open
+    int64_t* scored;      // where how many all queries took so is written; null where nobody asks
     float slack;
     int32_t dim;
     int32_t n_queries;

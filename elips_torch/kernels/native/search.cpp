@@ -136,6 +136,10 @@ int search(Arguments a) {
         return UNKNOWN_TYPE;
     }
     if (!ready) return NO_MEMORY;
+    if (a.scored) {
+        *a.scored = 0;
+        for (int64_t i = 0; i < n; ++i) *a.scored += reservoirs[i].scored;
+    }
     switch (a.vector_type) {
         case 0: ready = rank<float>(a, reservoirs.get()); break;
         case 1: ready = rank<Half>(a, reservoirs.get()); break;
