@@ -45,6 +45,8 @@ def check_vectors(
     if not isinstance(vectors, Tensor):
         hint = "; torch.from_numpy makes one" if type(vectors).__name__ == "ndarray" else ""
         raise DtypeError(f"{name} is a {type(vectors).__name__}, expected a torch.Tensor{hint}")
+    if vectors.layout != torch.strided:
+        raise DtypeError(f"{name} is {vectors.layout}, expected a dense tensor; {name}.to_dense() makes one")
     if vectors.dtype not in FLOAT_DTYPES:
         raise DtypeError(f"{name} has dtype {vectors.dtype}, expected float32, float16, bfloat16 or float64")
     if vectors.ndim != 2 and not (allow_single and vectors.ndim == 1):
@@ -175,6 +177,13 @@ def check_count(name: str, count: int, least: int = 1) -> int:
     if count < least:
         raise ArgumentError(f"{name} is {count}, expected at least {least}")
     return count
+
+
+def check_flag(name: str, flag: bool) -> bool:
+    """Check that something is True or False and return it: 'false' and 0.5 would count as True."""
+    if not isinstance(flag, bool):
+        raise DtypeError(f"{name} is {flag!r}, expected True or False")
+    return flag
 
 
 def check_workspace(workspace_bytes: int) -> int:

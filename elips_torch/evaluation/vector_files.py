@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elips_torch.core.errors import DtypeError, IndexFileError, ShapeError
 from elips_torch.core.tiling import spans
+from elips_torch.core.validation import check_flag
 
 _HEADER_BYTES = 4
 # Headers that are looked at in a file that is mapped: looking at all would read most of it.
@@ -91,6 +92,7 @@ def write_bvecs(vectors: Tensor, path: str | os.PathLike[str]) -> None:
 
 
 def _read(path: str | os.PathLike[str], dtype: torch.dtype, mmap: bool) -> Tensor:
+    check_flag("mmap", mmap)
     where = repr(os.fspath(path))
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file of vectors at {where}")

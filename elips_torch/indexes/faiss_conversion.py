@@ -15,7 +15,7 @@ from elips_torch.core.errors import (
     IndexFileError,
     NonFiniteError,
 )
-from elips_torch.core.validation import check_usable, read_device
+from elips_torch.core.validation import check_flag, check_usable, read_device
 from elips_torch.engines.faiss.builds import load_installed
 from elips_torch.engines.faiss.construct import construct
 from elips_torch.engines.faiss.describe import describe
@@ -118,6 +118,9 @@ def to_faiss(
     **gpu_options: Any,
 ) -> Any:
     """Make an index of faiss; see `Index.to_faiss`."""
+    check_flag("binary", binary)
+    if precomputed_tables is not None:
+        check_flag("precomputed_tables", precomputed_tables)
     build = load_installed()
     numbers = gpu_numbers(device)
     options = read_options(precomputed_tables=bool(precomputed_tables), **gpu_options)

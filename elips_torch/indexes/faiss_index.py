@@ -36,7 +36,7 @@ from elips_torch.engines.faiss.index_files import read_index
 from elips_torch.engines.faiss.looks import are_finite, check_finite_rows
 from elips_torch.engines.faiss.row_search import RowSearch
 from elips_torch.engines.faiss.search import gpus_inside
-from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY, may_take_selectors, value_limits
+from elips_torch.engines.faiss.search_parameters import ATTRIBUTES_ONLY, check_value, may_take_selectors
 from elips_torch.engines.faiss.transfer import to_cpu
 from elips_torch.engines.faiss.tuning import OperatingPoint
 from elips_torch.indexes.faiss_vectors import FaissVectors
@@ -266,12 +266,8 @@ class FaissIndex(FaissVectors):
     def _check_parameters(self, parameters: dict[str, Any]) -> None:
         super()._check_parameters(parameters)
         for name, value in parameters.items():
-            if name not in self._holders:
-                continue
-            least, most = value_limits(self._holders[name])
-            if not least <= value <= most:
-                limit = f"at least {least}" if most == torch.inf else f"{least} to {most}"
-                raise ArgumentError(f"{name} is {value}, expected {limit}")
+            if name in self._holders:
+                check_value(name, value, self._holders[name])
 
     @untraced
     def set_parameters(self, parameters: str) -> None:
@@ -281,7 +277,8 @@ class FaissIndex(FaissVectors):
             parameters: such as ``"nprobe=16,quantizer_efSearch=64"``.
 
         Raises:
-            ParameterError: one that the index does not have.
+            ParameterError: one that the index does not have, or no number.
+            ArgumentError: a value out of range; no parameter is set.
         """
         tuning.set_parameters(self._build, self._faiss, parameters)
 

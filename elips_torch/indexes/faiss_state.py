@@ -185,11 +185,12 @@ class FaissState(Index):
         state = super().__getstate__()
         for name in ("_build", "_holders", "_search_rows"):
             state.pop(name, None)
-        state["_faiss"] = opaque.to_bytes(self._build, self._faiss)
+        # No tensor: what is sent to another process would lie in shared memory, and go before it is read.
+        state["_faiss"] = opaque.to_bytes(self._build, self._faiss).numpy()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        content = state.pop("_faiss")
+        content = torch.as_tensor(state.pop("_faiss"))
         super().__setstate__(state)
         self.__dict__["_build"] = build = load_installed()
         self._hold(self._on_device(opaque.from_bytes(build, content), self.device))

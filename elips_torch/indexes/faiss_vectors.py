@@ -41,7 +41,10 @@ class FaissVectors(FaissState):
         if codes.ndim not in ndims:
             raise ShapeError(f"{name} has shape {tuple(codes.shape)}, expected {expected}")
         if codes.shape[-1] * 8 != self.dim:
-            raise ShapeError(f"{name} has {codes.shape[-1]} bytes, the index has {self.dim} bits")
+            raise ShapeError(
+                f"{name} has {codes.shape[-1]} bytes, the index has {self.dim} bits, which are "
+                f"{self.dim // 8} bytes; pack_bits makes them"
+            )
 
     def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
         if not self.is_trained:

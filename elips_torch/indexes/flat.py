@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from elips_torch.core.dispatch import Explanation, Request
 from elips_torch.core.errors import DtypeError
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
-from elips_torch.core.validation import FLOAT_DTYPES, check_k, check_vectors, check_workspace
+from elips_torch.core.validation import FLOAT_DTYPES, check_flag, check_k, check_vectors, check_workspace
 from elips_torch.indexes.prepared_searches import PreparesSearches
 from elips_torch.indexes.screened_vectors import ScreenedVectors
 from elips_torch.indexes.screening_plane import ScreeningPlane
@@ -94,7 +94,7 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
             raise DtypeError(
                 f"dtype is {dtype!r}, expected torch.float32, torch.float16, torch.bfloat16 or torch.float64"
             )
-        self.learnable = learnable
+        self.learnable = check_flag("learnable", learnable)
         with durable():
             empty = torch.empty(0, dim, dtype=dtype, device=device)
         if learnable:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.tiling import spans
+from elips_torch.core.validation import check_flag
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.inverted_lists import InvertedLists, SlotChange
 from elips_torch.indexes.ivf import IVFIndex
@@ -44,7 +45,7 @@ class IVFCodedIndex(ListedCodes, IVFIndex):
         super().__init__(quantizer.dim, nlist, metric, **options)
         self.quantizer = quantizer
         quantizer.in_state_dict = self.index_in_state_dict
-        self._by_residual = bool(by_residual)
+        self._by_residual = check_flag("by_residual", by_residual)
         self._register_codes(quantizer.code_size, options.get("device"))
 
     @abstractmethod

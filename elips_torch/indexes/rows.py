@@ -19,6 +19,7 @@ from elips_torch.core.metric import resolve_metric
 from elips_torch.core.validation import (
     as_ids,
     check_exclude,
+    check_flag,
     check_mask,
     check_unique,
     check_values,
@@ -64,7 +65,7 @@ class Rows(RowState, ABC):
         self._metric = resolve_metric(metric, p)
         super().__init__(device, index_in_state_dict)
         self.dim = dim
-        self.check_finite = check_finite
+        self.check_finite = check_flag("check_finite", check_finite)
 
     @abstractmethod
     def _encode(self, vectors: Tensor) -> dict[str, Tensor]:
@@ -283,7 +284,7 @@ class Rows(RowState, ABC):
         self, n_queries: int, mask: Tensor | None, exclude: Tensor | None, exclude_self: bool
     ) -> Selection:
         """Return the rows that each of so many queries may see, of masks and ids as `search` takes them."""
-        if mask is None and exclude is None and not exclude_self:
+        if not check_flag("exclude_self", exclude_self) and mask is None and exclude is None:
             return EVERYTHING
         check_mask(mask, n_queries, self.ntotal, self.device)
         check_exclude(exclude, n_queries, self.device)

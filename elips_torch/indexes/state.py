@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elips_torch.core.errors import DuplicateIdError
 from elips_torch.core.huge_pages import ask_for_huge_pages
-from elips_torch.core.validation import FLOAT_DTYPES, check_unique, check_usable
+from elips_torch.core.validation import FLOAT_DTYPES, check_flag, check_unique, check_usable
 from elips_torch.indexes.id_map import IdMap
 from elips_torch.indexes.row_tensors import RowTensors
 from elips_torch.indexes.storage import durable, owned
@@ -32,7 +32,7 @@ class RowState(RowTensors):
     def __init__(self, device: torch.device | str | None, index_in_state_dict: bool) -> None:
         super().__init__()
         check_usable("device", device)
-        self.index_in_state_dict = index_in_state_dict
+        self.index_in_state_dict = check_flag("index_in_state_dict", index_in_state_dict)
         with durable():
             self.register_buffer("ids", torch.empty(0, dtype=torch.int64, device=device))
         self._next_id = 0

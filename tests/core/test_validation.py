@@ -21,6 +21,7 @@ from elips_torch import (
     load_index,
     pairwise_distance,
     range_search,
+    read_fvecs,
 )
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.validation import as_ids, as_radius, check_unique, check_usable, check_values
@@ -33,6 +34,11 @@ CPU = torch.device("cpu")
     ("call", "error", "message"),
     [
         (lambda: knn([[0.0]], X, 1), DtypeError, "queries is a list, expected a torch.Tensor"),
+        (
+            lambda: knn(Q.to_sparse(), X, 1),
+            DtypeError,
+            r"queries is torch.sparse_coo, expected a dense tensor",
+        ),
         (lambda: knn(Q.int(), X, 1), DtypeError, "queries has dtype torch.int32, expected float32"),
         (lambda: knn(Q, X.bool(), 1), DtypeError, "database has dtype torch.bool"),
         (lambda: knn(Q[None], X, 1), ShapeError, r"queries has shape \(1, 3, 4\), expected \(Q, D\) or"),
@@ -69,6 +75,44 @@ CPU = torch.device("cpu")
         ),
         (lambda: knn(Q - 1, X, 1, metric="gower"), NonFiniteError, r"expected finite values in \[0, 1\]"),
         (lambda: knn(Q - 1, X, 1, metric="js"), NonFiniteError, "expected finite values >= 0"),
+        (lambda: FlatIndex(4, check_finite="no"), DtypeError, "check_finite is 'no', expected True or False"),
+        (lambda: FlatIndex(4, learnable=1), DtypeError, "learnable is 1, expected True or False"),
+        (
+            lambda: SQIndex(4, index_in_state_dict=torch.tensor([True, False])),
+            DtypeError,
+            "index_in_state_dict is tensor",
+        ),
+        (
+            lambda: IVFPQIndex(4, nlist=2, m=2, by_residual=None),
+            DtypeError,
+            "by_residual is None, expected True or False",
+        ),
+        (
+            lambda: FlatIndex(4).search(Q, exclude_self="auto"),
+            DtypeError,
+            "exclude_self is 'auto', expected True or False",
+        ),
+        (
+            lambda: FlatIndex(4).range_search(Q, 1.0, exclude_self=0),
+            DtypeError,
+            "exclude_self is 0, expected True or False",
+        ),
+        (
+            lambda: FlatIndex(8).to_faiss(binary="false"),
+            DtypeError,
+            "binary is 'false', expected True or False",
+        ),
+        (
+            lambda: FlatIndex(8).to_faiss(precomputed_tables="a"),
+            DtypeError,
+            "precomputed_tables is 'a', expected True or False",
+        ),
+        (
+            lambda: FlatIndex(8).to_faiss("cuda", use_float16=2),
+            DtypeError,
+            "use_float16 is 2, expected True or False",
+        ),
+        (lambda: read_fvecs("x.fvecs", mmap="r"), DtypeError, "mmap is 'r', expected True or False"),
         (lambda: knn(Q.to("meta"), X, 1), ValueError, "queries is on meta, the database is on cpu"),
     ],
 )

@@ -266,6 +266,8 @@ def test_what_no_index_may_hold_is_refused():
         twice.add_with_ids(uniform(3).numpy(), np.array(ids))
         with pytest.raises(ConversionError, match=f"ids.*{message}"):
             from_faiss(twice)
+    with pytest.raises(DtypeError, match=r"index is of type str, .*; read_faiss and .* read files"):
+        from_faiss("a.faiss")
     with pytest.raises(DtypeError, match="index is of type list, expected an index of faiss"):
         from_faiss([1])
 

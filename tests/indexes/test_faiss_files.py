@@ -54,8 +54,11 @@ def test_files_that_hold_no_index_are_refused(tmp_path):
     whole = path.read_bytes()
     for length in [0, 3, 4, 10, *range(20, len(whole), 997), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(IndexFileError, match="no index of faiss or is damaged"):
+        with pytest.raises(IndexFileError, match=r"no index of faiss or is damaged|is empty") as caught:
             read_faiss(path)
+        # What the machine says of other things.
+        assert "ioctl" not in str(caught.value)
+        assert "Success" not in str(caught.value)
     torch.save({"vectors": TRAINING}, path)
     for foreign in (b"something else, and long enough", path.read_bytes(), b"\x93NUMPY\x01" + bytes(200)):
         path.write_bytes(foreign)

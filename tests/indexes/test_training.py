@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from elips_torch import FlatIndex, prepare_for_ddp
+from elips_torch import FaissIndex, FlatIndex, prepare_for_ddp
 from elips_torch.core.errors import ImplementationError
 
 pytestmark = [
@@ -130,11 +130,12 @@ class Neighbours(Dataset):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("kind", ["flat", "faiss"])
 # Python 3.12 warns of forking a process with threads, which is what is tested.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_worker_of_a_data_loader_searches(method):
+def test_a_worker_of_a_data_loader_searches(method, kind):
     torch.manual_seed(0)
-    index = FlatIndex(32, k=4)
+    index = FlatIndex(32, k=4) if kind == "flat" else FaissIndex.from_factory(32, "HNSW8", k=4)
     index.add(torch.randn(5000, 32))
     queries = torch.randn(8, 32)
     # The parent has used every thread before it forks.

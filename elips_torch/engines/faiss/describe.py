@@ -25,6 +25,7 @@ from elips_torch.engines.faiss.descriptions import (
     ScalarDescription,
     TransformDescription,
 )
+from elips_torch.engines.faiss.messages import expected_instead_of
 from elips_torch.engines.faiss.transfer import to_cpu
 
 # By the names of faiss.
@@ -63,7 +64,7 @@ def describe(build: FaissBuild, index: Any) -> Description:
     if isinstance(index, faiss.IndexBinary):
         return _describe_bits(build, index)
     if not isinstance(index, faiss.Index):
-        raise DtypeError(f"index is of type {type(index).__name__}, expected an index of faiss")
+        raise DtypeError(f"index is of type {type(index).__name__}, expected {expected_instead_of(index)}")
     # Casts own nothing: what owns the memory keeps its name.
     copy = to_cpu(build, index) if _lies_on_gpus(faiss, faiss.downcast_index(index)) else index
     found = faiss.downcast_index(copy)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from elips_torch.core.errors import ArgumentError, ParameterError
-from elips_torch.core.validation import check_count
+from elips_torch.core.validation import check_count, check_flag
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.cuvs import cuvs_state
 
@@ -50,6 +50,10 @@ class GpuOptions:
     shard: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("use_float16", "use_float16_coarse", "precomputed_tables", "allow_cpu_coarse", "shard"):
+            check_flag(name, getattr(self, name))
+        if self.interleaved_layout is not None:
+            check_flag("interleaved_layout", self.interleaved_layout)
         if self.indices_options not in tuple(_INDICES):
             known = ", ".join(map(repr, _INDICES))
             raise ArgumentError(f"indices_options is {self.indices_options!r}, expected one of {known}")

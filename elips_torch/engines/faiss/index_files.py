@@ -50,6 +50,8 @@ def read_index(
         raise FileNotFoundError(f"no index file at {where!r}")
     with open(path, "rb") as file:
         start = file.read(9)
+    if not start:
+        raise IndexFileError(f"{where!r} is empty, expected an index of faiss")
     if start[8:] == b"{":
         raise IndexFileError(
             f"{where!r} is a safetensors file, expected one of faiss; load_index reads those"
@@ -64,8 +66,7 @@ def read_index(
     use_one_thread_if_forked(build)
     read = getattr(build.module, (BITS if holds_bits else FLOATS).read)
     try:
-        if start:
-            _check_content(path)
+        _check_content(path)
         index = read(where, build.module.IO_FLAG_MMAP if on_disk else 0)
     except (RuntimeError, MemoryError, DamagedIndexError) as error:
         raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {reason_of(error)}") from error

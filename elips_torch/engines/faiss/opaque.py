@@ -23,7 +23,7 @@ from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.graphs_in_bytes import check_bytes, label_lists_in_hash
-from elips_torch.engines.faiss.messages import reason_of
+from elips_torch.engines.faiss.messages import expected_instead_of, reason_of
 from elips_torch.engines.faiss.row_kinds import (
     BITS,
     FLOATS,
@@ -51,6 +51,9 @@ _METRICS = {
     "gower": "METRIC_GOWER",
 }
 
+# A dim is an int of C++.
+_LARGEST_DIM = 2**31 - 1
+
 
 def build_index(build: FaissBuild, dim: int, description: str, metric: Metric) -> Any:
     """Return an empty index that a description in faiss's grammar stands for; of bits, if that begins with B.
@@ -58,9 +61,11 @@ def build_index(build: FaissBuild, dim: int, description: str, metric: Metric) -
     Raises:
         FactoryError: faiss cannot make it; with what faiss says.
         DtypeError: the dim is no int, or the description no string.
+        ArgumentError: a dim that faiss does not have.
         MetricError: this faiss has no such metric.
     """
-    check_count("dim", dim)
+    if check_count("dim", dim) > _LARGEST_DIM:
+        raise ArgumentError(f"dim is {dim}, faiss has at most {_LARGEST_DIM}")
     if not isinstance(description, str):
         raise DtypeError(f"description is {description!r}, expected a string such as 'HNSW32'")
     of_bits = description.startswith("B")
@@ -92,7 +97,8 @@ def check_index(build: FaissBuild, index: Any) -> None:
         ArgumentError: a hash of no bits, or of more than there are.
     """
     if not isinstance(index, build.module.Index | build.module.IndexBinary):
-        raise DtypeError(f"faiss_index is of type {type(index).__name__}, expected an index of faiss")
+        expected = expected_instead_of(index)
+        raise DtypeError(f"faiss_index is of type {type(index).__name__}, expected {expected}")
     if isinstance(index, build.module.IndexBinaryHash | build.module.IndexBinaryMultiHash):
         most = min(int(index.d), LARGEST_HASH)
         if not 1 <= index.b <= most:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elips_torch.core.errors import ParameterError
+from elips_torch.core.errors import ArgumentError, ParameterError
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.opaque import inverted_file
 from elips_torch.engines.faiss.row_kinds import BITS, downcast, kind_of
@@ -133,11 +133,20 @@ def may_widen(build: FaissBuild, index: Any) -> bool:
     return takes_parameters(build, index)
 
 
-def value_limits(holder: tuple[Any, str]) -> tuple[int, float]:
-    """Return the smallest and the largest value of a search parameter, given what holds it."""
+def check_value(name: str, value: float, holder: tuple[Any, str]) -> None:
+    """Check the value of a search parameter, given what holds it.
+
+    Raises:
+        ArgumentError: it is out of range, or a fraction where faiss has whole numbers.
+    """
     owner, attribute = holder
     # With more bits to flip than there are, faiss never returns.
-    return (0, int(owner.b)) if attribute == "nflip" else (1, float("inf"))
+    least, most = (0, float(owner.b)) if attribute == "nflip" else (1, float("inf"))
+    if not least <= value <= most:
+        limit = f"at least {least}" if most == float("inf") else f"{least} to {most:g}"
+        raise ArgumentError(f"{name} is {value}, expected {limit}")
+    if isinstance(getattr(owner, attribute), int) and value % 1 != 0:
+        raise ArgumentError(f"{name} is {value}, expected a whole number")
 
 
 def asks_a_graph(build: FaissBuild, index: Any) -> bool:

@@ -19,7 +19,7 @@ from elips_torch.core.errors import (
     IndexFileError,
     ShapeError,
 )
-from elips_torch.core.validation import check_device, check_k, check_vectors
+from elips_torch.core.validation import check_device, check_flag, check_k, check_vectors
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed, standing_as_faiss
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.index_files import check_path, read_index, write_index
@@ -79,6 +79,7 @@ def merge_faiss_shards(
     """
     if isinstance(shards, str | bytes) or not isinstance(shards, Sequence):
         raise DtypeError(f"shards is {shards!r}, expected a list of files to merge")
+    check_flag("shift_ids", shift_ids)
     if not shards:
         raise ArgumentError("shards is empty, expected files to merge")
     index_path = check_path("path", path)

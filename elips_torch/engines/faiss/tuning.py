@@ -10,6 +10,7 @@ from elips_torch.core.errors import DtypeError, ImplementationError, ParameterEr
 from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.row_kinds import BITS, kind_of
 from elips_torch.engines.faiss.search import gpus_inside, index_gpu, placed
+from elips_torch.engines.faiss.search_parameters import check_value, parameter_holders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,17 @@ def set_parameters(build: FaissBuild, index: Any, parameters: str) -> None:
     """Set parameters from text such as ``"nprobe=16,quantizer_efSearch=64"``.
 
     Raises:
-        ParameterError: one that the index does not have; those before it are set.
+        ParameterError: one that the index does not have; those before it are set. Or no number.
+        ArgumentError: a value out of range.
         DtypeError: no text.
     """
     if not isinstance(parameters, str):
         raise DtypeError(f"parameters is {parameters!r}, expected a str such as 'nprobe=16'")
+    holders = parameter_holders(build, index)
+    for name, _, text in (each.partition("=") for each in parameters.split(",")):
+        # Of what else faiss sets, it says what it does not know.
+        if name in holders:
+            check_value(name, _number(name, text), holders[name])
     try:
         parameter_space(build, index).set_index_parameters(index, parameters)
     except RuntimeError as error:
@@ -43,6 +50,13 @@ def set_parameters(build: FaissBuild, index: Any, parameters: str) -> None:
         raise ParameterError(
             f"{type(index).__name__} does not take the parameters {parameters!r}, it has {known}"
         ) from error
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ParameterError(f"{name} is {text!r}, expected a number") from error
 
 
 def parameter_ranges(build: FaissBuild, index: Any) -> dict[str, list[float]]:
