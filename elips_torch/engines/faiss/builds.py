@@ -56,11 +56,13 @@ class FaissBuild:
 
 
 # Described once: every search asks for it.
-_installed: dict[ModuleType, FaissBuild] = {}
+_installed: dict[ModuleType | None, FaissBuild] = {}
 
 
 def is_installed() -> bool:
     """Whether `load_installed` would find faiss; imports nothing."""
+    if sys.modules.get("faiss") in _installed:
+        return True
     spec = importlib.util.find_spec("faiss")
     # Uninstalling one of two distributions leaves a folder without code.
     return spec is not None and spec.origin is not None
@@ -72,6 +74,9 @@ def load_installed() -> FaissBuild:
     Raises:
         ImportError: there is none, or it is broken; with the line that helps.
     """
+    found = _installed.get(sys.modules.get("faiss"))
+    if found is not None:
+        return found
     if not is_installed():
         raise ImportError(INSTALL)
     try:

@@ -66,6 +66,13 @@ def test_a_missing_faiss_says_how_to_install_it(monkeypatch):
         load_installed()
 
 
+@pytest.fixture
+def before_loading(monkeypatch):
+    """No search has asked for faiss yet."""
+    monkeypatch.setattr(builds, "_installed", {})
+
+
+@pytest.mark.usefixtures("before_loading")
 def test_a_folder_that_uninstalling_has_left_is_no_faiss(monkeypatch):
     left = types.SimpleNamespace(origin=None)
     monkeypatch.setattr(builds.importlib.util, "find_spec", lambda name: left)
@@ -74,6 +81,7 @@ def test_a_folder_that_uninstalling_has_left_is_no_faiss(monkeypatch):
         load_installed()
 
 
+@pytest.mark.usefixtures("before_loading")
 @pytest.mark.parametrize("error", [AttributeError("no attribute 'delete_X'"), SystemExit(1)])
 def test_a_broken_faiss_says_how_to_mend_it(monkeypatch, error):
     def fail(name):
@@ -90,6 +98,7 @@ def test_a_broken_faiss_says_how_to_mend_it(monkeypatch, error):
         load_installed()
 
 
+@pytest.mark.usefixtures("before_loading")
 def test_a_package_that_was_removed_in_part_is_broken(monkeypatch):
     monkeypatch.setattr(builds.importlib, "import_module", lambda name: types.ModuleType("faiss"))
     with pytest.raises(ImportError, match="cannot be imported: module 'faiss' has no attribute"):
