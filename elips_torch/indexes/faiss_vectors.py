@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from elips_torch.core.dispatch import Explanation, Implementation, Request, explain_choice
 from elips_torch.core.errors import DtypeError, NotFittedError, ShapeError
-from elips_torch.core.validation import FLOAT_DTYPES, check_device
+from elips_torch.core.validation import FLOAT_DTYPES, check_device, check_k
 from elips_torch.engines.faiss import opaque
 from elips_torch.engines.faiss.handover import drop_hidden
 from elips_torch.indexes.faiss_state import FaissState
@@ -13,6 +14,16 @@ from elips_torch.quantizers.bits import pack_checked, unpack_bits
 
 class FaissVectors(FaissState):
     """What `FaissIndex` does with vectors: checks them, hands them to faiss, and gets them back."""
+
+    def explain(self, queries: Tensor, k: int | None = None, *, implementation: str = "auto") -> Explanation:
+        """Return that faiss serves `search`, in words; no index of faiss has another way to search here."""
+        self._check_queries(queries)
+        count, n_queries = self.k if k is None else check_k(k), 1 if queries.ndim == 1 else len(queries)
+        request = Request(
+            queries.device, queries.dtype, self.dtype, n_queries, self.ntotal, self.dim, self._metric, count
+        )
+        faiss = Implementation("faiss", self._search, lambda request: [])
+        return explain_choice(f"{type(self._faiss).__name__}.search", (faiss,), request, implementation)
 
     def _check_new(self, vectors: Tensor) -> Tensor:
         if not self._takes_as_bits(vectors):

@@ -22,6 +22,7 @@ from elips_torch import (
     MetricError,
     NonFiniteError,
     ParameterError,
+    ShapeError,
     faiss_stats,
     load_index,
 )
@@ -180,6 +181,18 @@ def test_a_file_holds_the_family_and_its_parameters(family, tmp_path):
     assert repr(other) == repr(family)
     assert_same(other.search(data(5, seed=2), 4), family.search(data(5, seed=2), 4))
     assert family.memory_bytes() == 300 * 16 + len(faiss.serialize_index(family.faiss_index))
+
+
+def test_explain_says_that_faiss_serves(family):
+    explanation = family.explain(data(3), 5)
+    assert explanation.chosen == "faiss"
+    name = type(family.faiss_index).__name__
+    assert f"{name}.search of 3 x 300 x {DIM} float32, l2, k=5 on cpu" in str(explanation)
+    assert family.explain(data(1)[0], implementation="faiss").reasons == {"faiss": []}
+    with pytest.raises(ImplementationError, match=r"implementation is 'native', Index\w+\.search has"):
+        family.explain(data(3), implementation="native")
+    with pytest.raises(ShapeError, match="queries"):
+        family.explain(torch.rand(3, DIM + 1))
 
 
 def test_gradients_are_those_of_reconstructed_vectors_or_refused():
