@@ -45,8 +45,8 @@ def from_faiss(index: Any, device: torch.device | str = "cpu") -> Index:
 
     Flat, PQ, SQ (8, 6 and 4 bits, fp16, bf16) and inverted files of the three come over, behind PCA, OPQ,
     rotations, ITQ, centring and normalisation, under id maps, and with refinement, one inside the other.
-    Searches find the same ids, and go on to further lists where those that faiss reads hold fewer than k
-    vectors; scores are equal to float rounding. Inner products of vectors that faiss
+    Searches find the same ids where scores do not tie, and go on to further lists where those that faiss
+    reads hold fewer than k vectors; scores are equal to float rounding. Inner products of vectors that faiss
     normalises ("L2norm,Flat", "L2norm,IVF...,Flat") become the metric "cosine". An inverted file keeps no
     order of its rows: they come by ascending id, which is the order of insertion unless own ids were given.
 
