@@ -53,9 +53,10 @@ class FaissIndex(FaissVectors):
     faiss searches, and its scores and its order are returned. What it cannot do is done around it: ids are
     the users' own, masks and exclusions go by faiss's selectors where the family takes them and by asking
     for more rows where it does not, and rows that `remove` or `upsert` give up are hidden, since most
-    families cannot take them out: their memory comes back at `reset`. Inverted files in memory that take no
-    selector (of bits, of fast scan) lose them at once. Where queries require gradients,
-    scores are those of the vectors that the index reconstructs, if it does; faiss's own may differ.
+    families cannot take them out: their memory comes back at `reset`. Of an ``IndexBinaryIVF`` or
+    ``IndexIVFPQFastScan`` in memory, which take no selector, a copy without them takes the place. Where
+    queries require gradients, scores are those of the vectors that the index reconstructs, if it does;
+    faiss's own may differ.
 
     Search parameters are those of the family, as attributes and as keywords of `search`: ``nprobe``,
     ``efSearch``, ``k_factor``, and ``quantizer_...`` for those of a coarse quantizer; ``search_L`` of NSG

@@ -1,6 +1,7 @@
 """The state of an index of faiss as a module: bytes in checkpoints, copies, moves."""
 
 from collections.abc import Callable, Sequence
+from multiprocessing.context import get_spawning_popen
 from typing import Any, ClassVar, Self
 
 import torch
@@ -185,8 +186,9 @@ class FaissState(Index):
         state = super().__getstate__()
         for name in ("_build", "_holders", "_search_rows"):
             state.pop(name, None)
-        # No tensor: what is sent to another process would lie in shared memory, and go before it is read.
-        state["_faiss"] = opaque.to_bytes(self._build, self._faiss).numpy()
+        content = opaque.to_bytes(self._build, self._faiss)
+        # Shared memory would be gone before a process that is being spawned asks for it.
+        state["_faiss"] = content if get_spawning_popen() is None else content.numpy()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.dispatch import Explanation, Implementation, Request, explain_choice
-from elips_torch.core.errors import DtypeError, NotFittedError, ShapeError
+from elips_torch.core.errors import ConversionError, DtypeError, NotFittedError, ShapeError
 from elips_torch.core.validation import FLOAT_DTYPES, check_device, check_k
 from elips_torch.engines.faiss import opaque
-from elips_torch.engines.faiss.handover import drop_hidden
+from elips_torch.engines.faiss.handover import without_hidden
 from elips_torch.indexes.faiss_state import FaissState
 from elips_torch.quantizers.bits import pack_checked, unpack_bits
 
@@ -76,12 +76,20 @@ class FaissVectors(FaissState):
         self._drop_hidden()
 
     def _drop_hidden(self) -> None:
-        """Take hidden rows out where searches would read them, which changes the order of ties."""
+        """Leave hidden rows out where searches would read them, which changes the order of ties."""
         places, order = self.places.sort()
-        if len(places) == self._faiss.ntotal or not drop_hidden(self._build, self._faiss, places):
+        if len(places) == self._faiss.ntotal:
             return
-        self._hold(self._faiss)
-        self.places[order] = torch.arange(len(places), device=self.device)
+        try:
+            made = without_hidden(self._build, self._faiss, places)
+            numbers = torch.empty_like(places)
+            numbers[order] = torch.arange(len(places), device=places.device)
+        except (MemoryError, RuntimeError, ConversionError):
+            # They stay hidden.
+            return
+        if made is not None:
+            self._hold(made)
+            self.places.copy_(numbers)
 
     def _added(self, vectors: Tensor) -> Tensor:
         """Return the places of vectors ``(N, D)``, which faiss gets; of places ``(N,)``, themselves."""

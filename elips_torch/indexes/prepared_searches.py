@@ -1,8 +1,10 @@
 """Searches of an index that are ready for queries like those of earlier calls."""
 
 import dataclasses
+import statistics
 import time
-from collections.abc import Callable, Hashable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,6 +16,7 @@ from elips_torch.core.native import native_threads
 from elips_torch.core.validation import check_values
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.storage import Snapshot
+from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.prepared_native import PreparedSearch
 from elips_torch.kernels.search_native import library_is_ready
 from elips_torch.kernels.selection import Selection
@@ -22,26 +25,26 @@ from elips_torch.kernels.selection import Selection
 _MOST_SEARCHES = 8
 # So often in a row may one have much to do, or leave most queries open.
 _MOST_MISSES = 4
-# So often do two of them take turns.
-_TURNS = 4
+# So many calls are answered by two of them, to find out which is quicker.
+_CALLS = 4
 
 
 class _Contest:
-    """Two searches with the same results, which take turns until it is known which is quicker here."""
+    """Two searches with the same results, both of which answer until it is known which is quicker."""
 
     def __init__(self, first: PreparedSearch, second: PreparedSearch) -> None:
-        self._seconds: dict[PreparedSearch, list[float]] = {first: [], second: []}
+        self.searches = first, second
+        self._ratios: list[float] = []
 
-    def next(self) -> PreparedSearch:
-        """Return the one whose turn it is."""
-        return min(self._seconds, key=lambda each: len(self._seconds[each]))
-
-    def note(self, search: PreparedSearch, seconds: float) -> PreparedSearch | None:
-        """Take down how long a search took, with what it left to others; return the winner, once known."""
-        self._seconds[search].append(seconds)
-        if any(len(each) < _TURNS for each in self._seconds.values()):
+    def note(self, first_seconds: float, second_seconds: float) -> PreparedSearch | None:
+        """Take down how long the two took for a call, all in all; return the winner, once it is known."""
+        self._ratios.append(second_seconds / max(first_seconds, 1e-9))
+        if len(self._ratios) < _CALLS:
             return None
-        return min(self._seconds, key=lambda each: min(self._seconds[each]))
+        first, second = self.searches
+        winner = second if statistics.median(self._ratios) < 1 else first
+        winner.misses = 0
+        return winner
 
 
 @dataclasses.dataclass
@@ -51,12 +54,12 @@ class _Ready:
     Attributes:
         snapshots: those of the tensors.
         searches: by what they serve; None where there is none.
-        shared: what several of them rest on, by name.
+        shared: what several of them rest on, by name, as long as one does.
     """
 
     snapshots: tuple[Snapshot, ...] = ()
     searches: dict[Hashable, PreparedSearch | _Contest | None] = dataclasses.field(default_factory=dict)
-    shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shared: MutableMapping[str, Plane] = dataclasses.field(default_factory=weakref.WeakValueDictionary)
 
     def rests_on(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the tensors, and as they were."""
@@ -83,9 +86,13 @@ class _Ready:
         """Try what may be quicker than a search, or run it no more if it leaves most queries open."""
         # What leaves most of the work to others is in their way.
         after: PreparedSearch | _Contest | None = None if is_open else prepared
-        if prepared.instead is not None:
-            instead = prepared.instead(self.shared)
-            prepared.instead = None
+        make, prepared.instead = prepared.instead, None
+        if make is not None:
+            try:
+                instead = make(self.shared)
+            except (MemoryError, RuntimeError):
+                # There are results without it.
+                instead = None
             if instead is not None:
                 after = _Contest(prepared, instead)
         self.replace(prepared, after)
@@ -155,24 +162,29 @@ class PreparedSearches:
             found = ready.find(key, prepare)
         if ready is None or found is None:
             return search(queries)
-        start = time.perf_counter()
-        prepared = found.next() if isinstance(found, _Contest) else found
-        scores, rows, left, was_hard = prepared.run(queries)
-        n_left = 0 if left is None else left.numel()
-        if left is not None and n_left:
-            # Some of the queries alone would be named by other numbers.
-            if checked_by is not None:
-                check_values("queries", queries, checked_by)
-            scores[left], rows[left] = search(queries[left])
-        is_open = 2 * n_left > queries.shape[0]
-        is_miss = is_open or (was_hard and prepared.instead is not None)
-        prepared.misses = prepared.misses + 1 if is_miss else 0
-        if isinstance(found, _Contest):
-            quicker = found.note(prepared, time.perf_counter() - start)
-            if quicker is not None:
-                ready.replace(found, quicker)
-        elif prepared.misses >= _MOST_MISSES:
-            ready.give_up(prepared, is_open)
+
+        def answer(prepared: PreparedSearch) -> tuple[Tensor, Tensor, float]:
+            start = time.perf_counter()
+            scores, rows, left, was_hard = prepared.run(queries)
+            n_left = 0 if left is None else left.numel()
+            if left is not None and n_left:
+                # Some of the queries alone would be named by other numbers.
+                if checked_by is not None:
+                    check_values("queries", queries, checked_by)
+                scores[left], rows[left] = search(queries[left])
+            is_open = 2 * n_left > queries.shape[0]
+            is_miss = is_open or (was_hard and prepared.instead is not None)
+            prepared.misses = prepared.misses + 1 if is_miss else 0
+            if prepared is found and prepared.misses >= _MOST_MISSES:
+                ready.give_up(prepared, is_open)
+            return scores, rows, time.perf_counter() - start
+
+        if isinstance(found, PreparedSearch):
+            return answer(found)[:2]
+        (_, _, first_seconds), (scores, rows, second_seconds) = map(answer, found.searches)
+        winner = found.note(first_seconds, second_seconds)
+        if winner is not None:
+            ready.replace(found, winner)
         return scores, rows
 
     def _ready_for(self, tensors: Sequence[Tensor]) -> _Ready | None:

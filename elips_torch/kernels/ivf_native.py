@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, MutableMapping
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from elips_torch.kernels.ivf_search_eager import Step
 from elips_torch.kernels.knn_native import NativeSearch, native_serves
 from elips_torch.kernels.list_layout import ListLayout, RowDecoder, StoredRows
 from elips_torch.kernels.packed_native import PackedSearch
-from elips_torch.kernels.plane import plain_plane
+from elips_torch.kernels.plane import Plane, plain_plane
 from elips_torch.kernels.search_facts import ProbedLists
 from elips_torch.kernels.search_native import library_compiles
 from elips_torch.kernels.selection import Selection
@@ -70,19 +69,25 @@ def vector_lists(
     metric: Metric,
     k: int,
     workspace_bytes: int,
-    shared: dict[str, Any],
+    shared: MutableMapping[str, Plane],
 ) -> "ScreenedLists | None":
     """Return a search of lists by the vectors as they are stored, or None where it cannot serve.
 
-    What it makes of all vectors it puts into, or takes from, what it shares.
+    What it makes of all vectors, 16 bytes of each, it puts into or takes from what searches share.
     """
     if metric.name in _DISTANCES:
         search: NativeSearch | None = distance_first(vectors, metric, k, 0, workspace_bytes)
         return None if search is None else ScreenedLists(search, layout)
-    if "plain" not in shared:
-        shared["plain"] = plain_plane(metric, vectors)
-    plane = shared["plain"]
-    if plane is None or not native_serves(vectors, plane):
+    if vectors.dtype != torch.float32:
+        # There is no product of these.
+        return None
+    plane = shared.get("plain")
+    if plane is None:
+        plane = plain_plane(metric, vectors)
+        if plane is None:
+            return None
+        shared["plain"] = plane
+    if not native_serves(vectors, plane):
         return None
     search = NativeSearch(vectors, metric, plane, k, 0)
     return ScreenedLists(search, layout) if search.plan(1, workspace_bytes) else None

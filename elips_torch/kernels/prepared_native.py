@@ -4,13 +4,14 @@ Describing a search takes as long as answering one query. Here all but the queri
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elips_torch.kernels.knn_native import NativeSearch
+from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.search_facts import ProbedLists
 from elips_torch.kernels.search_native import DONE, NO_MEMORY, SPARE, call_search, search_arguments
 
@@ -46,7 +47,7 @@ class PreparedSearch:
         self.shape = shape
         self.coarse = coarse
         self.misses = 0
-        self.instead: Callable[[dict[str, Any]], PreparedSearch | None] | None = None
+        self.instead: Callable[[MutableMapping[str, Plane]], PreparedSearch | None] | None = None
         self._search = search
         # The first queries and probes would be kept for nothing: those that come take their places.
         self._facts = {name: value for name, value in facts.items() if name not in ("source", "probes")}

@@ -195,7 +195,8 @@ def prepare_ivf(
 
     step = native_lists(layout, decode, metric, k, coarse.shape[1], 0, workspace_bytes)
     found = prepared(step)
-    if found is not None and isinstance(decode, StoredRows) and decode.plane is not None:
+    # Differences are summed of no float64 queries.
+    if found is not None and dtype != torch.float64 and isinstance(decode, StoredRows) and decode.plane:
         vectors = decode.vectors
         # Codes may have little to say about queries that are near many rows.
         found.instead = lambda shared: prepared(

@@ -1,6 +1,7 @@
 """Indexes of faiss inside modules, handed over with the ids and the removals of these."""
 
 import copy
+import multiprocessing
 
 import faiss
 import pytest
@@ -18,6 +19,7 @@ from elips_torch import (
     read_faiss,
     write_faiss,
 )
+from elips_torch.engines.faiss import handover
 
 DIM, N = 16, 300
 IDS = torch.arange(N).flip(0) * 3 + 5
@@ -316,3 +318,81 @@ def test_lists_in_a_file_are_left_alone(tmp_path):
     index.remove(list(range(0, N, 2)))
     assert lists.compute_ntotal() == index.faiss_index.ntotal == N
     assert (index.search(QUERIES.round(), 40).ids % 2 == 1).all()
+
+
+@pytest.mark.parametrize("bits", [True, False])
+def test_lists_that_are_mapped_are_not_written_to(bits, tmp_path):
+    rows = pack_bits(uniform(N).round()) if bits else uniform(N)
+    inner = faiss.index_binary_factory(DIM, "BIVF4") if bits else faiss.index_factory(DIM, "IVF4,Flat")
+    inner.train(rows.numpy())
+    inner.add(rows.numpy())
+    inner.nprobe = 4
+    write, read = (
+        (faiss.write_index_binary, faiss.read_index_binary) if bits else (faiss.write_index, faiss.read_index)
+    )
+    write(inner, str(tmp_path / "a.faiss"))
+    before = (tmp_path / "a.faiss").read_bytes()
+    index = FaissIndex(read(str(tmp_path / "a.faiss"), faiss.IO_FLAG_MMAP_IFC))
+    index.remove(list(range(0, N, 2)))
+    made = index.to_faiss()
+    assert made.ntotal == N // 2
+    queries = QUERIES.round() if bits else QUERIES
+    given = pack_bits(queries) if bits else queries
+    assert torch.equal(by_hand(made, given, 9)[1], index.search(queries, 9).ids)
+    assert (tmp_path / "a.faiss").read_bytes() == before
+
+
+@pytest.mark.parametrize("description", ["BIVF4", "IVF4,PQ4x4fs"])
+def test_the_index_that_was_given_keeps_its_rows(description):
+    given = FaissIndex.from_factory(DIM, description).fit(uniform(700, seed=1).round())
+    given.add(uniform(N).round(), ids=IDS)
+    given.nprobe = 4
+    one, other = (FaissIndex(given.faiss_index) for _ in range(2))
+    wanted = other.search(QUERIES.round(), 9)
+    one.remove(list(range(100)))
+    assert one.nprobe == 4
+    assert given.faiss_index.ntotal == N
+    assert_agree(other.search(QUERIES.round(), 9), wanted)
+
+
+@pytest.mark.parametrize("step", ["copied", "_take_out", "list_labels"])
+def test_a_removal_without_memory_hides_rows(step, monkeypatch):
+    index = FaissIndex.from_factory(DIM, "BIVF4").fit(uniform(700, seed=1).round())
+    index.add(uniform(N).round(), ids=IDS)
+    index.nprobe = 4
+
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(handover, step, fail)
+        index.remove(IDS[::3])
+    assert index.faiss_index.ntotal == N
+    assert index.ntotal == 200
+    found = index.search(QUERIES.round(), 50).ids
+    assert not torch.isin(found, IDS[::3]).any()
+    assert (found >= 0).all()
+    # The next one finds it.
+    index.remove(IDS[1])
+    assert index.faiss_index.ntotal == 199
+
+
+def _remove_in_child(index, status):
+    index.remove([1, 2, 3])
+    status.value = index.ntotal
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("description", ["BIVF4", "IVF4,PQ4x4fs"])
+def test_a_forked_process_removes(description):
+    index = FaissIndex.from_factory(DIM, description).fit(uniform(2000, seed=1).round())
+    index.add(uniform(2000).round())
+    index.search(uniform(500).round(), 5)
+    context = multiprocessing.get_context("fork")
+    status = context.Value("i", 0)
+    child = context.Process(target=_remove_in_child, args=(index, status))
+    child.start()
+    child.join(60)
+    if child.is_alive():
+        child.kill()
+    assert status.value == 1997

@@ -1,4 +1,5 @@
 import copy
+import io
 import pickle
 import statistics
 import time
@@ -175,6 +176,20 @@ def test_every_family_hides_what_is_removed_and_keeps_its_state(family):
     assert family.search(queries, 2).ids.tolist() == [[-1, -1]] * 6
 
 
+def test_a_pickle_is_hardly_larger_than_the_index():
+    index = FaissIndex.from_factory(DIM, "Flat")
+    index.add(data(4000))
+    buffer = io.BytesIO()
+    torch.save(index, buffer)
+    assert buffer.tell() < 1.4 * index.memory_bytes()
+    buffer.seek(0)
+    assert_same(torch.load(buffer, weights_only=False).search(data(3), 4), index.search(data(3), 4))
+    kept = []
+    content = pickle.dumps(index, protocol=5, buffer_callback=kept.append)
+    buffers = [bytes(each) for each in kept]
+    assert_same(pickle.loads(content, buffers=buffers).search(data(3), 4), index.search(data(3), 4))
+
+
 def test_a_file_holds_the_family_and_its_parameters(family, tmp_path):
     family.save(tmp_path / "index")
     other = load_index(tmp_path / "index")
@@ -270,46 +285,6 @@ def test_parameters_are_named_and_checked():
         index.search(queries, efSearch=3)
     with pytest.raises(ArgumentError, match="nprobe is 0"):
         index.nprobe = 0
-
-
-def test_faiss_tunes_itself():
-    index = FaissIndex.from_factory(DIM, "IVF32_HNSW8,Flat").fit(data(2000))
-    index.add(data(2000), ids=torch.arange(2000) + 7)
-    exact = FlatIndex(DIM)
-    exact.add(data(2000), ids=torch.arange(2000) + 7)
-    index.set_parameters("nprobe=3,quantizer_efSearch=64")
-    assert (index.nprobe, index.quantizer_efSearch) == (3, 64)
-    assert index.parameter_ranges()["nprobe"] == [1, 2, 4, 8, 16]
-    with pytest.raises(ParameterError, match="does not take the parameters 'speed=9', it has nprobe"):
-        index.set_parameters("speed=9")
-    with pytest.raises(DtypeError, match="parameters is 3, expected a str"):
-        index.set_parameters(3)
-    for wrong, kind, message in [
-        ("nprobe=0", ArgumentError, "nprobe is 0.0, expected at least 1"),
-        ("quantizer_efSearch=9,nprobe=-5", ArgumentError, "nprobe is -5.0, expected at least 1"),
-        ("nprobe=2.7", ArgumentError, "nprobe is 2.7, expected a whole number"),
-        ("nprobe=inf", ArgumentError, "nprobe is inf, expected a whole number"),
-        ("nprobe=abc", ParameterError, "nprobe is 'abc', expected a number"),
-        ("nprobe", ParameterError, "nprobe is '', expected a number"),
-    ]:
-        with pytest.raises(kind, match=message):
-            index.set_parameters(wrong)
-    with pytest.raises(ArgumentError, match=r"nprobe is 2\.5, expected a whole number"):
-        index.nprobe = 2.5
-    assert (index.nprobe, index.quantizer_efSearch) == (3, 64)
-    with pytest.raises(DtypeError, match=r"true_ids is .*, expected an int64 tensor"):
-        index.explore(data(1), [[1]])
-    with pytest.raises(DtypeError, match=r"experiments is 0\.5, expected an int"):
-        index.explore(data(1), torch.zeros(1, 1).long(), experiments=0.5)
-    queries = data(50, seed=2)
-    points = index.explore(queries, exact.search(queries, 5).ids, experiments=12)
-    assert index.nprobe == 3
-    assert [point.recall for point in points] == sorted(point.recall for point in points)
-    best = points[-1]
-    index.set_parameters(best.parameters)
-    hits = (index.search(queries, 5).ids[:, :, None] == exact.search(queries, 5).ids[:, None]).any(2)
-    assert float(hits.float().mean()) == pytest.approx(best.recall)
-    assert best.recall > 0.9
 
 
 @pytest.mark.parametrize("description", ["IVF4,RQ4x4fs_Nrq2x4", "IVF4,LSQ4x4fs_Nlsq2x4"])

@@ -3,55 +3,22 @@
 import copy
 import gc
 import threading
-import types
 import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preparing import AMONG_CENTROIDS, DIM, FAMILIES, agrees, made, vectors
 
-from elips_torch import FlatIndex, IVFFlatIndex, IVFPQIndex, IVFSQIndex, NonFiniteError, PQIndex, SQIndex
+from elips_torch import FlatIndex, NonFiniteError
 from elips_torch.core.hardware import DeviceFacts, device_facts
 from elips_torch.core.native import native_reasons
-from elips_torch.indexes import prepared_searches
-from elips_torch.indexes.coded import CodedIndex
 from elips_torch.kernels.prepared_native import PreparedSearch
 
 pytestmark = pytest.mark.skipif(
     bool(native_reasons(device_facts("cpu"))), reason="; ".join(native_reasons(device_facts("cpu")))
 )
-DIM = 24
-# Numbers of lists to read; no test asks for so many neighbours.
-AMONG_CENTROIDS = (3, 6)
-
-
-def vectors(n=1500, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.randn(30, DIM, generator=torch.Generator().manual_seed(99))
-    chosen = torch.randint(0, 30, (n,), generator=generator)
-    return (means[chosen] + 0.4 * torch.randn(n, DIM, generator=generator)).to(dtype)
-
-
-FAMILIES = {
-    "flat": lambda metric: FlatIndex(DIM, metric),
-    "flat bf16": lambda metric: FlatIndex(DIM, metric, dtype=torch.bfloat16),
-    "lists": lambda metric: IVFFlatIndex(DIM, 12, metric, nprobe=3, niter=4),
-    "scalars": lambda metric: IVFSQIndex(DIM, 12, metric=metric, nprobe=3, niter=4),
-    "products": lambda metric: IVFPQIndex(DIM, 12, 6, nbits=4, metric=metric, nprobe=3, niter=4),
-    "plain scalars": lambda metric: SQIndex(DIM, "int8", metric),
-    "plain products": lambda metric: PQIndex(DIM, 6, metric=metric, niter=4, min_points_per_centroid=1),
-}
-
-
-def made(family="lists", metric="l2", n=1500):
-    index = FAMILIES[family](metric)
-    rows = vectors(n)
-    index.fit(rows)
-    index.add(rows)
-    # The code is compiled at the first large search, or here.
-    index.search(rows[:2], 3, implementation="native")
-    return index
 
 
 @pytest.fixture
@@ -68,16 +35,6 @@ def prepared(monkeypatch):
 
     monkeypatch.setattr(PreparedSearch, "run", counting)
     return counts
-
-
-def agrees(index, queries, k=5, **parameters):
-    """Search as users do and by code that prepares nothing; return the ids."""
-    scores, ids = index.search(queries, k, **parameters)
-    unprepared = "decoded" if isinstance(index, CodedIndex) else "eager"
-    wanted = index.search(queries, k, implementation=unprepared, **parameters)
-    torch.testing.assert_close(scores, wanted.scores, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(ids, wanted.ids)
-    return ids
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
@@ -216,84 +173,6 @@ def test_what_leaves_most_queries_open_is_given_up(prepared):
     index.remove(index.ids[-1:])
     agrees(index, queries)
     assert prepared == [4, 10]
-
-
-def near_ties(metric="l2"):
-    """Return an index whose codes say little about which rows of a cluster are near, and queries."""
-    generator = torch.Generator().manual_seed(3)
-    means = 3 * torch.randn(8, DIM, generator=generator)
-    rows = means[torch.arange(12_000) % 8] + 1e-3 * torch.randn(12_000, DIM, generator=generator)
-    index = IVFFlatIndex(DIM, 12, metric, nprobe=3, niter=4).fit(rows)
-    index.add(rows)
-    return index, rows[::500] + 1e-3 * torch.randn(24, DIM, generator=generator)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Let a search of the vectors, and one by codes, take as long as said; return that and who has run."""
-    said = types.SimpleNamespace(codes=1.0, vectors=1.0, now=0.0, ran=[])
-    run = PreparedSearch.run
-
-    def running(self, queries):
-        if self.shape[1] not in AMONG_CENTROIDS:
-            kind = "codes" if self._search.plane.kind == "int8" else "vectors"
-            said.ran.append(kind)
-            said.now += getattr(said, kind)
-        return run(self, queries)
-
-    monkeypatch.setattr(PreparedSearch, "run", running)
-    monkeypatch.setattr(prepared_searches.time, "perf_counter", lambda: said.now)
-    return said
-
-
-@pytest.mark.skipif(not device_facts("cpu").vnni, reason="there are no codes")
-@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
-@pytest.mark.parametrize("quicker", ["codes", "vectors"])
-def test_near_ties_are_told_apart_by_what_is_quicker_here(metric, quicker, clock):
-    index, queries = near_ties(metric)
-    setattr(clock, quicker, 0.5)
-    for _ in range(4):
-        agrees(index, queries)
-    assert clock.ran == ["codes"] * 4
-    for _ in range(8):
-        agrees(index, queries)
-    assert clock.ran[4:] == ["codes", "vectors"] * 4
-    for _ in range(9):
-        agrees(index, queries)
-    assert clock.ran[12:] == [quicker] * 9
-    # What rests on other vectors starts over.
-    index.remove(index.ids[:1])
-    agrees(index, queries)
-    assert clock.ran[21:] == ["codes"]
-
-
-@pytest.mark.skipif(not device_facts("cpu").vnni, reason="there are no codes")
-def test_queries_without_near_ties_stay_with_codes(clock):
-    index = made()
-    clock.codes = 9.0
-    for _ in range(12):
-        agrees(index, vectors(24, 1))
-    assert clock.ran == ["codes"] * 12
-
-
-@pytest.mark.skipif(not device_facts("cpu").vnni, reason="there are no codes")
-def test_threads_that_find_out_what_is_quicker_agree():
-    index, queries = near_ties("ip")
-    wanted = index.search(queries, 5, implementation="eager")
-    found = []
-
-    def search():
-        found.extend(index.search(queries, 5) for _ in range(25))
-
-    threads = [threading.Thread(target=search) for _ in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert len(found) == 100
-    assert all(
-        torch.equal(each.ids, wanted.ids) and torch.equal(each.scores, wanted.scores) for each in found
-    )
 
 
 @pytest.mark.parametrize("family", ["flat", "lists", "plain scalars", "plain products"])

@@ -67,33 +67,33 @@ def hand_over(
     numbers = torch.arange(len(labels), device="cpu")
     in_lists = lists is not None and (keeps_family or bool((labels.diff() > 0).all()))
     if lists is not None:
-        _label(build, lists, rows, labels if in_lists else numbers, total)
+        label_of = torch.full((total,), -1, device="cpu")
+        label_of[rows] = labels if in_lists else numbers
+        lists.set_direct_map_type(build.module.DirectMap.NoMap)
+        for each in list_labels(build, lists):
+            each[:] = label_of[torch.as_tensor(each)].numpy()
     if normalizes:
         copy = _behind_normalization(build, copy)
     return copy if in_lists or torch.equal(labels, numbers) else _in_id_map(build, copy, labels)
 
 
-def drop_hidden(build: FaissBuild, index: Any, rows: Tensor) -> bool:
-    """Remove all rows but some from an inverted file in memory whose searches could not pass the others over.
+def without_hidden(build: FaissBuild, index: Any, rows: Tensor) -> Any:
+    """Copy an inverted file in memory whose searches cannot pass rows over, without those that are hidden.
 
     Args:
         build: the faiss whose index it is.
-        index: one whose labels are the numbers of its rows; this one is changed.
+        index: one whose labels are the numbers of its rows.
         rows: ``(N,)`` int64, the rows that stay, ascending; they become rows 0 to N - 1.
 
     Returns:
-        Whether it is such an index; another is as it was.
+        The copy; None of another kind of index.
     """
     if _family(build, index) not in _WITHOUT_SELECTORS:
-        return False
-    lists, total = inverted_file(build, index), int(index.ntotal)
-    kind = build.module.downcast_InvertedLists(lists.invlists)
+        return None
+    kind = build.module.downcast_InvertedLists(inverted_file(build, index).invlists)
     if not isinstance(kind, build.module.ArrayInvertedLists | build.module.BlockInvertedLists):
-        return False
-    rows = rows.cpu()
-    _take_out(build, index, rows, in_lists=True)
-    _label(build, lists, rows, torch.arange(len(rows), device="cpu"), total)
-    return True
+        return None
+    return hand_over(build, index, rows, torch.arange(len(rows), device="cpu"))
 
 
 def _family(build: FaissBuild, index: Any) -> str:
@@ -106,15 +106,6 @@ def _family(build: FaissBuild, index: Any) -> str:
 def _relabelled(build: FaissBuild, index: Any) -> Any:
     """Return the inverted file whose lists may hold any labels, None where there is none."""
     return inverted_file(build, index) if _family(build, index) in _KNOWN_BY_LABEL else None
-
-
-def _label(build: FaissBuild, lists: Any, rows: Tensor, labels: Tensor, total: int) -> None:
-    """Put labels in the place of row numbers, which are below a total, in inverted lists."""
-    label_of = torch.full((total,), -1, device="cpu")
-    label_of[rows] = labels
-    lists.set_direct_map_type(build.module.DirectMap.NoMap)
-    for each in list_labels(build, lists):
-        each[:] = label_of[torch.as_tensor(each)].numpy()
 
 
 def _take_out(build: FaissBuild, index: Any, rows: Tensor, *, in_lists: bool) -> None:

@@ -27,6 +27,7 @@ from elips_torch.engines.faiss.messages import expected_instead_of, reason_of
 from elips_torch.engines.faiss.row_kinds import (
     BITS,
     FLOATS,
+    HOLDERS,
     LARGEST_HASH,
     MARK_OF_BITS,
     RowKind,
@@ -211,11 +212,28 @@ def copied(build: FaissBuild, index: Any) -> Any:
                 "read the index into memory first"
             )
     use_one_thread_if_forked(build)
-    try:
-        return mend_fast_scan(build, getattr(faiss, kind_of(build, index).clone)(index))
-    except RuntimeError:
-        # Some families are written but not cloned.
-        return from_bytes(build, to_bytes(build, index))
+    if not _is_mapped(build, index):
+        try:
+            return mend_fast_scan(build, getattr(faiss, kind_of(build, index).clone)(index))
+        except RuntimeError:
+            # Some families are written but not cloned.
+            pass
+    return from_bytes(build, to_bytes(build, index))
+
+
+def _is_mapped(build: FaissBuild, index: Any) -> bool:
+    """Whether an index reads codes from a mapped file, as clones would, where none can be written."""
+    index = downcast(build, index)
+    held = [getattr(index, "codes", None)]
+    lists = getattr(index, "invlists", None)
+    if lists is not None:
+        lists = build.module.downcast_InvertedLists(lists)
+        if isinstance(lists, build.module.ArrayInvertedLists) and lists.nlist:
+            held.append(lists.codes.at(0))
+    if any(getattr(each, "is_owned", True) is False for each in held):
+        return True
+    members = (getattr(index, name, None) for name in HOLDERS)
+    return any(_is_mapped(build, each) for each in members if each is not None)
 
 
 def prepare_to_reconstruct(build: FaissBuild, index: Any) -> None:

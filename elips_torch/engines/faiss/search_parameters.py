@@ -133,6 +133,10 @@ def may_widen(build: FaissBuild, index: Any) -> bool:
     return takes_parameters(build, index)
 
 
+# An int of C++.
+_LARGEST_VALUE = 2**31 - 1
+
+
 def check_value(name: str, value: float, holder: tuple[Any, str]) -> None:
     """Check the value of a search parameter, given what holds it.
 
@@ -141,12 +145,12 @@ def check_value(name: str, value: float, holder: tuple[Any, str]) -> None:
     """
     owner, attribute = holder
     # With more bits to flip than there are, faiss never returns.
-    least, most = (0, float(owner.b)) if attribute == "nflip" else (1, float("inf"))
+    least, most = (0, int(owner.b)) if attribute == "nflip" else (1, _LARGEST_VALUE)
     if not least <= value <= most:
-        limit = f"at least {least}" if most == float("inf") else f"{least} to {most:g}"
-        raise ArgumentError(f"{name} is {value}, expected {limit}")
+        limit = f"at least {least}" if value < least and most == _LARGEST_VALUE else f"{least} to {most}"
+        raise ArgumentError(f"{name} is {value:g}, expected {limit}")
     if isinstance(getattr(owner, attribute), int) and value % 1 != 0:
-        raise ArgumentError(f"{name} is {value}, expected a whole number")
+        raise ArgumentError(f"{name} is {value:g}, expected a whole number")
 
 
 def asks_a_graph(build: FaissBuild, index: Any) -> bool:

@@ -1,6 +1,7 @@
 """Tuning of indexes of faiss by faiss's own parameter space."""
 
 import dataclasses
+import re
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.row_kinds import BITS, kind_of
 from elips_torch.engines.faiss.search import gpus_inside, index_gpu, placed
 from elips_torch.engines.faiss.search_parameters import check_value, parameter_holders
+
+# Faiss reads as much of a text as is a number.
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+# Its name of what an index that refines has under another.
+_REFINING = re.compile(r"k_factor_rf$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +45,12 @@ def set_parameters(build: FaissBuild, index: Any, parameters: str) -> None:
     if not isinstance(parameters, str):
         raise DtypeError(f"parameters is {parameters!r}, expected a str such as 'nprobe=16'")
     holders = parameter_holders(build, index)
-    for name, _, text in (each.partition("=") for each in parameters.split(",")):
+    # As faiss takes them apart.
+    for name, _, text in (each.partition("=") for each in re.split("[ ,]+", parameters)):
+        holder = holders.get(_REFINING.sub("k_factor", name))
         # Of what else faiss sets, it says what it does not know.
-        if name in holders:
-            check_value(name, _number(name, text), holders[name])
+        if holder is not None:
+            check_value(name, _number(name, text), holder)
     try:
         parameter_space(build, index).set_index_parameters(index, parameters)
     except RuntimeError as error:
@@ -53,10 +61,9 @@ def set_parameters(build: FaissBuild, index: Any, parameters: str) -> None:
 
 
 def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ParameterError(f"{name} is {text!r}, expected a number") from error
+    if not _NUMBER.fullmatch(text):
+        raise ParameterError(f"{name} is {text!r}, expected a number")
+    return float(text)
 
 
 def parameter_ranges(build: FaissBuild, index: Any) -> dict[str, list[float]]:
