@@ -226,7 +226,8 @@ def _is_mapped(build: FaissBuild, index: Any) -> bool:
     index = downcast(build, index)
     held = [getattr(index, "codes", None)]
     lists = getattr(index, "invlists", None)
-    if lists is not None:
+    # Those of a hash are no such lists.
+    if isinstance(lists, build.module.InvertedLists):
         lists = build.module.downcast_InvertedLists(lists)
         if isinstance(lists, build.module.ArrayInvertedLists) and lists.nlist:
             held.append(lists.codes.at(0))
