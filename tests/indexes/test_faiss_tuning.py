@@ -60,7 +60,7 @@ def test_parameters_are_set_as_faiss_reads_them():
         ("quantizer_efSearch=9, nprobe=-5", ArgumentError, "nprobe is -5, expected at least 1"),
         (" nprobe=-3", ArgumentError, "nprobe is -3, expected at least 1"),
         ("nprobe=2.7", ArgumentError, r"nprobe is 2\.7, expected a whole number"),
-        ("nprobe=1e10", ArgumentError, r"nprobe is 1e\+10, expected 1 to 2147483647"),
+        ("nprobe=1e10", ArgumentError, "nprobe is 10000000000, expected 1 to 2147483647"),
         ("k_factor_rf=0", ArgumentError, "k_factor_rf is 0, expected at least 1"),
         ("nprobe=inf", ParameterError, "nprobe is 'inf', expected a number"),
         ("nprobe=1_6", ParameterError, "nprobe is '1_6', expected a number"),

@@ -148,9 +148,9 @@ def check_value(name: str, value: float, holder: tuple[Any, str]) -> None:
     least, most = (0, int(owner.b)) if attribute == "nflip" else (1, _LARGEST_VALUE)
     if not least <= value <= most:
         limit = f"at least {least}" if value < least and most == _LARGEST_VALUE else f"{least} to {most}"
-        raise ArgumentError(f"{name} is {value:g}, expected {limit}")
+        raise ArgumentError(f"{name} is {value}, expected {limit}")
     if isinstance(getattr(owner, attribute), int) and value % 1 != 0:
-        raise ArgumentError(f"{name} is {value:g}, expected a whole number")
+        raise ArgumentError(f"{name} is {value}, expected a whole number")
 
 
 def asks_a_graph(build: FaissBuild, index: Any) -> bool:

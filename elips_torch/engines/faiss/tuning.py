@@ -63,7 +63,8 @@ def set_parameters(build: FaissBuild, index: Any, parameters: str) -> None:
 def _number(name: str, text: str) -> float:
     if not _NUMBER.fullmatch(text):
         raise ParameterError(f"{name} is {text!r}, expected a number")
-    return float(text)
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def parameter_ranges(build: FaissBuild, index: Any) -> dict[str, list[float]]:
