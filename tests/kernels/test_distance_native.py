@@ -328,7 +328,7 @@ def test_indexes_choose_it_and_prepare_it(case):
         for n_queries in (1, 40, 1):
             found = index.search(q[:n_queries], 5, implementation="native")
             assert_same(found, index.search(q[:n_queries], 5, implementation="eager"))
-        assert any(each is not None for each in index._searches._state[1].values())
+        assert any(each is not None for each in index._searches._ready.searches.values())
     assert_same(listed.search(q, 5, nprobe=8, implementation="native"), flat.search(q, 5))
 
 
