@@ -1,5 +1,6 @@
 """What the callback adds to embedding and searching; `python -m pytest -m slow -s` prints it."""
 
+import statistics
 import time
 
 import pytest
@@ -93,7 +94,7 @@ def test_the_callback_costs_little_beside_embedding_and_search(tmp_path):
             start = time.process_time()
             run.validate(module, loaders, verbose=False)
             seconds[name].append(time.process_time() - start)
-    # The quickest round is the one least disturbed.
-    plain, whole = (min(seconds[name]) for name in ("without", "with"))
-    print(f"\nwithout {plain:.3f} s, with {whole:.3f} s: {100 * (whole / plain - 1):+.1f} %")
-    assert whole <= 1.2 * plain
+    # The two of a round meet the same machine; a single quick or slow one decides nothing.
+    ratio = statistics.median(w / p for p, w in zip(seconds["without"], seconds["with"], strict=True))
+    print(f"\nwithout {min(seconds['without']):.3f} s, with {min(seconds['with']):.3f} s: {ratio:.3f} of it")
+    assert ratio <= 1.2
