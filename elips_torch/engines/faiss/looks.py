@@ -11,7 +11,10 @@ from torch import Tensor
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.validation import check_values
 from elips_torch.engines.faiss.builds import FaissBuild
-from elips_torch.engines.faiss.row_kinds import HOLDERS, downcast
+from elips_torch.engines.faiss.row_kinds import downcast
+
+# Under these names an index keeps the one that holds its vectors.
+_HOLDERS = ("index", "storage", "quantizer", "refine_index", "base_index")
 
 
 def are_finite(build: FaissBuild, values: Tensor) -> bool:
@@ -53,7 +56,7 @@ def check_finite_rows(build: FaissBuild, index: Any, name: str = "faiss_index") 
             if not are_finite(build, rows):
                 check_values(name, rows.view(n_rows, index.d), resolve_metric("l2"))
         return
-    for member in HOLDERS:
+    for member in _HOLDERS:
         inner = getattr(index, member, None)
         if inner is not None:
             whose = f"the quantizer of {name}" if member == "quantizer" else name

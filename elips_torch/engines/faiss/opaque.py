@@ -20,6 +20,7 @@ from elips_torch.core.errors import (
 from elips_torch.core.metric import Metric, resolve_metric
 from elips_torch.core.validation import check_count
 from elips_torch.engines.faiss.builds import FaissBuild
+from elips_torch.engines.faiss.consistency import indexes_inside
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.graphs_in_bytes import check_bytes, label_lists_in_hash
@@ -27,7 +28,6 @@ from elips_torch.engines.faiss.messages import expected_instead_of, reason_of
 from elips_torch.engines.faiss.row_kinds import (
     BITS,
     FLOATS,
-    HOLDERS,
     LARGEST_HASH,
     MARK_OF_BITS,
     RowKind,
@@ -233,8 +233,7 @@ def _is_mapped(build: FaissBuild, index: Any) -> bool:
             held.append(lists.codes.at(0))
     if any(getattr(each, "is_owned", True) is False for each in held):
         return True
-    members = (getattr(index, name, None) for name in HOLDERS)
-    return any(_is_mapped(build, each) for each in members if each is not None)
+    return any(_is_mapped(build, inner) for _, inner in indexes_inside(build, index))
 
 
 def prepare_to_reconstruct(build: FaissBuild, index: Any) -> None:

@@ -78,8 +78,6 @@ BITS = RowKind(
 LARGEST_HASH = 64
 # With what files of indexes of bits begin, and no others.
 MARK_OF_BITS = b"IB"
-# Under these names an index keeps another.
-HOLDERS = ("index", "storage", "quantizer", "refine_index", "base_index")
 
 
 def kind_of(build: FaissBuild, index: Any) -> RowKind:
