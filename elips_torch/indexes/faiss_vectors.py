@@ -16,7 +16,16 @@ class FaissVectors(FaissState):
     """What `FaissIndex` does with vectors: checks them, hands them to faiss, and gets them back."""
 
     def explain(self, queries: Tensor, k: int | None = None, *, implementation: str = "auto") -> Explanation:
-        """Return that faiss serves `search`, in words; no index of faiss has another way to search here."""
+        """Return that faiss serves `search`, in words; no index of faiss has another way to search here.
+
+        Args:
+            queries: ``(Q, D)`` or ``(D,)``, as for `search`.
+            k: as for `search`.
+            implementation: "auto" or "faiss".
+
+        Raises:
+            ElipsError: as for `search`.
+        """
         self._check_queries(queries)
         count, n_queries = self.k if k is None else check_k(k), 1 if queries.ndim == 1 else len(queries)
         request = Request(
@@ -77,19 +86,18 @@ class FaissVectors(FaissState):
 
     def _drop_hidden(self) -> None:
         """Leave hidden rows out where searches would read them, which changes the order of ties."""
-        places, order = self.places.sort()
-        if len(places) == self._faiss.ntotal:
+        if len(self.places) == self._faiss.ntotal:
             return
         try:
-            made = without_hidden(self._build, self._faiss, places)
-            numbers = torch.empty_like(places)
-            numbers[order] = torch.arange(len(places), device=places.device)
+            made = without_hidden(self._build, self._faiss, self.places)
+            if made is None:
+                return
+            numbers = self.places.argsort().argsort()
         except (MemoryError, RuntimeError, ConversionError):
             # They stay hidden.
             return
-        if made is not None:
-            self._hold(made)
-            self.places.copy_(numbers)
+        self._hold(made)
+        self.places.copy_(numbers)
 
     def _added(self, vectors: Tensor) -> Tensor:
         """Return the places of vectors ``(N, D)``, which faiss gets; of places ``(N,)``, themselves."""

@@ -83,7 +83,7 @@ def without_hidden(build: FaissBuild, index: Any, rows: Tensor) -> Any:
     Args:
         build: the faiss whose index it is.
         index: one whose labels are the numbers of its rows.
-        rows: ``(N,)`` int64, the rows that stay, ascending; they become rows 0 to N - 1.
+        rows: ``(N,)`` int64, the rows that stay; they become rows 0 to N - 1 in the order that they have.
 
     Returns:
         The copy; None of another kind of index.
@@ -93,7 +93,7 @@ def without_hidden(build: FaissBuild, index: Any, rows: Tensor) -> Any:
     kind = build.module.downcast_InvertedLists(inverted_file(build, index).invlists)
     if not isinstance(kind, build.module.ArrayInvertedLists | build.module.BlockInvertedLists):
         return None
-    return hand_over(build, index, rows, torch.arange(len(rows), device="cpu"))
+    return hand_over(build, index, rows.cpu().sort().values, torch.arange(len(rows), device="cpu"))
 
 
 def _family(build: FaissBuild, index: Any) -> str:
