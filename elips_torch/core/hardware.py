@@ -52,6 +52,9 @@ def device_facts(device: torch.device | str) -> DeviceFacts:
     >>> device_facts("cpu").type
     'cpu'
     """
+    if device == "cpu":
+        # Each search asks, several times.
+        return _facts("cpu", 0)
     device = torch.device(device)
     index = device.index
     if device.type == "cuda" and index is None and torch.cuda.is_available():

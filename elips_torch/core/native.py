@@ -69,6 +69,10 @@ class NativeLibrary:
         self._main = main
         self._loaded: dict[tuple[str, ...], ctypes.CDLL | None] = {}
 
+    def is_loaded(self, options: tuple[str, ...]) -> bool:
+        """Whether the functions are at hand."""
+        return self._loaded.get(options) is not None
+
     def is_ready(self, options: tuple[str, ...]) -> bool:
         """Whether the code need not be compiled first."""
         if options not in self._loaded:

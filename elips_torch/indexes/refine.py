@@ -16,6 +16,7 @@ from elips_torch.indexes.rows import Rows
 from elips_torch.indexes.storage import durable, owned
 from elips_torch.indexes.untraced import untraced
 from elips_torch.indexes.wrappers import WrapperIndex
+from elips_torch.kernels.best_candidates import best_candidates
 from elips_torch.kernels.definition import score_candidates, score_pairs
 from elips_torch.kernels.selection import Selection
 
@@ -183,13 +184,20 @@ class RefineIndex(WrapperIndex):
         )
         if not self.ntotal:
             return scores, rows
+        place, workspace_bytes = self.vectors.device, self._workspace(parameters)
+        if place == rows.device:
+            ranks = self._current_id_map().ranks(self.ids)
+            exact, best = best_candidates(
+                self._metric, queries, self.vectors, rows, k, ranks, workspace_bytes
+            )
+            # Places that are not filled keep what the inner index says of them.
+            return torch.where(best < 0, scores[:, :k], exact), best
+        # There are the vectors, here the ranks of the ids: neither is copied.
         found = rows >= 0
         valid = rows.clamp_min(0)
-        place = self.vectors.device
         exact = score_candidates(
-            self._metric, queries.to(place), self.vectors, valid.to(place), self._workspace(parameters)
+            self._metric, queries.to(place), self.vectors, valid.to(place), workspace_bytes
         ).to(queries.device)
-        # Places that are not filled keep what the inner index says of them.
         exact = torch.where(found, exact, scores)
         # Unfilled places come last, also behind infinite scores.
         keys = order_keys(exact, self._ranks(valid), self._metric.higher_is_better)

@@ -50,6 +50,11 @@ def library_reasons(device: torch.device) -> list[str]:
     return reasons
 
 
+def library_is_loaded() -> bool:
+    """Whether the code runs at once; tensors on a CPU are all that it then asks for."""
+    return LIBRARY.is_loaded(instruction_options(device_facts("cpu")))
+
+
 def library_is_ready(device: torch.device) -> bool:
     """Whether the code need not be compiled first."""
     return LIBRARY.is_ready(instruction_options(device_facts(device)))
@@ -195,6 +200,8 @@ class Arguments(ctypes.Structure):
         ("mask_step", ctypes.c_int64),
         ("exclude", ctypes.c_void_p),
         ("n_excluded", ctypes.c_int64),
+        ("candidates", ctypes.c_void_p),
+        ("n_candidates", ctypes.c_int64),
         ("vectors", ctypes.c_void_p),
         ("packed", Packed),
         ("grid", Grid),
@@ -289,6 +296,17 @@ def search_arguments(**arguments: Tensor | float | ctypes.Structure | None) -> A
 def call_search(arguments: Arguments) -> int:
     """Run `elips_search` and return its outcome, as `native_search` does."""
     return _call("elips_search", arguments)
+
+
+def call_rank(arguments: Arguments) -> int:
+    """Run `elips_rank`, which writes scores, rows, and the status ``(Q,)`` where there is a place for it.
+
+    Returns:
+        `DONE` where every score is certain; `SHORT` where some queries have also found fewer than k rows;
+        `OPEN` where a score is in doubt, or a query is not finite; the status says which. `NO_MEMORY` where
+        nothing was written that means anything.
+    """
+    return _call("elips_rank", arguments)
 
 
 def native_code(**arguments: Tensor | float | None) -> bool:

@@ -22,6 +22,11 @@ class Selection:
     queries: slice | Tensor | None = None
 
     @property
+    def sees_all(self) -> bool:
+        """Whether every query may see every row."""
+        return self.mask is None and self.exclude is None
+
+    @property
     def query_bytes(self) -> int:
         """Bytes per query that `dropped` takes beside its result."""
         # The columns and three temporaries, int64, and bool.

@@ -48,6 +48,9 @@ struct Arguments {
     int64_t mask_step;         // bytes between the entries of a row
     const int64_t* exclude;
     int64_t n_excluded;
+    // (Q, C), the rows that elips_rank chooses from; what is no number of a row is none.
+    const int64_t* candidates;
+    int64_t n_candidates;
     // The vectors: (N, D) float32, float16 or bfloat16; (Q, D) float64; order of ties by name, or null.
     const void* vectors;
     Packed packed;

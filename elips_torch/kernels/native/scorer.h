@@ -28,8 +28,13 @@ class Scorer {
     bool is_ready() const { return static_cast<bool>(unpacked_); }
 
     void take(int64_t q) {
-        query_ = a_.queries + q * a_.dim;
-        offset_ = a_.is_exact ? a_.offsets[q] : 0.0;
+        take(a_.queries + q * a_.dim);
+        if (a_.is_exact) offset_ = a_.offsets[q];
+    }
+
+    // A query that is not among those of the search; similarities of codes say nothing of it.
+    void take(const double* query) {
+        query_ = query;
         double square = 0.0;
         for (int i = 0; i < a_.dim; ++i) square += query_[i] * query_[i];
         length_ = std::sqrt(square);

@@ -11,6 +11,7 @@
 
 #include "arguments.h"
 #include "assign.h"
+#include "candidates.h"
 #include "coded_here.h"
 #include "distance_queries.h"
 #include "distance_scan.h"
@@ -206,4 +207,7 @@ int elips_assign(const Assigning* assigning) {
 int elips_search(const Arguments* arguments) {
     return arguments->coarse ? search_nearest_lists(*arguments) : search(*arguments);
 }
+
+// Fills scores, found and, where there is one, the status (Q,), which says more where the outcome is OPEN.
+int elips_rank(const Arguments* arguments) { return rank_any_candidates(*arguments); }
 }
