@@ -148,10 +148,9 @@ def choose(
         ImplementationError: the name is unknown, or nothing that is allowed can serve the call;
             the message lists every reason.
     """
-    check_name(operation, (each.name for each in implementations), requested)
     skipped: list[str] = []
     for candidate in implementations:
-        if requested not in ("auto", candidate.name):
+        if requested != candidate.name and requested != "auto":
             continue
         reasons = candidate.reasons_against(request, requested)
         if not reasons:
@@ -159,6 +158,7 @@ def choose(
                 _log_once(f"{operation} runs as {candidate.name!r}; " + "; ".join(skipped))
             return candidate
         skipped.append(f"{candidate.name!r} cannot: " + ", ".join(reasons))
+    check_name(operation, (each.name for each in implementations), requested)
     failed = "nothing can serve this call" if requested == "auto" else "this call cannot be served as asked"
     raise ImplementationError(f"{operation}: {failed}; " + "; ".join(skipped))
 

@@ -162,7 +162,7 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
     ) -> tuple[Tensor, Tensor]:
         workspace_bytes = check_workspace(self._parameter(parameters, "workspace_bytes"))
 
-        def search(some: Tensor) -> tuple[Tensor, Tensor]:
+        def search(some: Tensor, screens: bool = True) -> tuple[Tensor, Tensor]:
             return run_knn(
                 some,
                 self.vectors,
@@ -173,9 +173,12 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
                 implementation=implementation,
                 workspace_bytes=workspace_bytes,
                 check_finite=self.check_finite,
-                plane=self.plane.current(self.vectors),
+                plane=self.plane.current(self.vectors) if screens else None,
             )
 
+        if implementation == "faiss":
+            # Nothing to prepare, and looking at the plane takes as long as searching for few queries.
+            return search(queries, screens=False)
         return self._search_prepared(
             queries,
             k,

@@ -32,7 +32,7 @@ from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
 from elips_torch.kernels.search_native import library_is_ready, library_reasons
 from elips_torch.kernels.selection import Selection
-from elips_torch.ops.knn_faiss import gpu_to_go_through, knn_faiss, uncertified_reasons
+from elips_torch.ops.knn_faiss import gpu_to_go_through, knn_faiss, search_directly, uncertified_reasons
 
 # From so many queries on, making a plane for one call repays.
 _REPAY_PLANE = 192
@@ -258,6 +258,10 @@ def run_knn(
     Returns:
         Scores and row numbers, -1 where there are fewer than k.
     """
+    if implementation == "faiss" and gpu is None and selection.sees_all:
+        found = search_directly(queries, database, k, metric, ranks, workspace_bytes)
+        if found is not None:
+            return found
     if plane is not None:
         screen = plane.kind
     request = Request.of(queries, database, metric, k, screen)

@@ -8,12 +8,19 @@ from elips_torch.core.errors import ArgumentError, DeviceError, ImplementationEr
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import spans
 from elips_torch.core.validation import read_device
-from elips_torch.engines.faiss.builds import FaissBuild, load_installed
-from elips_torch.engines.faiss.candidates import brute_force, check_gpu_serves, common_dtype, converts
+from elips_torch.engines.faiss.builds import FaissBuild, load_installed, loaded_build
+from elips_torch.engines.faiss.candidates import (
+    DIRECT_METRICS,
+    brute_force,
+    check_gpu_serves,
+    common_dtype,
+    converts,
+    empty_candidates,
+    is_plain,
+)
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
-from elips_torch.engines.faiss.looks import are_labels
 from elips_torch.engines.faiss.stats import SEARCHES
-from elips_torch.kernels.definition import score_candidates
+from elips_torch.kernels.best_candidates import best_candidates, prepare_ranking
 from elips_torch.kernels.knn_exact import empty_results
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.ranking import merge_ranked
@@ -52,6 +59,37 @@ def gpu_to_go_through(device: torch.device | str, implementation: str, database:
     return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
+def search_directly(
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,  # (N,) int64
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor] | None:  # (Q, K) float32, (Q, K) int64
+    """Return what `knn_faiss` does where faiss takes plain tensors at once and all is certain; else None.
+
+    The same steps without those that would change nothing, which for one query take longer than faiss. All
+    that can be done before faiss comes before: its search leaves caches full of vectors.
+    """
+    build = loaded_build()
+    (n_queries, dim), n_rows = queries.shape, database.shape[0]
+    if build is None or metric.name not in DIRECT_METRICS or not is_plain(queries) or not is_plain(database):
+        return None
+    if not 0 < n_queries <= _queries_at_once(k, dim, workspace_bytes) or k > n_rows:
+        return None
+    found = empty_candidates(n_queries, k, queries.device)
+    ranking = prepare_ranking(metric, queries, database, found[1], ranks, found)
+    if ranking is None:
+        return None
+    brute_force(build, queries, database, k, metric, out=found)
+    # It has no answer to queries that are not finite.
+    if not ranking.is_done():
+        return None
+    SEARCHES.count(queries=n_queries, nbytes=queries.nbytes + n_queries * k * _RESULT_BYTES)
+    return found
+
+
 def knn_faiss(
     queries: Tensor,  # (Q, D)
     database: Tensor,  # (N, D)
@@ -75,10 +113,6 @@ def knn_faiss(
     if n_queries == 0 or n_rows == 0:
         return empty_results(n_queries, k, metric, queries.device)
     SEARCHES.count(queries=n_queries, nbytes=queries.nbytes + n_queries * k * _RESULT_BYTES)
-    if gpu is None and k <= n_rows and selection.mask is None and selection.exclude is None:
-        found = _all_found(build, queries, database, k, metric, ranks, workspace_bytes)
-        if found is not None:
-            return found
     scores, rows = empty_results(n_queries, k, metric, queries.device)
     wanted = min(k, n_rows)
     fetch = min(n_rows, wanted + selection.n_excluded)
@@ -100,34 +134,6 @@ def knn_faiss(
 
 def _queries_at_once(fetch: int, dim: int, workspace_bytes: int) -> int:
     return max(1, workspace_bytes // 2 // (_CANDIDATE_BYTES * fetch + _FEATURE_BYTES * dim))
-
-
-def _all_found(
-    build: FaissBuild,
-    queries: Tensor,
-    database: Tensor,
-    k: int,
-    metric: Metric,
-    ranks: Tensor | None,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor] | None:
-    """Return what is found where nothing is hidden and faiss takes all at once; None for the long way.
-
-    The same steps without those that would change nothing, which for one query take longer than faiss.
-    """
-    if queries.device.type != "cpu" or converts(metric, database, torch.float32):
-        return None
-    if queries.shape[0] > _queries_at_once(k, queries.shape[1], workspace_bytes):
-        return None
-    rows = brute_force(build, queries, database, k, metric)
-    if not are_labels(build, rows):
-        return None
-    scores = score_candidates(metric, queries, database, rows, workspace_bytes // 4)
-    first, second = scores[:, :-1], scores[:, 1:]
-    # Those of faiss's scores that are near each other may be the other way round by the definition.
-    if bool((first > second if metric.higher_is_better else first < second).all()):
-        return scores, rows
-    return merge_ranked(metric, scores, rows, k, ranks)
 
 
 def _best(
@@ -155,15 +161,22 @@ def _best(
     if converts(metric, database, common_dtype(queries, database, on_gpu=on_gpu)):
         step = max(1, workspace_bytes // 4 // (_FEATURE_BYTES * database.shape[1]))
     for start, stop in spans(n_rows, step):
-        block = brute_force(
+        _, block = brute_force(
             build, queries, database[start:stop], min(fetch, stop - start), metric, gpu, workspace_bytes
         )
         # What faiss could not rank, it has not found.
         block = torch.where(block < 0, -1, block + start)
         known = block.clamp_min(0)
         hidden = selection.drops(owners.expand_as(block).reshape(-1), known.reshape(-1)).view_as(block)
-        block_scores = score_candidates(metric, queries, database, known, workspace_bytes // 4)
-        block = block.masked_fill_(hidden, -1)
+        block_scores, block = best_candidates(
+            metric,
+            queries,
+            database,
+            block.masked_fill_(hidden, -1),
+            block.shape[1],
+            ranks,
+            workspace_bytes // 4,
+        )
         scores, rows = merge_ranked(
             metric, torch.cat((scores, block_scores), 1), torch.cat((rows, block), 1), fetch, ranks
         )

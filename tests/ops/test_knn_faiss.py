@@ -1,12 +1,19 @@
+import dataclasses
+import importlib
 import sys
 
 import pytest
 import torch
 
 from elips_torch import FlatIndex, explain, faiss_stats, knn
-from elips_torch.core.errors import ImplementationError
+from elips_torch.core.errors import ImplementationError, NonFiniteError
+from elips_torch.core.hardware import device_facts
+from elips_torch.core.native import native_reasons
+from elips_torch.kernels.search_native import library_compiles
 from elips_torch.reference.knn import knn as reference
 
+# The function has the name of its module.
+knn_module = importlib.import_module("elips_torch.ops.knn")
 METRICS = ["l2", "ip", "cosine", "l1", "linf", "lp"]
 
 
@@ -130,3 +137,84 @@ def test_near_ties_are_ordered_by_the_definition(metric):
     found = knn(queries, database, 40, metric=metric, implementation="faiss")
     assert torch.equal(found.ids, expected.ids)
     assert torch.equal(found.scores, expected.scores)
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """List which way each call went."""
+    taken = []
+
+    def spy(module, name):
+        function = getattr(module, name)
+
+        def run(*args, **kwargs):
+            found = function(*args, **kwargs)
+            taken.append("long" if name == "knn_faiss" else "refused" if found is None else "direct")
+            return found
+
+        return run
+
+    monkeypatch.setattr(knn_module, "search_directly", spy(knn_module, "search_directly"))
+    long = dataclasses.replace(
+        next(each for each in knn_module.IMPLEMENTATIONS if each.name == "faiss"),
+        run=spy(knn_module, "knn_faiss"),
+    )
+    known = tuple(long if each.name == "faiss" else each for each in knn_module.IMPLEMENTATIONS)
+    monkeypatch.setattr(knn_module, "IMPLEMENTATIONS", known)
+    return taken
+
+
+@pytest.mark.skipif(bool(native_reasons(device_facts("cpu"))), reason="there is no C++ code here")
+@pytest.mark.parametrize("metric", METRICS)
+def test_plain_tensors_go_directly_and_everything_else_the_long_way(metric, ways):
+    assert library_compiles()
+    queries, database, mask, exclude = data()
+    p = {"metric": metric, "p": 3.0 if metric == "lp" else None}
+    expected = reference(queries, database, 9, **p)
+
+    def found(queries=queries, database=database, **more):
+        return knn(queries, database, 9, implementation="faiss", **p, **more)
+
+    found()
+    direct = ["refused", "long"] if metric == "cosine" else ["direct"]
+    assert ways == direct
+    long_ways = [
+        found(queries.half()),
+        found(queries, database.T.contiguous().T),
+        found(queries, database.bfloat16()),
+        found(mask=mask),
+        found(exclude=exclude),
+    ]
+    assert ways == [*direct, *["refused", "long"] * 3, "long", "long"]
+    assert all(len(each.ids) == 7 for each in long_ways)
+    ways.clear()
+    strided = torch.stack([queries] * 2, 2)[..., 0]
+    results = [found(), found(queries.clone().requires_grad_()), found(queries[0]), found(strided)]
+    for each in (*results[:2], results[3]):
+        assert torch.equal(each.ids, expected.ids)
+        assert torch.equal(each.scores, expected.scores)
+    assert torch.equal(results[2].ids, expected.ids[0])
+    assert ways.count("direct") == (0 if metric == "cosine" else 3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("metric", METRICS)
+def test_queries_that_are_not_finite_are_refused(metric, value):
+    queries, database, _, _ = data()
+    queries[4, 3] = value
+    with pytest.raises(NonFiniteError, match="row 4"):
+        knn(queries, database, 5, metric=metric, p=3.0 if metric == "lp" else None, implementation="faiss")
+    index = FlatIndex(24, metric, p=3.0 if metric == "lp" else None)
+    index.add(database)
+    with pytest.raises(NonFiniteError, match="row 4"):
+        index.search(queries, 5, implementation="faiss")
+
+
+def test_a_direct_search_is_counted_once():
+    queries, database, _, _ = data()
+    knn(queries, database, 5, implementation="faiss")
+    before = faiss_stats()
+    scores, rows = knn(queries, database, 5, implementation="faiss")
+    after = faiss_stats()
+    assert (after.searches - before.searches, after.queries - before.queries) == (1, 7)
+    assert after.bytes - before.bytes == queries.nbytes + scores.nbytes + rows.nbytes

@@ -68,13 +68,18 @@ def is_installed() -> bool:
     return spec is not None and spec.origin is not None
 
 
+def loaded_build() -> FaissBuild | None:
+    """Return what `load_installed` would, where it has been loaded before; else None."""
+    return _installed.get(sys.modules.get("faiss"))
+
+
 def load_installed() -> FaissBuild:
     """Import the faiss of this environment.
 
     Raises:
         ImportError: there is none, or it is broken; with the line that helps.
     """
-    found = _installed.get(sys.modules.get("faiss"))
+    found = loaded_build()
     if found is not None:
         return found
     if not is_installed():

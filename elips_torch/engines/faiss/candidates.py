@@ -21,6 +21,8 @@ _METRICS = {
     "linf": "METRIC_Linf",
     "lp": "METRIC_Lp",
 }
+# Those of vectors as they are.
+DIRECT_METRICS = frozenset(_METRICS) - {"cosine"}
 _ON_GPU = ("l2", "ip", "cosine")
 
 
@@ -60,9 +62,21 @@ def common_dtype(queries: Tensor, database: Tensor, *, on_gpu: bool) -> torch.dt
     return database.dtype if same and on_gpu else torch.float32
 
 
+def is_plain(vectors: Tensor) -> bool:
+    """Whether vectors lie as faiss reads them on the CPU."""
+    on_cpu = vectors.dtype == torch.float32 and vectors.device.type == "cpu"
+    return on_cpu and vectors.is_contiguous() and not vectors.is_neg()
+
+
 def converts(metric: Metric, vectors: Tensor, dtype: torch.dtype) -> bool:
     """Whether `brute_force` needs a copy of vectors that it takes in a dtype."""
     return metric.name == "cosine" or vectors.dtype != dtype or not vectors.is_contiguous()
+
+
+def empty_candidates(n_queries: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tensors ``(Q, K)`` for scores and rows, not filled."""
+    scores = torch.empty((n_queries, k), dtype=torch.float32, device=device)
+    return scores, torch.empty((n_queries, k), dtype=torch.int64, device=device)
 
 
 def brute_force(
@@ -73,8 +87,9 @@ def brute_force(
     metric: Metric,
     gpu: int | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-) -> Tensor:  # (Q, K) int64
-    """Return the k rows that faiss ranks best for each query; -1 where it finds none.
+    out: tuple[Tensor, Tensor] | None = None,  # (Q, K) float32, (Q, K) int64
+) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
+    """Return scores and numbers of the k rows that faiss ranks best for each query; -1 where it finds none.
 
     Args:
         build: the faiss to use.
@@ -84,12 +99,14 @@ def brute_force(
         metric: one that `brute_force_reasons` does not refuse.
         gpu: number of one that tensors on the CPU go through by parts; None leaves them where they are.
         workspace_bytes: how much of them may be there at once.
+        out: contiguous tensors for what is returned; None makes them.
     """
     on_gpu = gpu is not None or queries.device.type != "cpu"
     dtype = common_dtype(queries, database, on_gpu=on_gpu)
     queries, database = _prepared(queries, metric, dtype), _prepared(database, metric, dtype)
-    ids = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
-    scores = torch.empty((len(queries), k), dtype=torch.float32, device=queries.device)
+    if out is None:
+        out = empty_candidates(len(queries), k, queries.device)
+    scores, ids = out
     if gpu is not None:
         use_one_thread_if_forked(build)
         limits = limits_within(queries, database, k, workspace_bytes)
@@ -102,11 +119,12 @@ def brute_force(
         code = getattr(build.module, _METRICS[metric.name])
         # Its own limits on memory are for what lies on the CPU: the caller cuts instead.
         multiply_on_gpu(build, queries.device.index or 0, queries, database, code, scores, ids)
-    return ids
+    return scores, ids
 
 
 def _prepared(vectors: Tensor, metric: Metric, dtype: torch.dtype) -> Tensor:
     """Return vectors as faiss takes them; themselves where it does."""
+    vectors = vectors.resolve_neg()
     if not converts(metric, vectors, dtype):
         return vectors
     if metric.name == "cosine":
