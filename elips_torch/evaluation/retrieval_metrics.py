@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError
+from elips_torch.core.validation import check_flag
 from elips_torch.evaluation import measures
 from elips_torch.evaluation.averages import EmptyTargetAction, RetrievalMetric, check_ks
 from elips_torch.evaluation.matching import Match
@@ -70,7 +71,7 @@ class RetrievalMetrics(RetrievalMetric):
         **kwargs: Any,
     ) -> None:
         ks = check_ks(k)
-        self._metrics = (_RECALL[labels], *_OTHERS)
+        self._metrics = (_RECALL[check_flag("labels", labels)], *_OTHERS)
         names = [f"{metric.name}@{each}" for metric in self._metrics for each in ks]
         super().__init__([*names, "r_precision"], ks, empty_target_action=empty_target_action, **kwargs)
         self.labels = labels

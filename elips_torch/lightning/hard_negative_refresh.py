@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DtypeError, ShapeError
 from elips_torch.core.results import SearchResult
-from elips_torch.core.validation import check_count
+from elips_torch.core.validation import check_count, check_flag
 from elips_torch.indexes.base import Index
 from elips_torch.lightning.embedding import embedder_for, embeddings_of, evaluating, integers_of, title_of
 from elips_torch.lightning.index_choice import IndexPlace, check_place, index_at, name_of
@@ -101,7 +101,7 @@ class HardNegativeRefresh(Callback):
         self.labels = labels
         self.receiver = receiver
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
-        self.progress = progress
+        self.progress = check_flag("progress", progress)
         self.name = name_of(index) if name is None else name
         self.refreshes = 0
         self._just_mined = False

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from elips_torch.core.errors import ArgumentError
-from elips_torch.core.validation import check_count
+from elips_torch.core.validation import check_count, check_flag
 from elips_torch.indexes.base import Index
 from elips_torch.lightning.embedding import Embedder, embedder_for, evaluating, title_of
 from elips_torch.lightning.gather import Processes
@@ -91,10 +91,10 @@ class IndexRefresh(Callback):
         self.step = step
         self.every_n_steps = every_n_steps
         self.every_n_epochs = 1 if every_n_epochs is None and every_n_steps is None else every_n_epochs
-        self.background = background
-        self.refit = refit
-        self.shard = shard
-        self.progress = progress
+        self.background = check_flag("background", background)
+        self.refit = check_flag("refit", refit)
+        self.shard = check_flag("shard", shard)
+        self.progress = check_flag("progress", progress)
         self.name = name_of(index) if name is None else name
         self.refreshes = 0
         self._last_step = -1

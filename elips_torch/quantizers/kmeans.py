@@ -11,7 +11,14 @@ from elips_torch.core.metric import resolve_metric
 from elips_torch.core.progress import with_progress
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES, even_cuts
 from elips_torch.core.user_warnings import warn_user
-from elips_torch.core.validation import check_count, check_k, check_values, check_vectors, check_workspace
+from elips_torch.core.validation import (
+    check_count,
+    check_flag,
+    check_k,
+    check_values,
+    check_vectors,
+    check_workspace,
+)
 from elips_torch.ops.assign import assign, vector_codes
 from elips_torch.quantizers.learned import Learned, in_float32, learning
 from elips_torch.quantizers.lloyd import (
@@ -97,7 +104,7 @@ class KMeans(Learned):
         self._metric = resolve_metric(metric)
         if self._metric.name not in _METRICS:
             raise ArgumentError(f"metric is {metric!r}, expected one of {', '.join(map(repr, _METRICS))}")
-        self.spherical = spherical or self._metric.name != "l2"
+        self.spherical = check_flag("spherical", spherical) or self._metric.name != "l2"
         if init not in _STARTS:
             raise ArgumentError(f"init is {init!r}, expected one of {', '.join(map(repr, _STARTS))}")
         self.init = init
@@ -109,7 +116,7 @@ class KMeans(Learned):
             check_count("max_points_per_centroid", max_points_per_centroid, 1)
         self.max_points_per_centroid = max_points_per_centroid
         self.min_points_per_centroid = check_count("min_points_per_centroid", min_points_per_centroid, 0)
-        self.progress = progress
+        self.progress = check_flag("progress", progress)
         self.workspace_bytes = check_workspace(workspace_bytes)
         self.history: list[float] = []
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError
-from elips_torch.core.validation import check_count
+from elips_torch.core.validation import check_count, check_flag
 from elips_torch.ops.linear_map import apply_linear_map
 from elips_torch.quantizers.principal_axes import principal_axes
 from elips_torch.quantizers.transform import CentredTransform, sampled
@@ -63,7 +63,7 @@ class PCA(CentredTransform):
         super().__init__(dim_in, dim_out, device)
         if dim_out > dim_in:
             raise ArgumentError(f"dim_out is {dim_out}, expected at most dim_in = {dim_in}")
-        self.whiten = whiten
+        self.whiten = check_flag("whiten", whiten)
         if max_points_per_dim is not None:
             check_count("max_points_per_dim", max_points_per_dim)
         self.max_points_per_dim = max_points_per_dim

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, DtypeError, NotFittedError
-from elips_torch.core.validation import check_count, check_vectors
+from elips_torch.core.validation import check_count, check_flag, check_vectors
 from elips_torch.indexes.base import Index
 from elips_torch.indexes.catalog import load_index
 from elips_torch.indexes.flat import FlatIndex
@@ -55,7 +55,7 @@ class IndexKNN:
             raise NotFittedError("there is nothing to search; call train(embeddings) or pass reference")
         else:
             index = self.index
-        others = index.ntotal - bool(ref_includes_query)
+        others = index.ntotal - check_flag("ref_includes_query", ref_includes_query)
         if k > others:
             raise ArgumentError(f"k is {k}, expected at most the {others} references there are to find")
         own = torch.arange(len(query), device=query.device)[:, None] if ref_includes_query else None

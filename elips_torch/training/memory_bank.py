@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from elips_torch.core.errors import ArgumentError, DtypeError, ElipsError, ShapeError
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
-from elips_torch.core.validation import as_ids, check_count, check_device
+from elips_torch.core.validation import as_ids, check_count, check_device, check_flag
 from elips_torch.indexes.flat import FlatIndex
 from elips_torch.indexes.storage import durable
 from elips_torch.indexes.untraced import untraced
@@ -104,7 +104,7 @@ class MemoryBank(FlatIndex):
             workspace_bytes=workspace_bytes,
         )
         self.capacity = check_count("capacity", capacity)
-        self.all_processes = all_processes
+        self.all_processes = check_flag("all_processes", all_processes)
         self.step = 0
         with durable():
             for name in ("labels", "stamps"):

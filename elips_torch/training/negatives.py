@@ -13,6 +13,7 @@ from elips_torch.core.validation import (
     check_count,
     check_device,
     check_exclude,
+    check_flag,
     check_mask,
     check_vectors,
     describe_rows,
@@ -180,7 +181,7 @@ class HardNegativeMiner:
             positives = _as_columns("positives", positives, n, index.device)
         check_mask(mask, n, index.ntotal, index.device)
         check_exclude(exclude, n, index.device)
-        if exclude_self:
+        if check_flag("exclude_self", exclude_self):
             exclude = _with_own(index, exclude, n)
         labels = self._check_labels(index, query_labels, labels, n)
         self._check_margins(positives)
