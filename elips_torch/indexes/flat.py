@@ -9,10 +9,12 @@ from elips_torch.core.dispatch import Explanation, Request
 from elips_torch.core.errors import DtypeError
 from elips_torch.core.tiling import DEFAULT_WORKSPACE_BYTES
 from elips_torch.core.validation import FLOAT_DTYPES, check_flag, check_k, check_vectors, check_workspace
+from elips_torch.indexes.flat_mirror import vectors_for_faiss
 from elips_torch.indexes.prepared_searches import PreparesSearches
 from elips_torch.indexes.screened_vectors import ScreenedVectors
 from elips_torch.indexes.screening_plane import ScreeningPlane
 from elips_torch.indexes.storage import durable
+from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.prepared_native import PreparedSearch
 from elips_torch.kernels.screen_choice import check_screen
 from elips_torch.kernels.selection import Selection
@@ -162,7 +164,9 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
     ) -> tuple[Tensor, Tensor]:
         workspace_bytes = check_workspace(self._parameter(parameters, "workspace_bytes"))
 
-        def search(some: Tensor, screens: bool = True) -> tuple[Tensor, Tensor]:
+        def search(
+            some: Tensor, plane: Plane | None = None, kept: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
             return run_knn(
                 some,
                 self.vectors,
@@ -173,12 +177,13 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
                 implementation=implementation,
                 workspace_bytes=workspace_bytes,
                 check_finite=self.check_finite,
-                plane=self.plane.current(self.vectors) if screens else None,
+                plane=plane,
+                kept=kept,
             )
 
         if implementation == "faiss":
             # Nothing to prepare, and looking at the plane takes as long as searching for few queries.
-            return search(queries, screens=False)
+            return search(queries, kept=vectors_for_faiss(self, self.vectors, self._metric, workspace_bytes))
         return self._search_prepared(
             queries,
             k,
@@ -186,7 +191,7 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
             implementation,
             workspace_bytes,
             lambda: self._prepare(queries, k, implementation, workspace_bytes),
-            search,
+            lambda some: search(some, plane=self.plane.current(self.vectors)),
         )
 
     def _prepare(

@@ -237,6 +237,7 @@ def run_knn(
     plane: Plane | None = None,
     screen: str = "none",
     gpu: int | None = None,
+    kept: Tensor | None = None,  # (N, D)
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Choose an implementation and run it; the entry that indexes share with `knn`.
 
@@ -254,12 +255,13 @@ def run_knn(
         plane: codes of the database to screen with.
         screen: without a plane, the one to make for this call: "int8", "bf16" or "none".
         gpu: number of one that "faiss" takes tensors on the CPU through.
+        kept: with "faiss", the database as that takes it on the CPU, of an index that keeps it.
 
     Returns:
         Scores and row numbers, -1 where there are fewer than k.
     """
     if implementation == "faiss" and gpu is None and selection.sees_all:
-        found = search_directly(queries, database, k, metric, ranks, workspace_bytes)
+        found = search_directly(queries, database, k, metric, ranks, workspace_bytes, kept)
         if found is not None:
             return found
     if plane is not None:
@@ -271,8 +273,8 @@ def run_knn(
         arguments = (queries, database, k, metric, ranks, selection, workspace_bytes)
         if plane is None and screen != "none":
             scores, rows = knn_blocks(chosen.run, screen, *arguments)
-        elif gpu is not None:
-            scores, rows = knn_faiss(*arguments, gpu=gpu)
+        elif gpu is not None or kept is not None:
+            scores, rows = knn_faiss(*arguments, gpu=gpu, kept=kept)
         else:
             scores, rows = chosen.run(*arguments, plane)
         if bad is not None:

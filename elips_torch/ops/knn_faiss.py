@@ -5,22 +5,24 @@ from torch import Tensor
 
 from elips_torch.core.dispatch import Request
 from elips_torch.core.errors import ArgumentError, DeviceError, ImplementationError
+from elips_torch.core.execution import plain_arithmetic
 from elips_torch.core.metric import Metric
 from elips_torch.core.tiling import spans
 from elips_torch.core.validation import read_device
 from elips_torch.engines.faiss.builds import FaissBuild, load_installed, loaded_build
 from elips_torch.engines.faiss.candidates import (
-    DIRECT_METRICS,
+    CONVERTED_BYTES,
+    FAISS_METRICS,
     brute_force,
     check_gpu_serves,
     common_dtype,
     converts,
     empty_candidates,
-    is_plain,
 )
 from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS
+from elips_torch.engines.faiss.looks import are_finite, are_labels
 from elips_torch.engines.faiss.stats import SEARCHES
-from elips_torch.kernels.best_candidates import best_candidates, prepare_ranking
+from elips_torch.kernels.best_candidates import best_candidates, best_candidates_eager, prepare_ranking
 from elips_torch.kernels.knn_exact import empty_results
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.ranking import merge_ranked
@@ -30,8 +32,6 @@ from elips_torch.kernels.selection import Selection
 _CANDIDATE_BYTES = 96
 # Bytes of a score and a row.
 _RESULT_BYTES = 12
-# Bytes per feature of a converted row: float64, normalised, and float32.
-_FEATURE_BYTES = 24
 _A_GPU = "a GPU such as 'cuda:0'"
 
 
@@ -66,26 +66,47 @@ def search_directly(
     metric: Metric,
     ranks: Tensor | None,  # (N,) int64
     workspace_bytes: int,
+    kept: Tensor | None = None,  # (N, D)
 ) -> tuple[Tensor, Tensor] | None:  # (Q, K) float32, (Q, K) int64
-    """Return what `knn_faiss` does where faiss takes plain tensors at once and all is certain; else None.
+    """Return what `knn_faiss` does where faiss takes tensors on the CPU at once; None for the long way.
 
     The same steps without those that would change nothing, which for one query take longer than faiss. All
     that can be done before faiss comes before: its search leaves caches full of vectors.
+
+    Args:
+        queries: ``(Q, D)``; those that are not finite go the long way.
+        database: ``(N, D)``.
+        k: number of neighbours.
+        metric: the distance kind.
+        ranks: ``(N,)`` int64, place of each row's id among the sorted ids.
+        workspace_bytes: limit on temporary memory, in bytes.
+        kept: ``(N, D)`` float32, the database as faiss takes it, of who keeps it.
     """
     build = loaded_build()
     (n_queries, dim), n_rows = queries.shape, database.shape[0]
-    if build is None or metric.name not in DIRECT_METRICS or not is_plain(queries) or not is_plain(database):
+    if build is None or database.device.type != "cpu" or metric.name not in FAISS_METRICS or k > n_rows:
         return None
-    if not 0 < n_queries <= _queries_at_once(k, dim, workspace_bytes) or k > n_rows:
+    if torch.float64 in (queries.dtype, database.dtype):
+        return None
+    if kept is None and converts(metric, database, torch.float32):
+        return None
+    if not 0 < n_queries <= _queries_at_once(k, dim, workspace_bytes):
         return None
     found = empty_candidates(n_queries, k, queries.device)
-    ranking = prepare_ranking(metric, queries, database, found[1], ranks, found)
-    if ranking is None:
-        return None
-    brute_force(build, queries, database, k, metric, out=found)
-    # It has no answer to queries that are not finite.
-    if not ranking.is_done():
-        return None
+    rows = found[1]
+    ranking = prepare_ranking(metric, queries, database, rows, ranks, found)
+    brute_force(build, queries, database, k, metric, out=found, kept=kept)
+    # Queries that are not finite, and rows that faiss cannot rank, have no certain or finite scores.
+    if ranking is not None:
+        if not ranking.is_done():
+            return None
+    else:
+        if not are_labels(build, rows):
+            return None
+        with plain_arithmetic(queries.device):
+            found = best_candidates_eager(metric, queries, database, rows, k, ranks, workspace_bytes // 4)
+        if not are_finite(build, found[0]):
+            return None
     SEARCHES.count(queries=n_queries, nbytes=queries.nbytes + n_queries * k * _RESULT_BYTES)
     return found
 
@@ -100,6 +121,7 @@ def knn_faiss(
     workspace_bytes: int,
     plane: Plane | None = None,
     gpu: int | None = None,
+    kept: Tensor | None = None,  # (N, D)
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Return the k best of the rows that faiss finds, by the rule of exact search; -1 where there are fewer.
 
@@ -123,9 +145,13 @@ def knn_faiss(
         for start, stop in spans(len(pending), step):
             part = pending[start:stop]
             chosen = selection.for_queries(part)
-            found = _best(build, queries[part], database, fetch, metric, ranks, chosen, workspace_bytes, gpu)
+            found = _best(
+                build, queries[part], database, fetch, metric, ranks, chosen, workspace_bytes, gpu, kept
+            )
             scores[part, :wanted], rows[part, :wanted] = (each[:, :wanted] for each in found)
-            left.append(part[(found[1] >= 0).sum(1) < wanted])
+            # Under "linf" faiss takes NaN for less than anything.
+            ranked = (found[1] >= 0) & ~found[0].isnan()
+            left.append(part[ranked.sum(1) < wanted])
         pending = torch.cat(left)
         if fetch == n_rows or not len(pending):
             return scores, rows
@@ -133,7 +159,7 @@ def knn_faiss(
 
 
 def _queries_at_once(fetch: int, dim: int, workspace_bytes: int) -> int:
-    return max(1, workspace_bytes // 2 // (_CANDIDATE_BYTES * fetch + _FEATURE_BYTES * dim))
+    return max(1, workspace_bytes // 2 // (_CANDIDATE_BYTES * fetch + CONVERTED_BYTES * dim))
 
 
 def _best(
@@ -146,6 +172,7 @@ def _best(
     selection: Selection,
     workspace_bytes: int,
     gpu: int | None,
+    kept: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return what is left of faiss's candidates ``(Q, fetch)``, best first, -1 behind them."""
     on_gpu = gpu is not None or queries.device.type != "cpu"
@@ -158,11 +185,18 @@ def _best(
     scores, rows = empty_results(n_queries, fetch, metric, queries.device)
     owners = torch.arange(n_queries, device=queries.device)[:, None]
     step = n_rows
-    if converts(metric, database, common_dtype(queries, database, on_gpu=on_gpu)):
-        step = max(1, workspace_bytes // 4 // (_FEATURE_BYTES * database.shape[1]))
+    if kept is None and converts(metric, database, common_dtype(queries, database, on_gpu=on_gpu)):
+        step = max(1, workspace_bytes // 4 // (CONVERTED_BYTES * database.shape[1]))
     for start, stop in spans(n_rows, step):
         _, block = brute_force(
-            build, queries, database[start:stop], min(fetch, stop - start), metric, gpu, workspace_bytes
+            build,
+            queries,
+            database[start:stop],
+            min(fetch, stop - start),
+            metric,
+            gpu,
+            workspace_bytes,
+            kept=kept,
         )
         # What faiss could not rank, it has not found.
         block = torch.where(block < 0, -1, block + start)

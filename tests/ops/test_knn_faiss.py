@@ -179,22 +179,39 @@ def test_plain_tensors_go_directly_and_everything_else_the_long_way(metric, ways
     direct = ["refused", "long"] if metric == "cosine" else ["direct"]
     assert ways == direct
     long_ways = [
-        found(queries.half()),
         found(queries, database.T.contiguous().T),
         found(queries, database.bfloat16()),
         found(mask=mask),
         found(exclude=exclude),
     ]
-    assert ways == [*direct, *["refused", "long"] * 3, "long", "long"]
+    assert ways == [*direct, *["refused", "long"] * 2, "long", "long"]
     assert all(len(each.ids) == 7 for each in long_ways)
     ways.clear()
     strided = torch.stack([queries] * 2, 2)[..., 0]
-    results = [found(), found(queries.clone().requires_grad_()), found(queries[0]), found(strided)]
-    for each in (*results[:2], results[3]):
+    for each in (found(), found(queries.clone().requires_grad_()), found(strided)):
         assert torch.equal(each.ids, expected.ids)
         assert torch.equal(each.scores, expected.scores)
-    assert torch.equal(results[2].ids, expected.ids[0])
-    assert ways.count("direct") == (0 if metric == "cosine" else 3)
+    assert torch.equal(found(queries[0]).ids, expected.ids[0])
+    halves = reference(queries.half(), database, 9, **p)
+    assert torch.equal(found(queries.half()).scores, halves.scores)
+    assert ways == 5 * direct
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_where_there_is_no_cpp_torch_ranks(metric, ways, monkeypatch):
+    monkeypatch.setattr("elips_torch.ops.knn_faiss.prepare_ranking", lambda *arguments: None)
+    queries, database, _, _ = data()
+    p = {"metric": metric, "p": 3.0 if metric == "lp" else None}
+    expected = reference(queries, database, 9, **p)
+    found = knn(queries, database, 9, implementation="faiss", **p)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.scores, expected.scores)
+    assert ways == (["refused", "long"] if metric == "cosine" else ["direct"])
+    ways.clear()
+    database[20:] = torch.nan
+    found = knn(queries, database, 30, implementation="faiss", **p)
+    assert torch.equal(found.ids[:, :20].sort(1).values, torch.arange(20).expand(7, 20))
+    assert ways == ["refused", "long"]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

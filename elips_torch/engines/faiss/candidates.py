@@ -13,7 +13,7 @@ from elips_torch.engines.faiss.gpu_resources import MOST_NEIGHBOURS, check_gpu
 from elips_torch.engines.faiss.products import GPU_DTYPES, limits_within, multiply_on_gpu
 
 # Where a term of faiss's other metrics is 0/0 it gives NaN, and the row is lost.
-_METRICS = {
+FAISS_METRICS = {
     "l2": "METRIC_L2",
     "ip": "METRIC_INNER_PRODUCT",
     "cosine": "METRIC_INNER_PRODUCT",
@@ -21,8 +21,8 @@ _METRICS = {
     "linf": "METRIC_Linf",
     "lp": "METRIC_Lp",
 }
-# Those of vectors as they are.
-DIRECT_METRICS = frozenset(_METRICS) - {"cosine"}
+# Bytes per feature of a converted row: float64, normalised, and float32.
+CONVERTED_BYTES = 24
 _ON_GPU = ("l2", "ip", "cosine")
 
 
@@ -34,7 +34,7 @@ def brute_force_reasons(request: Request) -> list[str]:
     if torch.float64 in (request.query_dtype, request.dtype):
         reasons.append("faiss has no float64 vectors")
     name = request.metric.name
-    served = _ON_GPU if request.device.type == "cuda" else tuple(_METRICS)
+    served = _ON_GPU if request.device.type == "cuda" else tuple(FAISS_METRICS)
     if name not in served:
         reasons.append(f"faiss serves {', '.join(map(repr, served))} here, not {name!r}")
     if request.device.type == "cuda" and min(request.k or 1, request.n_rows) > MOST_NEIGHBOURS:
@@ -62,15 +62,11 @@ def common_dtype(queries: Tensor, database: Tensor, *, on_gpu: bool) -> torch.dt
     return database.dtype if same and on_gpu else torch.float32
 
 
-def is_plain(vectors: Tensor) -> bool:
-    """Whether vectors lie as faiss reads them on the CPU."""
-    on_cpu = vectors.dtype == torch.float32 and vectors.device.type == "cpu"
-    return on_cpu and vectors.is_contiguous() and not vectors.is_neg()
-
-
 def converts(metric: Metric, vectors: Tensor, dtype: torch.dtype) -> bool:
     """Whether `brute_force` needs a copy of vectors that it takes in a dtype."""
-    return metric.name == "cosine" or vectors.dtype != dtype or not vectors.is_contiguous()
+    if metric.name == "cosine" or vectors.dtype != dtype:
+        return True
+    return not vectors.is_contiguous() or vectors.is_neg()
 
 
 def empty_candidates(n_queries: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -88,6 +84,7 @@ def brute_force(
     gpu: int | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     out: tuple[Tensor, Tensor] | None = None,  # (Q, K) float32, (Q, K) int64
+    kept: Tensor | None = None,  # (N, D)
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Return scores and numbers of the k rows that faiss ranks best for each query; -1 where it finds none.
 
@@ -100,33 +97,35 @@ def brute_force(
         gpu: number of one that tensors on the CPU go through by parts; None leaves them where they are.
         workspace_bytes: how much of them may be there at once.
         out: contiguous tensors for what is returned; None makes them.
+        kept: ``(N, D)`` float32 on the CPU, what `prepared` makes of the database; None makes it.
     """
     on_gpu = gpu is not None or queries.device.type != "cpu"
     dtype = common_dtype(queries, database, on_gpu=on_gpu)
-    queries, database = _prepared(queries, metric, dtype), _prepared(database, metric, dtype)
+    queries = prepared(queries, metric, dtype)
+    database = prepared(database, metric, dtype) if kept is None else kept
     if out is None:
         out = empty_candidates(len(queries), k, queries.device)
     scores, ids = out
     if gpu is not None:
         use_one_thread_if_forked(build)
         limits = limits_within(queries, database, k, workspace_bytes)
-        code = getattr(build.module, _METRICS[metric.name])
+        code = getattr(build.module, FAISS_METRICS[metric.name])
         multiply_on_gpu(build, gpu, queries, database, code, scores, ids, limits)
     elif not on_gpu:
         use_one_thread_if_forked(build)
         _on_cpu(build, queries, database, k, metric, scores, ids)
     else:
-        code = getattr(build.module, _METRICS[metric.name])
+        code = getattr(build.module, FAISS_METRICS[metric.name])
         # Its own limits on memory are for what lies on the CPU: the caller cuts instead.
         multiply_on_gpu(build, queries.device.index or 0, queries, database, code, scores, ids)
     return scores, ids
 
 
-def _prepared(vectors: Tensor, metric: Metric, dtype: torch.dtype) -> Tensor:
+def prepared(vectors: Tensor, metric: Metric, dtype: torch.dtype) -> Tensor:
     """Return vectors as faiss takes them; themselves where it does."""
-    vectors = vectors.resolve_neg()
     if not converts(metric, vectors, dtype):
         return vectors
+    vectors = vectors.resolve_neg()
     if metric.name == "cosine":
         # In float64 no norm overflows; a zero vector stays one and has cosine 0.
         wide = vectors.double()
@@ -154,4 +153,4 @@ def _on_cpu(
     elif metric.name in ("ip", "cosine"):
         faiss.knn_inner_product(*vectors, k, *results)
     else:
-        faiss.knn_extra_metrics(*vectors, getattr(faiss, _METRICS[metric.name]), metric.p, k, *results)
+        faiss.knn_extra_metrics(*vectors, getattr(faiss, FAISS_METRICS[metric.name]), metric.p, k, *results)
