@@ -19,6 +19,7 @@ from elips_torch.cli.bench_inputs import (
     chosen_metric,
     fitting_sizes,
     note_sizes,
+    note_surroundings,
 )
 from elips_torch.cli.datasets import Dataset
 from elips_torch.cli.environment import hardware, slowing_variables, versions
@@ -43,8 +44,6 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print tables, and write what was asked for."""
     metric = chosen_metric(options)
     check_outputs(options)
-    for line in slowing_variables():
-        print(f"warning: {line}", file=sys.stderr)
     dataset = chosen_dataset(options, _DEFAULT_SIZE, max(options.nq or DEFAULT_QUERIES))
     dataset = dataset.to(_CPU, torch.float32)
     descriptions = _descriptions(options.index, dataset)
@@ -56,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     }
     sweep = {option: fitting_sizes(option, *facts) for option, facts in sizes.items()}
     builds = load_builds(options.faiss, _CPU)
+    note_surroundings()
     for option, (asked, default, _, _) in sizes.items():
         note_sizes(option, asked, default, sweep[option])
     with equal_terms(options.threads or torch.get_num_threads(), list(builds.values())):

@@ -17,6 +17,7 @@ from elips_torch.cli.bench_inputs import (
     chosen_metric,
     fitting_sizes,
     note_sizes,
+    note_surroundings,
 )
 from elips_torch.cli.contenders import Contender, FaissBruteForce, FaissGpu, Ours, TorchTopk
 from elips_torch.cli.datasets import DTYPES, Dataset
@@ -44,14 +45,13 @@ def run(options: argparse.Namespace) -> int:
     metric = chosen_metric(options)
     device = _device(options.device)
     check_outputs(options)
-    for line in slowing_variables():
-        print(f"warning: {line}", file=sys.stderr)
     dataset = chosen_dataset(options, _DEFAULT_SIZE, max(options.nq or DEFAULT_QUERIES)).to(
         device, DTYPES[options.dtype]
     )
     n_queries = fitting_sizes("--nq", options.nq, DEFAULT_QUERIES, len(dataset.queries), "queries")
     ks = fitting_sizes("--k", options.k, DEFAULT_K, len(dataset.database), "database vectors")
     builds = load_builds(options.faiss, device)
+    note_surroundings()
     note_sizes("--nq", options.nq, DEFAULT_QUERIES, n_queries)
     note_sizes("--k", options.k, DEFAULT_K, ks)
     with equal_terms(options.threads or torch.get_num_threads(), list(builds.values())):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elips_torch.cli.datasets import Dataset, clustered, read_dataset
+from elips_torch.cli.environment import slowing_variables
 from elips_torch.core.errors import ArgumentError
 from elips_torch.core.metric import Metric, resolve_metric
 from elips_torch.evaluation.plots import check_plotting
@@ -49,6 +50,12 @@ def fitting_sizes(
             f"{option} is {max(asked)}, but there are {limit:,} {what}; type {option} {typed}"
         )
     return list(dict.fromkeys(asked))
+
+
+def note_surroundings() -> None:
+    """Say which environment variables can slow peers."""
+    for line in slowing_variables():
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def note_sizes(

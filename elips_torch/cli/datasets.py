@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elips_torch.core.errors import ArgumentError, ShapeError
-from elips_torch.core.validation import check_vectors
+from elips_torch.core.metric import resolve_metric
+from elips_torch.core.validation import check_values, check_vectors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED = {**DTYPES, "float64": torch.float64}
@@ -59,6 +60,7 @@ def read_dataset(path: str | os.PathLike[str], queries_key: str, database_key: s
         ArgumentError: there is no such file, it is damaged, or it lacks a tensor.
         ShapeError: the tensors do not fit each other.
         DtypeError: they are not floating-point.
+        NonFiniteError: they hold NaN or infinity.
     """
     if not Path(path).is_file():
         raise ArgumentError(f"no file at {os.fspath(path)!r}")
@@ -77,6 +79,8 @@ def read_dataset(path: str | os.PathLike[str], queries_key: str, database_key: s
     if not len(queries) or not len(database):
         shapes = f"{tuple(queries.shape)} and {tuple(database.shape)}"
         raise ShapeError(f"{queries_key!r} and {database_key!r} have shapes {shapes}, expected a row in each")
+    for key, vectors in ((database_key, database), (queries_key, queries)):
+        check_values(repr(key), vectors, resolve_metric("l2"))
     stored = str(database.dtype).removeprefix("torch.")
     shape = f"{len(database):,} x {database.shape[1]}, {len(queries):,} queries"
     return Dataset(Path(path).stem, f"{shape}, stored as {stored}", queries, database)

@@ -202,7 +202,7 @@ def _best(
         block = torch.where(block < 0, -1, block + start)
         known = block.clamp_min(0)
         hidden = selection.drops(owners.expand_as(block).reshape(-1), known.reshape(-1)).view_as(block)
-        block_scores, block = best_candidates(
+        found = best_candidates(
             metric,
             queries,
             database,
@@ -211,7 +211,9 @@ def _best(
             ranks,
             workspace_bytes // 4,
         )
+        if step >= n_rows:
+            return found
         scores, rows = merge_ranked(
-            metric, torch.cat((scores, block_scores), 1), torch.cat((rows, block), 1), fetch, ranks
+            metric, torch.cat((scores, found[0]), 1), torch.cat((rows, found[1]), 1), fetch, ranks
         )
     return scores, rows
