@@ -275,6 +275,23 @@ class Assigning(ctypes.Structure):
     )
 
 
+class LinearMap(ctypes.Structure):
+    """`struct LinearMap` of linear_map.h."""
+
+    _fields_ = (
+        ("vectors", ctypes.c_void_p),
+        ("matrix", ctypes.c_void_p),
+        ("before", ctypes.c_void_p),
+        ("after", ctypes.c_void_p),
+        ("mapped", ctypes.c_void_p),
+        ("slack", ctypes.c_double),
+        ("n", ctypes.c_int64),
+        ("n_in", ctypes.c_int32),
+        ("n_out", ctypes.c_int32),
+        ("vector_type", ctypes.c_int32),
+    )
+
+
 def native_search(**arguments: Tensor | float | ctypes.Structure | None) -> int:
     """Run `elips_search`, which writes into the tensors of the results.
 
@@ -345,6 +362,19 @@ def native_assign(**arguments: Tensor | float | None) -> bool:
     return _call("elips_assign", Assigning(**_addresses(arguments))) == DONE
 
 
+def native_map(**arguments: Tensor | float | None) -> int:
+    """Run `elips_map`, which writes into the mapped vectors.
+
+    Args:
+        **arguments: the fields of `LinearMap`; tensors are contiguous.
+
+    Returns:
+        `DONE` where every entry is certain; `OPEN` where those that are not are NaN; `NO_MEMORY` where
+        nothing was written that means anything.
+    """
+    return _call("elips_map", LinearMap(**_addresses(arguments)))
+
+
 def _addresses(
     arguments: Mapping[str, Tensor | float | ctypes.Structure | None],
 ) -> dict[str, float | ctypes.Structure | None]:
@@ -372,7 +402,7 @@ def _function(name: str) -> Callable[..., int]:
 @functools.cache
 def _check_sizes(library: ctypes.CDLL) -> None:
     """Compare the structures here with those of the code."""
-    for which, structure in enumerate((Arguments, Coding, Packed, Grid, GridTerms, Assigning)):
+    for which, structure in enumerate((Arguments, Coding, Packed, Grid, GridTerms, Assigning, LinearMap)):
         size = library.elips_size(which)
         if size != ctypes.sizeof(structure):
             raise ImplementationError(

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from elips_torch.core.hardware import device_facts
+from elips_torch.core.native import native_reasons
+from elips_torch.kernels import linear_map as module
 from elips_torch.kernels.linear_map import linear_map
+from elips_torch.kernels.search_native import library_compiles
+
+in_cpp = pytest.mark.skipif(bool(native_reasons(device_facts("cpu"))), reason="there is no C++ code here")
 
 
 def vectors(n, dim, seed=0):
@@ -49,6 +55,73 @@ def test_sums_that_cancel_are_added_in_order():
         exact = sum(map(Fraction, row))
         below = Fraction(float(np.nextafter(value, np.float32(-1)))), Fraction(float(value))
         assert abs(exact - below[1]) <= Fraction(2.0**-24) + Fraction(2.0**-50)
+
+
+@in_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("n_in", "n_out"), [(1, 1), (7, 3), (16, 16), (33, 5), (200, 131)])
+def test_few_vectors_in_cpp_are_the_same_bits(n_in, n_out, dtype, monkeypatch):
+    assert library_compiles()
+    ran = []
+    native = module.native_map
+    monkeypatch.setattr(module, "native_map", lambda **kept: ran.append(1) or native(**kept))
+    matrix, before, after = vectors(n_out, n_in, 1), vectors(1, n_in, 2)[0], vectors(1, n_out, 3)[0]
+    for n in (1, 2, 5, 8):
+        x = vectors(n, n_in).to(dtype)
+        x[0, 0] = 0.0
+        shifts = [(), (before,), (None, after), (before, after)]
+        for scale in (1.0, 1e-30, 1e30) if dtype == torch.float32 else (1.0, 1.0, 1.0):
+            few = [linear_map(x * scale, matrix, *shift) for shift in shifts]
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "_FEW", 0)
+                many = [linear_map(x * scale, matrix, *shift) for shift in shifts]
+            assert all(map(torch.equal, few, many))
+    assert len(ran) == 4 * 3 * 4
+
+
+@in_cpp
+def test_what_cpp_has_in_doubt_is_added_in_order(monkeypatch):
+    assert library_compiles()
+    generator = torch.Generator().manual_seed(0)
+    # Sums that cancel to multiples of half the last bit: nearly all are in doubt.
+    x = torch.randint(-9, 9, (8, 40), generator=generator) * 2.0**-20 + 2.0**-45
+    matrix = torch.randint(-9, 9, (30, 40), generator=generator) + 2.0**-20
+    x[3] = 0.0
+    outcomes = []
+    native = module.native_map
+    monkeypatch.setattr(module, "native_map", lambda **kept: outcomes.append(native(**kept)) or outcomes[-1])
+    for before, after in ((None, None), (x[1].clone(), matrix[:, 1].clone())):
+        found = linear_map(x, matrix, before, after)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_FEW", 0)
+            assert torch.equal(found, linear_map(x, matrix, before, after))
+        assert not found[found == 0].signbit().any()
+    assert module.OPEN in outcomes
+
+
+@in_cpp
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_few_vectors_that_are_not_finite(value, monkeypatch):
+    assert library_compiles()
+    x, matrix = vectors(4, 12), vectors(6, 12, 1)
+    x[2, 3] = value
+    found = linear_map(x, matrix)
+    monkeypatch.setattr(module, "_FEW", 0)
+    wanted = linear_map(x, matrix)
+    assert torch.equal(found.nan_to_num(1.5, 2.5, 3.5), wanted.nan_to_num(1.5, 2.5, 3.5))
+
+
+@in_cpp
+def test_layouts_of_few_vectors(monkeypatch):
+    assert library_compiles()
+    x, matrix, before = vectors(4, 12), vectors(6, 12, 1), vectors(1, 12, 2)[0]
+    wanted = linear_map(x, matrix, before)
+    assert torch.equal(linear_map(torch.stack([x, x], 2)[..., 0], matrix, before), wanted)
+    assert torch.equal(linear_map(x, matrix.T.contiguous().T, before), wanted)
+    assert torch.equal(linear_map(x, matrix.double(), before), wanted)
+    assert torch.equal(linear_map(x, matrix, torch.stack([before, before], 1)[:, 0]), wanted)
+    monkeypatch.setattr(module, "library_is_loaded", lambda: False)
+    assert torch.equal(linear_map(x, matrix, before), wanted)
 
 
 def test_zero_has_no_sign():

@@ -15,6 +15,7 @@
 #include "coded_here.h"
 #include "distance_queries.h"
 #include "distance_scan.h"
+#include "linear_map.h"
 #include "memory.h"
 #include "outcome.h"
 #include "ranking.h"
@@ -184,7 +185,8 @@ int elips_size(int which) {
         case 2: return static_cast<int>(sizeof(Packed));
         case 3: return static_cast<int>(sizeof(Grid));
         case 4: return static_cast<int>(sizeof(GridTerms));
-        default: return static_cast<int>(sizeof(Assigning));
+        case 5: return static_cast<int>(sizeof(Assigning));
+        default: return static_cast<int>(sizeof(LinearMap));
     }
 }
 
@@ -202,6 +204,9 @@ int elips_assign(const Assigning* assigning) {
 #endif
     return UNKNOWN_TYPE;
 }
+
+// Fills the mapped vectors, but for some entries where the outcome is OPEN.
+int elips_map(const LinearMap* map) { return map_any_vectors(*map); }
 
 // Fills scores, found and status, which says more where the outcome is OPEN.
 int elips_search(const Arguments* arguments) {
