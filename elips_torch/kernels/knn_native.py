@@ -69,7 +69,7 @@ _ROWS_PER_NEIGHBOUR, _FEW_ROWS = 8, 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Sizes of a search.
 
     Attributes:
@@ -176,7 +176,7 @@ class NativeSearch:
         blocks = -(-n_queries // _BLOCK)
         return blocks >= _BLOCKS_PER_THREAD * threads or blocks % threads == 0
 
-    def plan(self, n_queries: int, workspace_bytes: int, lists: ProbedLists | None = None) -> _Plan | None:
+    def plan(self, n_queries: int, workspace_bytes: int, lists: ProbedLists | None = None) -> Plan | None:
         """Return sizes that fit the workspace; None where even a few queries do not."""
         n_rows = self.n_rows
         threads = self.threads(n_queries, lists)
@@ -196,7 +196,7 @@ class NativeSearch:
                 workspace_bytes - list_bytes - step * query_bytes - threads * self.thread_bytes - SPARE * kept
             )
             if room // kept >= usual:
-                return _Plan(step, threads, parts, min(most, room // kept))
+                return Plan(step, threads, parts, min(most, room // kept))
             step //= 2
         return None
 
@@ -257,7 +257,7 @@ class NativeSearch:
         k: int,
         ranks: Tensor | None,
         selection: Selection,
-        plan: _Plan,
+        plan: Plan,
         workspace_bytes: int,
         lists: ProbedLists | None,
         scores: Tensor,
@@ -267,14 +267,9 @@ class NativeSearch:
         n_queries = queries.shape[0]
         status = torch.empty(2, n_queries, dtype=torch.int32, device="cpu")
         memory = torch.empty(3, plan.parts, n_queries, plan.capacity + SPARE, dtype=torch.int32, device="cpu")
-        coded = self._coded(queries)
         outcome = native_search(
-            **self._rows(),
-            **(self._queries(queries) if coded is None else coded_facts(queries, coded)),
-            **({} if lists is None else list_facts(lists)),
+            **self.facts(queries, k, ranks, plan, lists),
             **selection_facts(selection, n_queries),
-            **self._sizes(n_queries, k, plan),
-            ranks=ranks,
             memory=memory,
             scores=scores,
             found=rows,
@@ -337,15 +332,22 @@ class NativeSearch:
         plan = self.plan(n_queries, workspace_bytes, lists)
         if plan is None or plan.queries < n_queries or self.plane.is_integer:
             return None
+        return self.facts(queries, k, ranks, plan, lists)
+
+    def facts(
+        self, queries: Tensor, k: int, ranks: Tensor | None, plan: Plan, lists: ProbedLists | None
+    ) -> dict[str, Any]:
+        """Return what the code is to know of a search; memory, results and a selection are missing."""
+        coded = self._coded(queries)
         return {
             **self._rows(),
-            **self._queries(queries),
+            **(self._queries(queries) if coded is None else coded_facts(queries, coded)),
             **({} if lists is None else list_facts(lists)),
-            **self._sizes(n_queries, k, plan),
+            **self._sizes(queries.shape[0], k, plan),
             "ranks": ranks,
         }
 
-    def _sizes(self, n_queries: int, k: int, plan: _Plan) -> dict[str, int]:
+    def _sizes(self, n_queries: int, k: int, plan: Plan) -> dict[str, int]:
         return {
             "n_rows": self.n_rows,
             "dim": self.dim,
@@ -385,7 +387,7 @@ class NativeSearch:
             "vector_type": VECTOR_TYPES[self.database.dtype],
         }
 
-    def _scores(self, queries: Tensor, owners: Tensor, rows: Tensor, workspace_bytes: int) -> Tensor:
+    def pair_scores(self, queries: Tensor, owners: Tensor, rows: Tensor, workspace_bytes: int) -> Tensor:
         """Return the scores of pairs ``(P,)`` of query and row by the definition."""
         return score_pairs(self.metric, queries, self.database, owners, rows, workspace_bytes)
 
@@ -402,7 +404,7 @@ class NativeSearch:
         """Rank what has survived for chosen queries by the definition."""
         owners = torch.repeat_interleave(torch.arange(chosen.numel(), device="cpu"), counts[chosen])
         rows = torch.cat([kept[query, : int(counts[query])] for query in chosen]).long()
-        scores = self._scores(queries, chosen[owners], rows, workspace_bytes // 4)
+        scores = self.pair_scores(queries, chosen[owners], rows, workspace_bytes // 4)
         rows = rows if self.names is None else self.names[rows]
         return rank_pairs(self.metric, owners, rows, scores, chosen.numel(), k, ranks)
 

@@ -93,7 +93,8 @@ class PackedSearch(NativeSearch):
             facts["grid"] = grid_facts(self.grid, self.packed.terms)
         return facts
 
-    def _scores(self, queries: Tensor, owners: Tensor, rows: Tensor, workspace_bytes: int) -> Tensor:
+    def pair_scores(self, queries: Tensor, owners: Tensor, rows: Tensor, workspace_bytes: int) -> Tensor:
+        """Return the scores of pairs ``(P,)`` of query and row by the definition."""
         vectors = self.decode(rows)
         return score_pairs(
             self.metric, queries, vectors, owners, torch.arange(rows.numel(), device="cpu"), workspace_bytes

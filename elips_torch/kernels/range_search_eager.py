@@ -7,6 +7,7 @@ from elips_torch.core.metric import Metric
 from elips_torch.core.ordering import order_keys
 from elips_torch.core.tiling import spans
 from elips_torch.kernels.exact_tile import plan_exact_tiles, score_tile
+from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.selection import Selection
 
 # What collecting and sorting takes per hit of a tile of queries.
@@ -21,8 +22,9 @@ def range_search_eager(
     ranks: Tensor | None,  # (N,) int64, rank of each row's id; None: rows are in the order of ids
     selection: Selection,
     workspace_bytes: int,
+    plane: Plane | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
-    """Return lims, scores and rows of all rows strictly within the radius, best first."""
+    """Return lims, scores and rows of all rows strictly within the radius, best first, without the plane."""
     n_queries = queries.shape[0]
     device = queries.device
     n_rows, dim = database.shape

@@ -202,6 +202,7 @@ class Arguments(ctypes.Structure):
         ("n_excluded", ctypes.c_int64),
         ("candidates", ctypes.c_void_p),
         ("n_candidates", ctypes.c_int64),
+        ("radius", ctypes.c_void_p),
         ("vectors", ctypes.c_void_p),
         ("packed", Packed),
         ("grid", Grid),

@@ -18,6 +18,7 @@ from elips_torch.kernels.ivf_search_eager import ivf_search_eager
 from elips_torch.kernels.ivf_tables import table_step
 from elips_torch.kernels.list_layout import ListLayout, RowDecoder, StoredRows
 from elips_torch.kernels.prepared_native import PreparedSearch, prepare
+from elips_torch.kernels.range_search_native import ivf_range_search_native
 from elips_torch.kernels.search_native import library_reasons
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.coded_search import CodedRequest
@@ -99,6 +100,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("eager", ivf_search_eager, float64_reasons),
 )
 RANGE_IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("native", ivf_range_search_native, _native_reasons, uncompiled_reasons),
     Implementation("eager", ivf_range_search_eager, float64_reasons),
 )
 

@@ -19,10 +19,22 @@ from elips_torch.core.validation import (
     check_workspace,
 )
 from elips_torch.kernels.candidate_gradient import pair_gradient
+from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.range_search_eager import range_search_eager
+from elips_torch.kernels.range_search_native import range_search_native
+from elips_torch.kernels.search_native import library_reasons
 from elips_torch.kernels.selection import Selection
+from elips_torch.ops.knn import distance_reasons, uncompiled_reasons
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Implementation("eager", range_search_eager, float64_reasons),)
+
+def _native_reasons(request: Request) -> list[str]:
+    return library_reasons(request.device) + distance_reasons(request)
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("native", range_search_native, _native_reasons, uncompiled_reasons),
+    Implementation("eager", range_search_eager, float64_reasons),
+)
 
 
 def range_search(
@@ -100,13 +112,14 @@ def run_range_search(
     implementation: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     check_finite: bool = True,
+    plane: Plane | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
     """Choose an implementation and run it; the entry that indexes share with `range_search`.
 
     The arguments are those of `run_knn`. Returns lims, scores and row numbers; a query that holds
     NaN or infinity finds nothing on an accelerator and is an error on a CPU.
     """
-    request = Request.of(queries, database, metric)
+    request = Request.of(queries, database, metric, screen="none" if plane is None else plane.kind)
     chosen = choose("range_search", IMPLEMENTATIONS, request, implementation)
     with plain_arithmetic(queries.device):
         bad = bad_queries(queries, metric) if check_finite else None
@@ -114,7 +127,7 @@ def run_range_search(
             # No score is beyond the best possible one.
             radius = radius.masked_fill(bad, -metric.worst)
         result: tuple[Tensor, Tensor, Tensor] = chosen.run(
-            queries, database, radius, metric, ranks, selection, workspace_bytes
+            queries, database, radius, metric, ranks, selection, workspace_bytes, plane
         )
     return result
 

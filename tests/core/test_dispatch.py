@@ -67,13 +67,13 @@ def test_explaining_agrees_with_choosing(requested, chosen):
 
 
 def test_explain_returns_what_shows_as_text_and_prints_nothing(capsys):
-    explanation = explain(torch.zeros(8), torch.zeros(9, 8), operation="range_search", metric="cos")
+    explanation = explain(torch.zeros(8), torch.zeros(9, 8), operation="pairwise_distance", metric="cos")
     assert capsys.readouterr().out == ""
     # What a prompt or a notebook shows, once.
     assert repr(explanation) == str(explanation)
-    assert "range_search of 1 x 9 x 8 float32, cosine on cpu" in repr(explanation)
+    assert "pairwise_distance of 1 x 9 x 8 float32, cosine on cpu" in repr(explanation)
     assert repr(explanation).endswith("\n  eager        chosen")
-    assert explanation.operation == "range_search"
+    assert explanation.operation == "pairwise_distance"
     assert explanation.chosen == "eager"
     with pytest.raises(ValueError, match="operation is 'sort'"):
         explain(torch.zeros(8), torch.zeros(9, 8), operation="sort")

@@ -51,6 +51,8 @@ struct Arguments {
     // (Q, C), the rows that elips_rank chooses from; what is no number of a row is none.
     const int64_t* candidates;
     int64_t n_candidates;
+    // (Q,): all rows are sought whose scores are better than that, instead of the k best; or null.
+    const float* radius;
     // The vectors: (N, D) float32, float16 or bfloat16; (Q, D) float64; order of ties by name, or null.
     const void* vectors;
     Packed packed;
@@ -59,7 +61,9 @@ struct Arguments {
     const int64_t* ranks;
     void* memory;  // (3, T, Q, C + SPARE) numbers of four bytes; null where nobody reads it after
     // Results: (Q, K) each; and (2, Q), the status of each query and how many rows survived, whose numbers
-    // lie in the first reservoir of the query at the beginning of the memory.
+    // lie in the first reservoir of the query at the beginning of the memory. Where a radius is given: the latter
+    // alone; then these rows are sorted, by their names, with their scores in the second part of the memory, unless
+    // one is in doubt. Where all are certain, those of the first query come before those of the next, without gaps.
     float* scores;
     int64_t* found;
     int32_t* status;

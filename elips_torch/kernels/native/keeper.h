@@ -6,6 +6,7 @@
 #include "arguments.h"
 #include "reservoir.h"
 #include "settle.h"
+#include "within.h"
 
 class Keeper {
    public:
@@ -31,6 +32,7 @@ class Keeper {
             r.k = a_.k;
             r.rounding = a_.rounding[q];
             r.start();
+            if (a_.radius) r.keep_all_from(least_similarity(a_, q));
             if (!a_.usable[q]) r.fail();
         }
     }

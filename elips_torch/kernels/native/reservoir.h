@@ -87,6 +87,8 @@ struct Reservoir {
     // The largest upper bound of what was dropped for want of room.
     float lost = LOWEST;
     bool failed = false;
+    // Nothing is dropped: all rows that reach the limit are kept, or it fails.
+    bool keeps_all = false;
     // Rows that were scored to tell them apart.
     int64_t scored = 0;
 
@@ -96,6 +98,12 @@ struct Reservoir {
         failed = false;
         limit = lost = LOWEST;
         trigger = std::min(capacity, 2 * k + 32);
+    }
+
+    void keep_all_from(float least) {
+        keeps_all = true;
+        limit = least;
+        trigger = capacity;
     }
 
     void fail() {
@@ -112,6 +120,10 @@ struct Reservoir {
         upper[n] = most;
         lower[n] = least;
         if (++n < trigger) return false;
+        if (keeps_all) {
+            fail();
+            return true;
+        }
         prune();
         if (n > capacity - capacity / 8 && !settle(*this)) shed();
         trigger = std::min(capacity, std::max(trigger, n + n / 4 + 16));

@@ -3,7 +3,8 @@
 // Every similarity is bounded from above where it is computed and compared with its query's
 // threshold; the few that reach it are kept with both bounds. When a query has kept enough, the k-th
 // best lower bound becomes its threshold, and what lies below it is dropped. In the end the survivors
-// are scored by the definition and sorted. Thresholds only decide how much is kept, never the result.
+// are scored by the definition and sorted. Thresholds only decide how much is kept, never the result. Rows within a
+// radius are found alike, by a threshold that is known from the first row on.
 
 #include <algorithm>
 #include <atomic>
@@ -23,20 +24,21 @@
 #include "scan.h"
 #include "sharing.h"
 #include "team.h"
+#include "within.h"
 
 namespace {
 
 // More queries, of all rows or on average for each list, take products of decoded rows (measured).
 constexpr int64_t MOST_LOOKING_UP = 20, MOST_LOOKING_UP_LISTS = 16;
 
-template <class Value>
-bool rank(const Arguments& a, Reservoir* reservoirs) {
+template <class Ranking>
+bool rank_with(const Arguments& a, Reservoir* reservoirs) {
     std::atomic<bool> ready{true};
     // Few queries differ in what they have kept.
     Pieces pieces(a.n_queries, std::clamp(a.n_queries / (8 * a.n_threads), 1, 4));
     Team::run(std::min(a.n_threads, a.n_queries), [&](int) {
         if (!pieces.are_left()) return;
-        Ranking<Value> ranking(a);
+        Ranking ranking(a);
         if (!ranking.is_ready()) {
             ready = false;
             return;
@@ -45,6 +47,11 @@ bool rank(const Arguments& a, Reservoir* reservoirs) {
             for (; q < last; ++q) ranking.query(q, reservoirs);
     });
     return ready;
+}
+
+template <class Value>
+bool rank(const Arguments& a, Reservoir* reservoirs) {
+    return a.radius ? rank_with<RangeRanking<Value>>(a, reservoirs) : rank_with<Ranking<Value>>(a, reservoirs);
 }
 
 template <class Code>
@@ -88,6 +95,7 @@ bool scan_distances(const Arguments& a, Reservoir* reservoirs, float* limits) {
 
 int outcome_of(const Arguments& a) {
     if (!std::all_of(a.status, a.status + a.n_queries, [](int32_t s) { return s == CERTIFIED; })) return OPEN;
+    if (a.radius) return DONE;
     // The last place of a query is the first that stays empty.
     for (int64_t q = 0; q < a.n_queries; ++q)
         if (a.found[(q + 1) * a.k - 1] < 0) return SHORT;
@@ -148,7 +156,10 @@ int search(Arguments a) {
         case 2: ready = rank<BFloat>(a, reservoirs.get()); break;
         default: return UNKNOWN_TYPE;
     }
-    return ready ? outcome_of(a) : NO_MEMORY;
+    if (!ready) return NO_MEMORY;
+    const int outcome = outcome_of(a);
+    if (a.radius && outcome == DONE) compact(a, reservoirs.get());
+    return outcome;
 }
 
 // Find the lists to search, then search them. A query whose lists are not certain has no certificate.
