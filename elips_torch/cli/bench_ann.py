@@ -19,7 +19,7 @@ from elips_torch.cli.bench_inputs import (
     chosen_metric,
     fitting_sizes,
     note_sizes,
-    note_surroundings,
+    warn_of_slowing_variables,
 )
 from elips_torch.cli.datasets import Dataset
 from elips_torch.cli.environment import hardware, slowing_variables, versions
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     }
     sweep = {option: fitting_sizes(option, *facts) for option, facts in sizes.items()}
     builds = load_builds(options.faiss, _CPU)
-    note_surroundings()
+    warn_of_slowing_variables()
     for option, (asked, default, _, _) in sizes.items():
         note_sizes(option, asked, default, sweep[option])
     with equal_terms(options.threads or torch.get_num_threads(), list(builds.values())):

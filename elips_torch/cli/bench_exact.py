@@ -17,7 +17,7 @@ from elips_torch.cli.bench_inputs import (
     chosen_metric,
     fitting_sizes,
     note_sizes,
-    note_surroundings,
+    warn_of_slowing_variables,
 )
 from elips_torch.cli.contenders import Contender, FaissBruteForce, FaissGpu, Ours, TorchTopk
 from elips_torch.cli.datasets import DTYPES, Dataset
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     n_queries = fitting_sizes("--nq", options.nq, DEFAULT_QUERIES, len(dataset.queries), "queries")
     ks = fitting_sizes("--k", options.k, DEFAULT_K, len(dataset.database), "database vectors")
     builds = load_builds(options.faiss, device)
-    note_surroundings()
+    warn_of_slowing_variables()
     note_sizes("--nq", options.nq, DEFAULT_QUERIES, n_queries)
     note_sizes("--k", options.k, DEFAULT_K, ks)
     with equal_terms(options.threads or torch.get_num_threads(), list(builds.values())):

@@ -52,7 +52,7 @@ def fitting_sizes(
     return list(dict.fromkeys(asked))
 
 
-def note_surroundings() -> None:
+def warn_of_slowing_variables() -> None:
     """Say which environment variables can slow peers."""
     for line in slowing_variables():
         print(f"warning: {line}", file=sys.stderr)

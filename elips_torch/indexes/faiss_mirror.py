@@ -1,7 +1,6 @@
 """Searching an index through a copy of it in faiss."""
 
 import importlib
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from elips_torch.core.dispatch import Implementation, Request, check_name
 from elips_torch.core.errors import ConversionError, ImplementationError
+from elips_torch.core.locks import ForkSafeLock
 from elips_torch.core.validation import bad_queries
 from elips_torch.engines.faiss.builds import FaissBuild, is_installed, load_installed
 from elips_torch.engines.faiss.construct import construct
@@ -166,7 +166,7 @@ def _without(scores: Tensor, rows: Tensor, exclude: Tensor, k: int) -> tuple[Ten
 
 # By index: so no copy of an index, no pickle and no state dictionary takes one along.
 _mirrors: "weakref.WeakKeyDictionary[Index, FaissMirror]" = weakref.WeakKeyDictionary()
-_making = threading.Lock()
+_making = ForkSafeLock()
 
 
 def mirror_of(index: Index) -> FaissMirror:

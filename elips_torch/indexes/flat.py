@@ -1,5 +1,6 @@
 """Exact search over vectors stored as they are."""
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from elips_torch.kernels.screen_choice import check_screen
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.explain import explain_request
 from elips_torch.ops.knn import prepare_knn, run_knn
+from elips_torch.ops.knn_faiss import Kept
 from elips_torch.ops.range_search import run_range_search
 
 
@@ -165,7 +167,7 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
         workspace_bytes = check_workspace(self._parameter(parameters, "workspace_bytes"))
 
         def search(
-            some: Tensor, plane: Plane | None = None, kept: Tensor | None = None
+            some: Tensor, plane: Plane | None = None, kept: Kept | None = None
         ) -> tuple[Tensor, Tensor]:
             return run_knn(
                 some,
@@ -183,7 +185,8 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
 
         if implementation == "faiss":
             # Nothing to prepare, and looking at the plane takes as long as searching for few queries.
-            return search(queries, kept=vectors_for_faiss(self, self.vectors, self._metric, workspace_bytes))
+            facts = (self, self.vectors, self._metric, workspace_bytes)
+            return search(queries, kept=functools.partial(vectors_for_faiss, *facts))
         return self._search_prepared(
             queries,
             k,

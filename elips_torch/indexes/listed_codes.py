@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elips_torch.core.huge_pages import ask_for_huge_pages
+from elips_torch.core.locks import ForkSafeLock
 from elips_torch.indexes.inverted_lists import InvertedLists, SlotChange
 from elips_torch.indexes.listed_rows import ListedRows
 from elips_torch.indexes.row_tensors import RowTensors
@@ -235,7 +236,7 @@ class ListedCodes(ScreenedCodes, ListedRows):
 
     def _attach(self) -> None:
         super()._attach()
-        self._moving = threading.RLock()
+        self._moving = ForkSafeLock(threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

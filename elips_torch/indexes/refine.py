@@ -18,6 +18,7 @@ from elips_torch.indexes.untraced import untraced
 from elips_torch.indexes.wrappers import WrapperIndex
 from elips_torch.kernels.best_candidates import best_candidates
 from elips_torch.kernels.definition import score_candidates, score_pairs
+from elips_torch.kernels.ranking import merge_ranked
 from elips_torch.kernels.selection import Selection
 
 
@@ -185,25 +186,18 @@ class RefineIndex(WrapperIndex):
         if not self.ntotal:
             return scores, rows
         place, workspace_bytes = self.vectors.device, self._workspace(parameters)
+        ranks = self._current_id_map().ranks(self.ids)
         if place == rows.device:
-            ranks = self._current_id_map().ranks(self.ids)
             exact, best = best_candidates(
                 self._metric, queries, self.vectors, rows, k, ranks, workspace_bytes
             )
-            # Places that are not filled keep what the inner index says of them.
-            return torch.where(best < 0, scores[:, :k], exact), best
-        # There are the vectors, here the ranks of the ids: neither is copied.
-        found = rows >= 0
-        valid = rows.clamp_min(0)
-        exact = score_candidates(
-            self._metric, queries.to(place), self.vectors, valid.to(place), workspace_bytes
-        ).to(queries.device)
-        exact = torch.where(found, exact, scores)
-        # Unfilled places come last, also behind infinite scores.
-        keys = order_keys(exact, self._ranks(valid), self._metric.higher_is_better)
-        keys = keys.masked_fill_(~found, torch.iinfo(torch.int64).max)
-        best = keys.argsort(dim=1, stable=True)[:, :k]
-        return exact.gather(1, best), rows.gather(1, best)
+        else:
+            # There are the vectors, here the ranks of the ids: neither is copied.
+            there = rows.clamp_min(0).to(place)
+            exact = score_candidates(self._metric, queries.to(place), self.vectors, there, workspace_bytes)
+            exact, best = merge_ranked(self._metric, exact.to(rows.device), rows, k, ranks)
+        # Places that are not filled keep what the inner index says of them.
+        return torch.where(best < 0, scores[:, :k], exact), best
 
     def _range_search(
         self,

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from elips_torch.core.locks import ForkSafeLock
 from elips_torch.core.metric import Metric
 from elips_torch.indexes.row_tensors import RowTensors
 from elips_torch.indexes.storage import Snapshot, durable, extend_rows
@@ -80,7 +80,7 @@ class ScreeningPlane(RowTensors):
 
     def _attach(self) -> None:
         super()._attach()
-        self._encoding = threading.Lock()
+        self._encoding = ForkSafeLock()
 
     @property
     def codes(self) -> Tensor:

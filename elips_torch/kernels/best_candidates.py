@@ -12,8 +12,8 @@ from elips_torch.kernels.search_native import (
     DONE,
     METRICS,
     NO_MEMORY,
-    OPEN,
     SHORT,
+    SOURCE_TYPES,
     VECTOR_TYPES,
     Arguments,
     call_rank,
@@ -68,7 +68,7 @@ class CandidateRanking:
     After a search has filled the caches with vectors, each step in Python takes several times as long.
 
     Args:
-        arguments: all but the status.
+        arguments: all that is known; `run` adds the status.
         keeps: tensors that these point to.
     """
 
@@ -82,16 +82,15 @@ class CandidateRanking:
 
     def run(self) -> Tensor | None:
         """Rank, and return which queries ``(M,)`` have a score in doubt, so that others must rank theirs."""
+        n_queries = self._arguments.n_queries
+        status = torch.empty((n_queries,), dtype=torch.int32, device="cpu")
+        self._arguments.status = status.data_ptr()
         outcome = call_rank(self._arguments)
         if outcome in (DONE, SHORT):
             return None
-        if outcome == OPEN:
-            # So few are in doubt that nobody asks before which. By now they may lie in another order.
-            status = torch.empty((self._arguments.n_queries,), dtype=torch.int32, device="cpu")
-            self._arguments.status = status.data_ptr()
-            if call_rank(self._arguments) != NO_MEMORY:
-                return (status != CERTIFIED).nonzero()[:, 0]
-        return torch.arange(self._arguments.n_queries, device="cpu")
+        if outcome == NO_MEMORY:
+            return torch.arange(n_queries, device="cpu")
+        return (status != CERTIFIED).nonzero()[:, 0]
 
 
 def prepare_ranking(
@@ -109,14 +108,17 @@ def prepare_ranking(
         queries: ``(Q, D)``, on a CPU.
         database: ``(N, D)``, on a CPU.
         rows: ``(Q, C)`` int64, contiguous; what is no number of a row is none.
-        ranks: ``(N,)`` int64, place of each row's id among the sorted ids.
+        ranks: ``(N,)`` int64, contiguous, place of each row's id among the sorted ids.
         out: contiguous scores and rows ``(Q, K)`` to write; the rows may be the candidates where K is C.
     """
-    (n_queries, dim), source_type = queries.shape, VECTOR_TYPES.get(queries.dtype)
+    (n_queries, dim), source_type = queries.shape, SOURCE_TYPES.get(queries.dtype)
     vector_type, (n_rows, _) = VECTOR_TYPES.get(database.dtype), database.shape
     if source_type is None or vector_type is None or not database.is_contiguous() or database.is_neg():
         return None
-    if not (library_is_loaded() or _is_worth_loading(rows, dim)) or not n_rows:
+    # The code counts them in four bytes.
+    if not n_rows > 0 or max(*rows.shape, dim) >= 2**31:
+        return None
+    if not (library_is_loaded() or _is_worth_loading(rows, dim)):
         return None
     queries = queries.resolve_neg().contiguous()
     scores, found = out

@@ -67,9 +67,12 @@ def _in_order(vectors: Tensor, rows: Tensor, offset: Tensor) -> Tensor:
 
 def _in_cpp(vectors: Tensor, matrix: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor | None:
     """Return the mapped vectors; None where C++ does not serve."""
-    if not (_are_plain(matrix, before, after) and library_is_loaded()):
-        return None
     n, (n_out, n_in) = len(vectors), matrix.shape
+    if vectors.device.type != "cpu" or vectors.dtype not in SOURCE_TYPES or vectors.shape[1] != n_in:
+        return None
+    plain = _is_plain(matrix, (n_out, n_in)) and _is_plain(before, (n_in,)) and _is_plain(after, (n_out,))
+    if not (plain and library_is_loaded()):
+        return None
     vectors = vectors.resolve_neg().contiguous()
     mapped = torch.empty(n, n_out, dtype=torch.float32, device="cpu")
     outcome = native_map(
@@ -97,9 +100,10 @@ def _in_cpp(vectors: Tensor, matrix: Tensor, before: Tensor | None, after: Tenso
     return mapped
 
 
-def _are_plain(*tensors: Tensor | None) -> bool:
-    """Whether tensors lie on the CPU as C++ reads them."""
-    return all(
-        each is None or (each.dtype == torch.float32 and each.device.type == "cpu" and each.is_contiguous())
-        for each in tensors
-    )
+def _is_plain(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor, if there is one, has a shape and lies on the CPU as C++ reads it."""
+    if tensor is None:
+        return True
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.shape != shape:
+        return False
+    return tensor.is_contiguous() and not tensor.is_neg()

@@ -32,7 +32,13 @@ from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
 from elips_torch.kernels.search_native import library_is_ready, library_reasons
 from elips_torch.kernels.selection import Selection
-from elips_torch.ops.knn_faiss import gpu_to_go_through, knn_faiss, search_directly, uncertified_reasons
+from elips_torch.ops.knn_faiss import (
+    Kept,
+    gpu_to_go_through,
+    knn_faiss,
+    search_directly,
+    uncertified_reasons,
+)
 
 # From so many queries on, making a plane for one call repays.
 _REPAY_PLANE = 192
@@ -237,7 +243,7 @@ def run_knn(
     plane: Plane | None = None,
     screen: str = "none",
     gpu: int | None = None,
-    kept: Tensor | None = None,  # (N, D)
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Choose an implementation and run it; the entry that indexes share with `knn`.
 
@@ -255,7 +261,7 @@ def run_knn(
         plane: codes of the database to screen with.
         screen: without a plane, the one to make for this call: "int8", "bf16" or "none".
         gpu: number of one that "faiss" takes tensors on the CPU through.
-        kept: with "faiss", the database as that takes it on the CPU, of an index that keeps it.
+        kept: with "faiss", gives the database as that takes it on the CPU, of an index that keeps it.
 
     Returns:
         Scores and row numbers, -1 where there are fewer than k.

@@ -1,5 +1,7 @@
 """Search by the candidates of faiss, scored by the definition."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,13 @@ _RESULT_BYTES = 12
 _A_GPU = "a GPU such as 'cuda:0'"
 
 
+class Kept(Protocol):
+    """Gives the database of an index ``(N, D)`` as faiss takes it, in float32, or None."""
+
+    def __call__(self, *, make: bool) -> Tensor | None:
+        """``make``: whether to make it where it has not been made."""
+
+
 def uncertified_reasons(request: Request) -> list[str]:
     """Return why nobody who did not ask for faiss gets its candidates."""
     return ["it selects by float32 products and proves nothing, so near ties may be missed; ask by name"]
@@ -66,7 +75,7 @@ def search_directly(
     metric: Metric,
     ranks: Tensor | None,  # (N,) int64
     workspace_bytes: int,
-    kept: Tensor | None = None,  # (N, D)
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # (Q, K) float32, (Q, K) int64
     """Return what `knn_faiss` does where faiss takes tensors on the CPU at once; None for the long way.
 
@@ -80,7 +89,7 @@ def search_directly(
         metric: the distance kind.
         ranks: ``(N,)`` int64, place of each row's id among the sorted ids.
         workspace_bytes: limit on temporary memory, in bytes.
-        kept: ``(N, D)`` float32, the database as faiss takes it, of who keeps it.
+        kept: gives the database as faiss takes it, where that has been made before.
     """
     build = loaded_build()
     (n_queries, dim), n_rows = queries.shape, database.shape[0]
@@ -88,15 +97,16 @@ def search_directly(
         return None
     if torch.float64 in (queries.dtype, database.dtype):
         return None
-    if kept is None and converts(metric, database, torch.float32):
+    copy = None if kept is None else kept(make=False)
+    if copy is None and converts(metric, database, torch.float32):
         return None
     if not 0 < n_queries <= _queries_at_once(k, dim, workspace_bytes):
         return None
     found = empty_candidates(n_queries, k, queries.device)
     rows = found[1]
     ranking = prepare_ranking(metric, queries, database, rows, ranks, found)
-    brute_force(build, queries, database, k, metric, out=found, kept=kept)
-    # Queries that are not finite, and rows that faiss cannot rank, have no certain or finite scores.
+    brute_force(build, queries, database, k, metric, out=found, kept=copy)
+    # Queries that are not finite, and rows that faiss cannot rank, go the long way.
     if ranking is not None:
         if not ranking.is_done():
             return None
@@ -121,7 +131,7 @@ def knn_faiss(
     workspace_bytes: int,
     plane: Plane | None = None,
     gpu: int | None = None,
-    kept: Tensor | None = None,  # (N, D)
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:  # (Q, K) float32, (Q, K) int64
     """Return the k best of the rows that faiss finds, by the rule of exact search; -1 where there are fewer.
 
@@ -135,6 +145,7 @@ def knn_faiss(
     if n_queries == 0 or n_rows == 0:
         return empty_results(n_queries, k, metric, queries.device)
     SEARCHES.count(queries=n_queries, nbytes=queries.nbytes + n_queries * k * _RESULT_BYTES)
+    copy = None if kept is None else kept(make=True)
     scores, rows = empty_results(n_queries, k, metric, queries.device)
     wanted = min(k, n_rows)
     fetch = min(n_rows, wanted + selection.n_excluded)
@@ -145,13 +156,21 @@ def knn_faiss(
         for start, stop in spans(len(pending), step):
             part = pending[start:stop]
             chosen = selection.for_queries(part)
-            found = _best(
-                build, queries[part], database, fetch, metric, ranks, chosen, workspace_bytes, gpu, kept
+            *found, is_short = _best(
+                build,
+                queries[part],
+                database,
+                wanted,
+                fetch,
+                metric,
+                ranks,
+                chosen,
+                workspace_bytes,
+                gpu,
+                copy,
             )
             scores[part, :wanted], rows[part, :wanted] = (each[:, :wanted] for each in found)
-            # Under "linf" faiss takes NaN for less than anything.
-            ranked = (found[1] >= 0) & ~found[0].isnan()
-            left.append(part[ranked.sum(1) < wanted])
+            left.append(part[is_short])
         pending = torch.cat(left)
         if fetch == n_rows or not len(pending):
             return scores, rows
@@ -166,15 +185,19 @@ def _best(
     build: FaissBuild,
     queries: Tensor,
     database: Tensor,
+    wanted: int,
     fetch: int,
     metric: Metric,
     ranks: Tensor | None,
     selection: Selection,
     workspace_bytes: int,
     gpu: int | None,
-    kept: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return what is left of faiss's candidates ``(Q, fetch)``, best first, -1 behind them."""
+    copy: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is left of faiss's candidates ``(Q, fetch)``, best first, -1 behind; and who wants more.
+
+    That is bool ``(Q,)``: whether a block gave fewer rows than wanted, and faiss was not asked for all of it.
+    """
     on_gpu = gpu is not None or queries.device.type != "cpu"
     if on_gpu and fetch > MOST_NEIGHBOURS:
         raise ImplementationError(
@@ -183,37 +206,29 @@ def _best(
         )
     n_queries, n_rows = len(queries), len(database)
     scores, rows = empty_results(n_queries, fetch, metric, queries.device)
+    is_short = torch.zeros(n_queries, dtype=torch.bool, device=queries.device)
     owners = torch.arange(n_queries, device=queries.device)[:, None]
     step = n_rows
-    if kept is None and converts(metric, database, common_dtype(queries, database, on_gpu=on_gpu)):
+    if copy is None and converts(metric, database, common_dtype(queries, database, on_gpu=on_gpu)):
         step = max(1, workspace_bytes // 4 // (CONVERTED_BYTES * database.shape[1]))
     for start, stop in spans(n_rows, step):
+        asked = min(fetch, stop - start)
         _, block = brute_force(
-            build,
-            queries,
-            database[start:stop],
-            min(fetch, stop - start),
-            metric,
-            gpu,
-            workspace_bytes,
-            kept=kept,
+            build, queries, database[start:stop], asked, metric, gpu, workspace_bytes, kept=copy
         )
         # What faiss could not rank, it has not found.
         block = torch.where(block < 0, -1, block + start)
         known = block.clamp_min(0)
         hidden = selection.drops(owners.expand_as(block).reshape(-1), known.reshape(-1)).view_as(block)
-        found = best_candidates(
-            metric,
-            queries,
-            database,
-            block.masked_fill_(hidden, -1),
-            block.shape[1],
-            ranks,
-            workspace_bytes // 4,
-        )
+        block = block.masked_fill_(hidden, -1)
+        found = best_candidates(metric, queries, database, block, asked, ranks, workspace_bytes // 4)
+        if asked < stop - start:
+            # Under "linf" faiss takes NaN for less than anything.
+            ranked = (found[1] >= 0) & ~found[0].isnan()
+            is_short |= ranked.sum(1) < wanted
         if step >= n_rows:
-            return found
+            return *found, is_short
         scores, rows = merge_ranked(
             metric, torch.cat((scores, found[0]), 1), torch.cat((rows, found[1]), 1), fetch, ranks
         )
-    return scores, rows
+    return scores, rows, is_short

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from elips_torch.core.errors import ArgumentError, DtypeError, NotFittedError
 from elips_torch.core.progress import with_progress
+from elips_torch.core.validation import check_flag
 from elips_torch.indexes.base import Index
 from elips_torch.training.memory_bank import MemoryBank
 
@@ -58,6 +59,7 @@ def fill(
     >>> len(fill(index, encoder, loader)), len(index)
     (10, 10)
     """
+    check_flag("progress", progress)
     if not isinstance(index, Index):
         raise DtypeError(f"index is a {type(index).__name__}, expected an Index")
     if not index.is_trained:

@@ -49,13 +49,14 @@ class IndexKNN:
         """
         check_vectors("query", query)
         k = check_count("k", k)
+        check_flag("ref_includes_query", ref_includes_query)
         if reference is not None:
             index = self._filled(reference)
         elif self.index is None:
             raise NotFittedError("there is nothing to search; call train(embeddings) or pass reference")
         else:
             index = self.index
-        others = index.ntotal - check_flag("ref_includes_query", ref_includes_query)
+        others = index.ntotal - int(ref_includes_query)
         if k > others:
             raise ArgumentError(f"k is {k}, expected at most the {others} references there are to find")
         own = torch.arange(len(query), device=query.device)[:, None] if ref_includes_query else None

@@ -69,6 +69,10 @@ def test_flags_of_calls_are_true_or_false():
         "exclude_self": lambda flag: training.HardNegativeMiner(1)(
             index, queries, torch.tensor([4]), exclude_self=flag
         ),
+        "progress": lambda flag: elips_torch.training.fill(
+            index, torch.nn.Identity(), [queries], progress=flag
+        ),
+        "shift_ids": lambda flag: elips_torch.merge_faiss_shards(["a", "b"], "c", shift_ids=flag),
         "mmap": lambda flag: elips_torch.read_fvecs("there is no such file", mmap=flag),
     }
     for name, call in calls.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from elips_torch import FlatIndex
-from elips_torch.core.errors import ImplementationError
+from elips_torch.core.errors import ImplementationError, NonFiniteError
 from elips_torch.indexes import flat_mirror
 from elips_torch.indexes.flat_mirror import vectors_for_faiss
 from elips_torch.reference.knn import knn as reference
@@ -145,16 +145,55 @@ def test_writes_in_inference_mode_are_followed(made):
     assert made == [300, 300]
 
 
-def test_it_is_made_within_the_workspace():
+def test_it_is_made_within_the_workspace(monkeypatch):
     queries, vectors = data(n=20_000)
     index = FlatIndex(24, "cosine", workspace_bytes=2**20)
     index.add(vectors * torch.logspace(-12, 12, 20_000)[:, None])
     index.vectors[5] = 0.0
-    kept = vectors_for_faiss(index, index.vectors, index._metric, 2**20)
+    blocks = []
+    convert = flat_mirror.prepared
+    monkeypatch.setattr(
+        flat_mirror, "prepared", lambda part, *rest: blocks.append(len(part)) or convert(part, *rest)
+    )
+    kept = vectors_for_faiss(index, index.vectors, index._metric, 2**20, make=True)
+    assert sum(blocks) == 20_000
+    assert max(blocks) * 24 * flat_mirror.CONVERTED_BYTES <= 2**20
     norms = kept.double().norm(dim=1)
     assert norms[5] == 0.0
     torch.testing.assert_close(norms.sum(), torch.tensor(19_999.0, dtype=torch.float64), atol=1e-3, rtol=0)
     assert_right(index, queries)
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_where_there_is_no_memory_for_it_searches_convert_part_by_part(error, monkeypatch):
+    tried = []
+
+    def fail(*arguments):
+        tried.append(1)
+        raise error("no memory")
+
+    monkeypatch.setattr(flat_mirror, "_converted", fail)
+    index, (queries, _) = filled(), data(seed=1)
+    mask = torch.arange(300) % 3 > 0
+    for selection in ({}, {"mask": mask}):
+        assert_right(index, queries, **selection)
+    assert tried == [1]
+    index.remove(torch.arange(5))
+    expected = reference(queries, index.vectors, 9, "cosine", None)
+    assert torch.equal(index.search(queries, 9, implementation="faiss").ids, expected.ids + 5)
+    assert tried == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("queries", "error"),
+    [(torch.randn(2, 24).double(), ImplementationError), (torch.full((2, 24), torch.nan), NonFiniteError)],
+    ids=["float64", "NaN"],
+)
+def test_a_search_that_is_refused_makes_none(queries, error, made):
+    index = filled()
+    with pytest.raises(error):
+        index.search(queries, 9, implementation="faiss")
+    assert made == []
 
 
 def test_threads_make_it_once(made):

@@ -70,7 +70,8 @@ def test_few_vectors_in_cpp_are_the_same_bits(n_in, n_out, dtype, monkeypatch):
         x = vectors(n, n_in).to(dtype)
         x[0, 0] = 0.0
         shifts = [(), (before,), (None, after), (before, after)]
-        for scale in (1.0, 1e-30, 1e30) if dtype == torch.float32 else (1.0, 1.0, 1.0):
+        largest, least = (1e4, 1e-4) if dtype == torch.float16 else (1e30, 1e-30)
+        for scale in (1.0, least, largest):
             few = [linear_map(x * scale, matrix, *shift) for shift in shifts]
             with monkeypatch.context() as patch:
                 patch.setattr(module, "_FEW", 0)
@@ -120,8 +121,23 @@ def test_layouts_of_few_vectors(monkeypatch):
     assert torch.equal(linear_map(x, matrix.T.contiguous().T, before), wanted)
     assert torch.equal(linear_map(x, matrix.double(), before), wanted)
     assert torch.equal(linear_map(x, matrix, torch.stack([before, before], 1)[:, 0]), wanted)
+    # Numbers that torch reads with the other sign.
+    assert torch.equal(linear_map(x, torch._neg_view(matrix), before), linear_map(x, -matrix, before))
+    assert torch.equal(linear_map(x, matrix, torch._neg_view(before)), linear_map(x, matrix, -before))
+    assert torch.equal(linear_map(torch._neg_view(x), matrix, before), linear_map(-x, matrix, before))
     monkeypatch.setattr(module, "library_is_loaded", lambda: False)
     assert torch.equal(linear_map(x, matrix, before), wanted)
+
+
+@in_cpp
+def test_cpp_reads_nothing_that_does_not_fit():
+    assert library_compiles()
+    x, matrix = vectors(2, 4), vectors(3, 4, 1)
+    for wrong in (vectors(2, 3), torch.empty(2, 4, device="meta")):
+        with pytest.raises(RuntimeError):
+            linear_map(wrong, matrix)
+    one = torch.tensor([2.0])
+    assert torch.equal(linear_map(x, matrix, one, one), linear_map(x, matrix, one.expand(4), one.expand(3)))
 
 
 def test_zero_has_no_sign():

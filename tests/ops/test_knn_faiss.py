@@ -235,3 +235,27 @@ def test_a_direct_search_is_counted_once():
     after = faiss_stats()
     assert (after.searches - before.searches, after.queries - before.queries) == (1, 7)
     assert after.bytes - before.bytes == queries.nbytes + scores.nbytes + rows.nbytes
+
+
+@pytest.mark.parametrize(("metric", "dtype"), [("l2", torch.float16), ("cosine", torch.float32)], ids=str)
+def test_each_block_is_asked_until_it_has_given_enough(metric, dtype):
+    # Blocks of some 80 rows: of those that faiss names first in one, most may be hidden.
+    generator = torch.Generator().manual_seed(0)
+    queries, database = (torch.randn(n, 129, generator=generator) for n in (60, 300))
+    database = database.to(dtype)
+    mask = torch.rand(60, 300, generator=generator) < 0.3
+    exclude = knn(queries, database, 30, metric=metric).ids
+    for selection in ({"mask": mask}, {"mask": mask[0]}, {"exclude": exclude}):
+        expected = reference(queries, database, 10, metric, None, **selection)
+        found = knn(
+            queries, database, 10, metric=metric, workspace_bytes=2**20, implementation="faiss", **selection
+        )
+        assert torch.equal(found.ids, expected.ids)
+        assert torch.equal(found.scores, expected.scores)
+
+
+def test_more_than_the_workspace_holds_goes_the_long_way(ways):
+    queries, database, _, _ = data(n_queries=200)
+    knn(queries, database, 100, workspace_bytes=2**20, implementation="faiss")
+    knn(queries[:20], database, 100, workspace_bytes=2**20, implementation="faiss")
+    assert ways == ["refused", "long", "direct"]

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from elips_torch.core.locks import ForkSafeLock
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
@@ -37,7 +39,7 @@ class SearchCounter:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._thread = threading.local()
         self.reset()
 

@@ -111,6 +111,7 @@ static int rank_any_candidates(const Arguments& a) {
         case 0: return rank_candidates_of<float>(a);
         case 1: return rank_candidates_of<Half>(a);
         case 2: return rank_candidates_of<BFloat>(a);
+        case 3: return rank_candidates_of<double>(a);
         default: return UNKNOWN_TYPE;
     }
 }
