@@ -319,3 +319,8 @@ def test_threads_search_one_index_through_faiss():
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(search, range(12)):
             assert torch.equal(found.ids, wanted.ids)
+
+
+def test_an_index_without_features_is_named():
+    with pytest.raises(ConversionError, match="IndexFlatL2 of dim 0, expected at least 1"):
+        from_faiss(faiss.IndexFlatL2(0))

@@ -71,6 +71,8 @@ def describe(build: FaissBuild, index: Any) -> Description:
     name = type(found).__name__
     if name not in _READERS:
         raise ConversionError(f"index is {name}, which has no counterpart in this library; {_OFFER}")
+    if found.d < 1:
+        raise ConversionError(f"index is {name} of dim {found.d}, expected at least 1")
     return _READERS[name](build, found)
 
 

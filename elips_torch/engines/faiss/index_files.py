@@ -11,6 +11,7 @@ from elips_torch.engines.faiss.builds import FaissBuild
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.graphs_in_bytes import check_bytes
+from elips_torch.engines.faiss.lists_on_disk import check_lists_on_disk
 from elips_torch.engines.faiss.messages import reason_of
 from elips_torch.engines.faiss.row_kinds import BITS, FLOATS, MARK_OF_BITS, kind_of
 from elips_torch.engines.faiss.written import prepare_to_train, prepare_to_write
@@ -68,6 +69,7 @@ def read_index(
     try:
         _check_content(path)
         index = read(where, build.module.IO_FLAG_MMAP if on_disk else 0)
+        check_lists_on_disk(build, index, path)
     except (RuntimeError, MemoryError, DamagedIndexError) as error:
         raise IndexFileError(f"{where!r} is no index of faiss or is damaged: {reason_of(error)}") from error
     return prepare_to_train(build, mend_fast_scan(build, index))

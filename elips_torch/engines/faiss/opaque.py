@@ -24,6 +24,7 @@ from elips_torch.engines.faiss.consistency import indexes_inside
 from elips_torch.engines.faiss.fast_scan import mend_fast_scan
 from elips_torch.engines.faiss.forked import use_one_thread_if_forked
 from elips_torch.engines.faiss.graphs_in_bytes import check_bytes, label_lists_in_hash
+from elips_torch.engines.faiss.lists_on_disk import check_lists_on_disk
 from elips_torch.engines.faiss.messages import expected_instead_of, reason_of
 from elips_torch.engines.faiss.row_kinds import (
     BITS,
@@ -349,6 +350,7 @@ def from_bytes(build: FaissBuild, content: Tensor) -> Any:
     try:
         check_bytes(held.data)
         index = getattr(build.module, kind.deserialize)(held)
+        check_lists_on_disk(build, index)
     except (RuntimeError, MemoryError, DamagedIndexError) as error:
         raise IndexFileError(f"faiss cannot read the index: {reason_of(error)}") from error
     return prepare_to_train(build, mend_fast_scan(build, index))
