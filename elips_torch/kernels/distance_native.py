@@ -30,11 +30,21 @@ _MOST_ERROR = 0.01
 _CONVERTED_BYTES, _CONVERTED_ROWS, _CONVERTED_CODES = 96 * 2**10, 16, 48
 
 
+def has_distances(metric: Metric, is_plain: bool) -> bool:
+    """Whether distances are computed under a metric, where there is nothing but the vectors if ``is_plain``.
+
+    >>> from elips_torch.core.metric import resolve_metric
+    >>> has_distances(resolve_metric("l1"), False), has_distances(resolve_metric("l2"), False)
+    (True, False)
+    """
+    return metric.form != "product" or (is_plain and metric.name == "l2")
+
+
 def product_or_distance(
     database: Tensor, metric: Metric, plane: Plane | None, k: int, n_excluded: int, workspace_bytes: int
 ) -> "NativeSearch | None":
-    """Return a search in C++ by a plane, or by distances where the metric is no product; None for neither."""
-    if metric.form == "product":
+    """Return a search in C++ by a plane, or by distances where there is none; None where neither serves."""
+    if not has_distances(metric, plane is None):
         return native_first(database, metric, plane, k, n_excluded, workspace_bytes)
     if not leaves_rows_out(database.shape[0], k):
         return None
@@ -45,7 +55,7 @@ def product_or_distance_or_eager(
     database: Tensor, metric: Metric, plane: Plane | None, k: int, n_excluded: int, workspace_bytes: int
 ) -> "NativeSearch | ScreenedSearch | None":
     """Return the same; a screen in torch where sizes or the compiler are in the way of products."""
-    if metric.form == "product":
+    if not has_distances(metric, plane is None):
         return native_or_eager(database, metric, plane, k, n_excluded, workspace_bytes)
     return product_or_distance(database, metric, plane, k, n_excluded, workspace_bytes)
 

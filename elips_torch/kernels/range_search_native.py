@@ -11,13 +11,11 @@ from elips_torch.kernels.ivf_native import ScreenedLists, native_lists, vector_l
 from elips_torch.kernels.ivf_range_search_eager import ivf_range_search_eager
 from elips_torch.kernels.knn_native import NativeSearch, native_serves
 from elips_torch.kernels.list_layout import ListLayout, RowDecoder, StoredRows
-from elips_torch.kernels.plane import Plane, plain_plane
+from elips_torch.kernels.made_terms import with_terms
+from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.range_search_eager import range_search_eager
 from elips_torch.kernels.selection import Selection
 from elips_torch.kernels.within_native import FEW, Hits, assemble, native_hits
-
-# From so many queries on, products are faster than distances, though terms of bounds are made for one call.
-_REPAY_TERMS = 16
 
 # Given numbers of queries or all of them, and for how many neighbours there is to be room; returns hits
 # whose queries are places in these numbers.
@@ -36,8 +34,9 @@ def range_search_native(
     plane: Plane | None = None,
 ) -> _Results:  # (Q + 1,) int64, (M,) float32, (M,) int64
     """Return lims, scores and rows of all rows strictly within the radius, best first."""
-    if metric.form == "product" and not _has_products(database, plane):
-        plane = plain_plane(metric, database) if _repays_terms(queries, database, metric) else None
+    if plane is not None and not native_serves(database, plane):
+        plane = None
+    plane, workspace_bytes = with_terms(len(queries), database, None, metric, plane, workspace_bytes)
 
     def attempt(chosen: Tensor | slice, k: int) -> Iterable[Hits]:
         search = _search(database, metric, plane, k, selection.n_excluded, workspace_bytes)
@@ -119,22 +118,11 @@ def _answered(
     return assemble(n_queries, parts)
 
 
-def _has_products(database: Tensor, plane: Plane | None) -> bool:
-    return plane is not None and native_serves(database, plane)
-
-
-def _repays_terms(queries: Tensor, database: Tensor, metric: Metric) -> bool:
-    """Whether bounds of float32 products are worth making; other metrics than "l2" have no distances."""
-    if database.dtype != torch.float32:
-        return False
-    return metric.name != "l2" or queries.shape[0] >= _REPAY_TERMS
-
-
 def _search(
     database: Tensor, metric: Metric, plane: Plane | None, k: int, n_excluded: int, workspace_bytes: int
 ) -> NativeSearch | None:
     """Return a search in C++ of all rows, or None where it cannot serve."""
-    if plane is not None and _has_products(database, plane):
+    if plane is not None and native_serves(database, plane):
         search = NativeSearch(database, metric, plane, k, n_excluded)
         return search if search.plan(1, workspace_bytes) is not None else None
     if metric.form == "product" and metric.name != "l2":

@@ -50,9 +50,9 @@ def explain(
         ArgumentError: unknown operation, or arguments that the operation refuses.
 
     >>> import torch
-    >>> explanation = explain(torch.rand(2, 8), torch.rand(100, 8), k=10)
+    >>> explanation = explain(torch.rand(2, 8), torch.rand(100, 8).half(), k=10, metric="ip")
     >>> explanation  # doctest: +ELLIPSIS
-    knn of 2 x 100 x 8 float32, l2, k=10 on cpu (...)
+    knn of 2 x 100 x 8 float16, ip, k=10 on cpu (...)
       triton       Triton kernels run on CUDA and ROCm, the tensors are on cpu...
       native       ...there is no screening plane in int8 or float32 to run C++ code on
       compiled     there is no screening plane to run compiled code on

@@ -24,9 +24,14 @@ from elips_torch.core.validation import (
 )
 from elips_torch.engines.faiss.candidates import brute_force_reasons
 from elips_torch.kernels.candidate_gradient import database_gradient
-from elips_torch.kernels.distance_native import product_or_distance, product_or_distance_or_eager
+from elips_torch.kernels.distance_native import (
+    has_distances,
+    product_or_distance,
+    product_or_distance_or_eager,
+)
 from elips_torch.kernels.knn_blocks import knn_blocks
 from elips_torch.kernels.knn_exact import compiled_first, knn_exact
+from elips_torch.kernels.made_terms import with_terms
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
@@ -68,6 +73,22 @@ def _triton(
     return knn_exact(queries, database, k, metric, ranks, selection, workspace_bytes, plane, triton_search)
 
 
+def _native(
+    queries: Tensor,
+    database: Tensor,
+    k: int,
+    metric: Metric,
+    ranks: Tensor | None,
+    selection: Selection,
+    workspace_bytes: int,
+    plane: Plane | None,
+) -> tuple[Tensor, Tensor]:
+    plane, rest = with_terms(len(queries), database, k, metric, plane, workspace_bytes)
+    return knn_exact(
+        queries, database, k, metric, ranks, selection, rest, plane, product_or_distance_or_eager
+    )
+
+
 def triton_reasons(request: Request) -> list[str]:
     """Return why Triton kernels cannot serve a search; empty where they can."""
     reasons = []
@@ -83,11 +104,11 @@ def triton_reasons(request: Request) -> list[str]:
 
 def _native_reasons(request: Request) -> list[str]:
     reasons = library_reasons(request.device)
-    if request.metric.form != "product":
+    if has_distances(request.metric, request.screen == "none"):
         return reasons + distance_reasons(request)
     if request.screen == "int8" and not device_facts(request.device).vnni:
         reasons.append("C++ code multiplies int8 codes with AVX512-VNNI only")
-    if request.screen not in ("int8", "fp32"):
+    if request.screen == "bf16" or (request.screen == "none" and request.dtype != torch.float32):
         reasons.append("there is no screening plane in int8 or float32 to run C++ code on")
     return reasons
 
@@ -132,7 +153,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", _triton, triton_reasons),
     Implementation(
         "native",
-        functools.partial(knn_exact, first_search=product_or_distance_or_eager),
+        _native,
         _native_reasons,
         uncompiled_reasons,
     ),
@@ -180,8 +201,8 @@ def knn(
             "auto", which makes one where there are queries enough to repay it. It is made block by block
             within the workspace; `FlatIndex` keeps its own. Results are the same with any.
         implementation: "auto", or a name that `explain` lists, which then serves or raises: "triton" on a
-            GPU; "native", C++ on a CPU that screens by a plane, or by distances under the other metrics, and
-            is compiled at the first large search;
+            GPU; "native", C++ on a CPU that screens by a plane or by the vectors themselves, and is compiled
+            at the first large search;
             "compiled", the same steps through `torch.compile`; "faiss", the candidates of its brute-force
             search, which are selected in float32 and may miss near ties, under "l2", "ip", "cosine", "l1",
             "linf" and "lp", on a GPU under the first three, and of no float64 vectors; "eager", which serves
@@ -301,7 +322,7 @@ def prepare_knn(
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> PreparedSearch | None:
     """Prepare what `run_knn` does for queries like these, without masks; None where that cannot be."""
-    if (plane is None and metric.form == "product") or k > database.shape[0]:
+    if (plane is None and not has_distances(metric, True)) or k > database.shape[0]:
         return None
     request = Request.of(queries, database, metric, k, "none" if plane is None else plane.kind)
     if choose("knn", IMPLEMENTATIONS, request, implementation).name != "native":

@@ -104,11 +104,11 @@ def test_values_that_the_storage_cannot_hold_are_refused():
 
 
 def test_explain_says_what_runs():
-    index = FlatIndex(3, screen="none")
+    index = FlatIndex(3, "ip", screen="none", dtype=torch.float16)
     index.add(torch.rand(50, 3))
     explanation = index.explain(torch.rand(2, 3), k=5)
     assert explanation.chosen == "eager"
-    assert "knn of 2 x 50 x 3 float32, l2, k=5 on cpu" in str(explanation)
+    assert "knn of 2 x 50 x 3 float16, ip, k=5 on cpu" in str(explanation)
     index = FlatIndex(3, screen="int8")
     index.add(torch.rand(50, 3))
     explanation = index.explain(torch.rand(2, 3), k=5)
