@@ -230,7 +230,7 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
             implementation=implementation,
             workspace_bytes=check_workspace(self._parameter(parameters, "workspace_bytes")),
             check_finite=self.check_finite,
-            plane=self.plane.current(self.vectors),
+            find_plane=lambda: self.plane.current(self.vectors),
         )
 
     def _learnable_vectors(self) -> Tensor | None:

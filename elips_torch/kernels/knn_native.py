@@ -185,20 +185,42 @@ class NativeSearch:
         met = n_rows if lists is None else min(n_rows, lists.rows_per_query)
         most = max(int(met * _MOST_SURVIVORS), usual)
         step = min(n_queries, _QUERIES) if n_rows < 2**31 else 0
-        list_bytes = 0 if lists is None else 8 * lists.layout.nlist
         while step:
             parts = 1 if self.shares_queries(step, threads, lists) else threads
             kept = parts * _KEPT_BYTES * step + threads * _RANKED_BYTES * parts
-            query_bytes = self.query_bytes + parts * self.dim * self._code_bytes
-            if lists is not None:
-                query_bytes += 12 * lists.probes.shape[1]
-            room = (
-                workspace_bytes - list_bytes - step * query_bytes - threads * self.thread_bytes - SPARE * kept
-            )
+            room = workspace_bytes - self._other_bytes(step, parts, threads, lists) - SPARE * kept
             if room // kept >= usual:
                 return Plan(step, threads, parts, min(most, room // kept))
             step //= 2
         return None
+
+    def plan_for(
+        self, n_queries: int, capacity: int, workspace_bytes: int, lists: ProbedLists | None = None
+    ) -> Plan | None:
+        """Return sizes with reservoirs that hold so many rows each; None where they do not fit."""
+        threads, step = self.threads(n_queries, lists), min(n_queries, _QUERIES)
+        if max(self.n_rows, capacity + SPARE) >= 2**31:
+            return None
+        while step:
+            shared = 1 if self.shares_queries(step, threads, lists) else threads
+            # One thread scans alone where there is no room for a reservoir of each.
+            for n_threads, parts in ((threads, shared), (1, 1)):
+                kept = parts * _KEPT_BYTES * step + n_threads * _RANKED_BYTES
+                if (
+                    self._other_bytes(step, parts, n_threads, lists) + kept * (capacity + SPARE)
+                    <= workspace_bytes
+                ):
+                    return Plan(step, n_threads, parts, capacity)
+            step //= 2
+        return None
+
+    def _other_bytes(self, n_queries: int, parts: int, threads: int, lists: ProbedLists | None) -> int:
+        """Return what a search takes beside its reservoirs."""
+        query_bytes = self.query_bytes + parts * self.dim * self._code_bytes
+        if lists is not None:
+            query_bytes += 12 * lists.probes.shape[1]
+        list_bytes = 0 if lists is None else 8 * lists.layout.nlist
+        return list_bytes + n_queries * query_bytes + threads * self.thread_bytes
 
     def threads(self, n_queries: int, lists: ProbedLists | None = None) -> int:
         """Return how many threads the work occupies for longer than waking them takes."""

@@ -9,7 +9,8 @@ from elips_torch.kernels.plane import Plane, plain_plane
 # Bytes of a row's terms, what share of the workspace they may take, and the least one that has room for what
 # making them takes beside.
 _TERM_BYTES, _SHARE, _LEAST_WORKSPACE = 16, 1 / 8, 2**24
-# Fewer queries are compared by distances under "l2", which need no terms.
+# Fewer queries are compared by distances under "l2", which need no terms; torch takes longer to make those of
+# "cosine" than to search.
 _REPAY_TERMS = 16
 
 
@@ -37,8 +38,8 @@ def with_terms(
         return plane, workspace_bytes
     if n_bytes > workspace_bytes * _SHARE or workspace_bytes < _LEAST_WORKSPACE:
         return None, workspace_bytes
-    if (metric.name == "l2" and n_queries < _REPAY_TERMS) or (
-        k is not None and not leaves_rows_out(n_rows, k)
-    ):
+    if metric.name != "ip" and n_queries < _REPAY_TERMS:
+        return None, workspace_bytes
+    if k is not None and not leaves_rows_out(n_rows, k):
         return None, workspace_bytes
     return plain_plane(metric, database), workspace_bytes - n_bytes

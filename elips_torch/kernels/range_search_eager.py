@@ -1,5 +1,7 @@
 """Exact range search in plain torch, on every device and for every metric."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,9 @@ def range_search_eager(
     ranks: Tensor | None,  # (N,) int64, rank of each row's id; None: rows are in the order of ids
     selection: Selection,
     workspace_bytes: int,
-    plane: Plane | None = None,
+    find_plane: Callable[[], Plane | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
-    """Return lims, scores and rows of all rows strictly within the radius, best first, without the plane."""
+    """Return lims, scores and rows of all rows strictly within the radius, best first; no plane is made."""
     n_queries = queries.shape[0]
     device = queries.device
     n_rows, dim = database.shape

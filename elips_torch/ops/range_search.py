@@ -19,9 +19,8 @@ from elips_torch.core.validation import (
     check_workspace,
 )
 from elips_torch.kernels.candidate_gradient import pair_gradient
-from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.range_search_eager import range_search_eager
-from elips_torch.kernels.range_search_native import range_search_native
+from elips_torch.kernels.range_search_native import FindPlane, range_search_native
 from elips_torch.kernels.search_native import library_reasons
 from elips_torch.kernels.selection import Selection
 from elips_torch.ops.knn import distance_reasons, uncompiled_reasons
@@ -112,14 +111,15 @@ def run_range_search(
     implementation: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     check_finite: bool = True,
-    plane: Plane | None = None,
+    find_plane: FindPlane | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
     """Choose an implementation and run it; the entry that indexes share with `range_search`.
 
-    The arguments are those of `run_knn`. Returns lims, scores and row numbers; a query that holds
-    NaN or infinity finds nothing on an accelerator and is an error on a CPU.
+    The arguments are those of `run_knn`, but for ``find_plane``, which returns codes of the database to
+    screen with, and is called where they are looked at. Returns lims, scores and row numbers; a query that
+    holds NaN or infinity finds nothing on an accelerator and is an error on a CPU.
     """
-    request = Request.of(queries, database, metric, screen="none" if plane is None else plane.kind)
+    request = Request.of(queries, database, metric)
     chosen = choose("range_search", IMPLEMENTATIONS, request, implementation)
     with plain_arithmetic(queries.device):
         bad = bad_queries(queries, metric) if check_finite else None
@@ -127,7 +127,7 @@ def run_range_search(
             # No score is beyond the best possible one.
             radius = radius.masked_fill(bad, -metric.worst)
         result: tuple[Tensor, Tensor, Tensor] = chosen.run(
-            queries, database, radius, metric, ranks, selection, workspace_bytes, plane
+            queries, database, radius, metric, ranks, selection, workspace_bytes, find_plane
         )
     return result
 

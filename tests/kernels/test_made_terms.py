@@ -37,6 +37,7 @@ def test_they_are_made_where_they_repay_and_fit(metric):
 
 def test_few_queries_are_compared_by_distances_under_l2():
     assert made("l2", n_queries=1)[0] is None
+    assert made("cosine", n_queries=1)[0] is None
     assert made("ip", n_queries=1)[0] is not None
     assert made("l1")[0] is None
 
@@ -68,4 +69,5 @@ def test_plain_tensors_are_searched_in_cpp(metric, n_queries, monkeypatch):
     found = knn(queries, database, 7, metric=metric)
     assert torch.equal(found.ids, expected.ids)
     assert torch.equal(found.scores, expected.scores)
-    assert certified == [n_queries]
+    # Few queries under "cosine" are searched in torch.
+    assert certified == ([] if metric == "cosine" and n_queries < 16 else [n_queries])

@@ -62,8 +62,9 @@ struct Arguments {
     void* memory;  // (3, T, Q, C + SPARE) numbers of four bytes; null where nobody reads it after
     // Results: (Q, K) each; and (2, Q), the status of each query and how many rows survived, whose numbers
     // lie in the first reservoir of the query at the beginning of the memory. Where a radius is given: the latter
-    // alone; then these rows are sorted, by their names, with their scores in the second part of the memory, unless
-    // one is in doubt. Where all are certain, those of the first query come before those of the next, without gaps.
+    // alone; then these rows are replaced by their names, best first, and their scores are in the second part of the
+    // memory. Where a score is in doubt, it is NaN, and the rows are as they were kept. Where all are certain, those
+    // of the first query come before those of the next, without gaps. Of a query that had no room: how many it met.
     float* scores;
     int64_t* found;
     int32_t* status;

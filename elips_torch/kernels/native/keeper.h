@@ -60,7 +60,10 @@ class Keeper {
     bool keep(int64_t row, int64_t query, float upper, float lower) {
         if (is_selective_ && !sees(query, name_of(a_, row))) return false;
         Reservoir& reservoir = reservoirs_[query];
-        if (reservoir.failed) return false;
+        if (reservoir.failed) {
+            ++reservoir.met;
+            return false;
+        }
         const auto settle = [&](Reservoir& r) { return settle_any(a_, query, r); };
         if (!reservoir.push(static_cast<int32_t>(row), upper, lower, settle)) return false;
         if (limits_) {

@@ -87,8 +87,9 @@ struct Reservoir {
     // The largest upper bound of what was dropped for want of room.
     float lost = LOWEST;
     bool failed = false;
-    // Nothing is dropped: all rows that reach the limit are kept, or it fails.
+    // Nothing is dropped: all rows that reach the limit are kept, or it fails and counts them.
     bool keeps_all = false;
+    int64_t met = 0;
     // Rows that were scored to tell them apart.
     int64_t scored = 0;
 
@@ -121,8 +122,10 @@ struct Reservoir {
         lower[n] = least;
         if (++n < trigger) return false;
         if (keeps_all) {
-            fail();
-            return true;
+            met = n;
+            n = 0;
+            failed = true;
+            return false;
         }
         prune();
         if (n > capacity - capacity / 8 && !settle(*this)) shed();

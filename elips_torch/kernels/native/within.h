@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "arguments.h"
 #include "memory.h"
@@ -17,14 +19,17 @@ static inline float least_similarity(const Arguments& a, int64_t q) {
     const double offset = by_distance ? 0.0 : a.offsets[q], radius = a.radius[q];
     double least = descends ? radius - offset : offset - radius;
     if (a.metric == L2 && !by_distance) least *= 0.5;
-    return least == HIGHEST ? HIGHEST : threshold(least, a.rounding[q]);
+    if (std::fabs(least) == HIGHEST) return static_cast<float>(least);
+    // Beyond these, nothing is bounded.
+    constexpr double MOST = 3e38;
+    return threshold(std::min(std::max(least, -MOST), MOST), a.rounding[q]);
 }
 
 // Move the results of all queries together, in the order of the queries.
 static inline void compact(const Arguments& a, const Reservoir* reservoirs) {
-    int32_t* rows = reservoirs[0].rows;
-    float* scores = reservoirs[0].upper;
-    for (int64_t q = 0; q < a.n_queries; ++q) {
+    int32_t* rows = reservoirs[0].rows + reservoirs[0].n;
+    float* scores = reservoirs[0].upper + reservoirs[0].n;
+    for (int64_t q = 1; q < a.n_queries; ++q) {
         const Reservoir& r = reservoirs[q];
         rows = std::copy(r.rows, r.rows + r.n, rows);
         scores = std::copy(r.upper, r.upper + r.n, scores);
@@ -42,7 +47,11 @@ class RangeRanking {
         Reservoir& all = reservoirs[q];
         a_.status[q] = UNCERTIFIED;
         a_.status[a_.n_queries + q] = 0;
-        if (!gather(q, reservoirs)) return;
+        if (!a_.usable[q]) return;
+        if (!gather(q, reservoirs)) {
+            a_.status[a_.n_queries + q] = count(q, reservoirs);
+            return;
+        }
         scorer_.take(q);
         int n = 0;
         bool sure = true;
@@ -51,6 +60,8 @@ class RangeRanking {
             if (i + scorer_.AHEAD < all.n) scorer_.prefetch(all.rows[i + scorer_.AHEAD]);
             const Score score = scorer_.of(all.rows[i], all.upper[i]);
             sure &= score.sure;
+            // What it says is of no use any more; of those that are sure, the score is.
+            all.upper[i] = score.sure ? score.value : std::numeric_limits<float>::quiet_NaN();
             if (is_within(q, score.value)) found_[n++] = scorer_.found(all.rows[i], score.value);
         }
         if (sure) write(all, n);
@@ -63,13 +74,24 @@ class RangeRanking {
         return a_.metric == IP || a_.metric == COSINE ? score > a_.radius[q] : score < a_.radius[q];
     }
 
-    // Gather what all threads have kept into the first reservoir.
+    // Rows that the query has met, as many as four bytes hold.
+    int32_t count(int64_t q, const Reservoir* reservoirs) const {
+        int64_t total = 0;
+        for (int part = 0; part < a_.n_parts; ++part) {
+            const Reservoir& r = reservoirs[int64_t(part) * a_.n_queries + q];
+            total += r.failed ? r.met : r.n;
+        }
+        return static_cast<int32_t>(std::min<int64_t>(total, std::numeric_limits<int32_t>::max()));
+    }
+
+    // Gather what all threads have kept into the first reservoir, unless that is too small.
     bool gather(int64_t q, Reservoir* reservoirs) {
         Reservoir& all = reservoirs[q];
-        if (all.failed) return false;
+        if (count(q, reservoirs) > a_.capacity) return false;
+        for (int part = 0; part < a_.n_parts; ++part)
+            if (reservoirs[int64_t(part) * a_.n_queries + q].failed) return false;
         for (int part = 1; part < a_.n_parts; ++part) {
             const Reservoir& r = reservoirs[int64_t(part) * a_.n_queries + q];
-            if (r.failed || r.n > a_.capacity - all.n) return false;
             std::copy(r.rows, r.rows + r.n, all.rows + all.n);
             std::copy(r.upper, r.upper + r.n, all.upper + all.n);
             all.n += r.n;
