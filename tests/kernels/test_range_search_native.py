@@ -154,6 +154,18 @@ def test_all_rows_or_none(case, radius, left):
     assert left == []
 
 
+def test_distances_near_the_largest_float():
+    x = torch.tensor([[8e37] * 4, [7e37] * 4, [8.4e37] * 4, [1.0] * 4]).repeat(30, 1)
+    for metric in ("l1", "linf"):
+        index = FlatIndex(4, metric)
+        index.add(x)
+        counts = [
+            len(assert_right(index, torch.zeros(2, 4), radius).ids)
+            for radius in (3.4e38, 3.3e38, 2.9e38, 7.5e37)
+        ]
+        assert counts == ([240, 180, 120, 60] if metric == "l1" else [240, 240, 240, 120])
+
+
 def test_more_rows_than_reservoirs_hold(left):
     q, x = data(("l2", None), 30, 5000, 8)
     index = FlatIndex(8)

@@ -19,10 +19,10 @@ static inline float least_similarity(const Arguments& a, int64_t q) {
     const double offset = by_distance ? 0.0 : a.offsets[q], radius = a.radius[q];
     double least = descends ? radius - offset : offset - radius;
     if (a.metric == L2 && !by_distance) least *= 0.5;
-    if (std::fabs(least) == HIGHEST) return static_cast<float>(least);
-    // Beyond these, nothing is bounded.
+    // What float32 may not hold, with room for roundings.
     constexpr double MOST = 3e38;
-    return threshold(std::min(std::max(least, -MOST), MOST), a.rounding[q]);
+    if (least < -MOST) return LOWEST;
+    return least == HIGHEST ? HIGHEST : threshold(std::min(least, MOST), a.rounding[q]);
 }
 
 // Move the results of all queries together, in the order of the queries.
