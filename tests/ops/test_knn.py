@@ -7,10 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elips_torch import METRICS, knn
+from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import resolve_metric
+from elips_torch.core.native import native_reasons
+from elips_torch.kernels.search_native import LIBRARY, library_compiles
 from elips_torch.reference.knn import knn as reference_knn
 
 MIB = 2**20
+
+
+@pytest.fixture(params=["where it is compiled", "not compiled"], autouse=True)
+def _in_cpp_or_torch(request, monkeypatch):
+    """Run small searches by both of what the automatic choice takes."""
+    if request.param == "not compiled":
+        monkeypatch.setattr(LIBRARY, "is_ready", lambda options: False)
+    elif not native_reasons(device_facts("cpu")):
+        assert library_compiles()
 
 
 def assert_same(found, expected):

@@ -27,9 +27,10 @@ def check_lists_on_disk(build: FaissBuild, index: Any, path: str | os.PathLike[s
     """
     # A cast owns nothing: what owns the memory keeps its name.
     found = downcast(build, index)
-    lists = getattr(found, "invlists", None)
-    if lists is not None:
-        lists = build.module.downcast_InvertedLists(lists)
+    # Hashes of bits have something else of that name.
+    has_lists = isinstance(found, build.module.IndexIVF | build.module.IndexBinaryIVF)
+    if has_lists and found.invlists is not None:
+        lists = build.module.downcast_InvertedLists(found.invlists)
         if isinstance(lists, build.module.OnDiskInvertedLists):
             _check(lists, lists.filename or os.fspath(path))
     for _, inner in indexes_inside(build, found):
