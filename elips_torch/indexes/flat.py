@@ -230,6 +230,7 @@ class FlatIndex(ScreenedVectors, PreparesSearches):
             implementation=implementation,
             workspace_bytes=check_workspace(self._parameter(parameters, "workspace_bytes")),
             check_finite=self.check_finite,
+            screen=self.plane.kind,
             find_plane=lambda: self.plane.current(self.vectors),
         )
 

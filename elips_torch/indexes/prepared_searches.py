@@ -141,8 +141,7 @@ class PreparedSearches:
         if (
             queries.device.type == "cpu"
             and implementation in ("auto", "native")
-            and selection.mask is None
-            and selection.exclude is None
+            and selection.sees_all
             and queries.shape[0]
         ):
             ready = self._ready_for(rests_on)

@@ -31,7 +31,7 @@ from elips_torch.kernels.distance_native import (
 )
 from elips_torch.kernels.knn_blocks import knn_blocks
 from elips_torch.kernels.knn_exact import compiled_first, knn_exact
-from elips_torch.kernels.made_terms import with_terms
+from elips_torch.kernels.made_terms import few_queries_reasons, with_terms
 from elips_torch.kernels.plane import Plane
 from elips_torch.kernels.prepared_native import PreparedSearch, prepare
 from elips_torch.kernels.screen_choice import check_screen, choose_screen
@@ -155,7 +155,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         "native",
         _native,
         _native_reasons,
-        uncompiled_reasons,
+        lambda request: uncompiled_reasons(request) + few_queries_reasons(request),
     ),
     Implementation(
         "compiled",
@@ -202,10 +202,10 @@ def knn(
             within the workspace; `FlatIndex` keeps its own. Results are the same with any.
         implementation: "auto", or a name that `explain` lists, which then serves or raises: "triton" on a
             GPU; "native", C++ on a CPU that screens by a plane or by the vectors themselves, and is compiled
-            at the first large search;
-            "compiled", the same steps through `torch.compile`; "faiss", the candidates of its brute-force
-            search, which are selected in float32 and may miss near ties, under "l2", "ip", "cosine", "l1",
-            "linf" and "lp", on a GPU under the first three, and of no float64 vectors; "eager", which serves
+            at the first large search; "compiled", the same steps through `torch.compile`; "faiss", the
+            candidates of its brute-force search, which are selected in float32 and may miss near ties, under
+            "l2", "ip", "cosine", "l1", "linf" and "lp", on a GPU under the first three, and of no float64
+            vectors; "eager", which serves
             every call.
         workspace_bytes: limit on temporary memory, in bytes, at least 1 MiB. Default 256 MiB.
         device: with "faiss", a GPU that tensors on the CPU go through by parts, no more than the workspace at

@@ -19,6 +19,7 @@ from elips_torch.core.validation import (
     check_workspace,
 )
 from elips_torch.kernels.candidate_gradient import pair_gradient
+from elips_torch.kernels.made_terms import few_queries_reasons
 from elips_torch.kernels.range_search_eager import range_search_eager
 from elips_torch.kernels.range_search_native import FindPlane, range_search_native
 from elips_torch.kernels.search_native import library_reasons
@@ -30,8 +31,12 @@ def _native_reasons(request: Request) -> list[str]:
     return library_reasons(request.device) + distance_reasons(request)
 
 
+def _native_unwise_reasons(request: Request) -> list[str]:
+    return uncompiled_reasons(request) + few_queries_reasons(request)
+
+
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("native", range_search_native, _native_reasons, uncompiled_reasons),
+    Implementation("native", range_search_native, _native_reasons, _native_unwise_reasons),
     Implementation("eager", range_search_eager, float64_reasons),
 )
 
@@ -111,15 +116,16 @@ def run_range_search(
     implementation: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     check_finite: bool = True,
+    screen: str = "none",
     find_plane: FindPlane | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (Q + 1,) int64, (M,) float32, (M,) int64
     """Choose an implementation and run it; the entry that indexes share with `range_search`.
 
     The arguments are those of `run_knn`, but for ``find_plane``, which returns codes of the database to
-    screen with, and is called where they are looked at. Returns lims, scores and row numbers; a query that
-    holds NaN or infinity finds nothing on an accelerator and is an error on a CPU.
+    screen with, of kind ``screen``, and is called where they are looked at. Returns lims, scores and row
+    numbers; a query that holds NaN or infinity finds nothing on an accelerator and is an error on a CPU.
     """
-    request = Request.of(queries, database, metric)
+    request = Request.of(queries, database, metric, screen=screen)
     chosen = choose("range_search", IMPLEMENTATIONS, request, implementation)
     with plain_arithmetic(queries.device):
         bad = bad_queries(queries, metric) if check_finite else None

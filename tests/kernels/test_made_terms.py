@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elips_torch import knn
+from elips_torch import explain, knn
 from elips_torch.core.hardware import device_facts
 from elips_torch.core.metric import resolve_metric
 from elips_torch.core.native import native_reasons
@@ -37,7 +37,7 @@ def test_they_are_made_where_they_repay_and_fit(metric):
 
 def test_few_queries_are_compared_by_distances_under_l2():
     assert made("l2", n_queries=1)[0] is None
-    assert made("cosine", n_queries=1)[0] is None
+    assert made("cosine", n_queries=1)[0] is not None
     assert made("ip", n_queries=1)[0] is not None
     assert made("l1")[0] is None
 
@@ -71,3 +71,17 @@ def test_plain_tensors_are_searched_in_cpp(metric, n_queries, monkeypatch):
     assert torch.equal(found.scores, expected.scores)
     # Few queries under "cosine" are searched in torch.
     assert certified == ([] if metric == "cosine" and n_queries < 16 else [n_queries])
+
+
+@pytest.mark.skipif(bool(native_reasons(device_facts("cpu"))), reason="there is no C++ code here")
+def test_the_automatic_choice_searches_few_queries_under_cosine_in_torch(monkeypatch):
+    monkeypatch.setattr("elips_torch.ops.knn.library_is_ready", lambda device: True)
+    database = torch.randn(700, 24, generator=torch.Generator().manual_seed(1))
+    for operation in ("knn", "range_search"):
+        for n_queries, chosen in ((1, "eager"), (15, "eager"), (16, "native")):
+            k = 5 if operation == "knn" else None
+            facts = explain(database[:n_queries], database, k, operation=operation, metric="cosine")
+            assert facts.chosen == chosen
+    found = knn(database[:3], database, 5, metric="cosine", implementation="native")
+    expected = reference(database[:3], database, 5, "cosine", None)
+    assert torch.equal(found.ids, expected.ids)

@@ -50,7 +50,9 @@ def test_what_is_compiled_already_serves_small_searches(monkeypatch):
     monkeypatch.setattr(LIBRARY, "is_ready", lambda options: True)
     assert automatic(request(1, 20_000, 64)) == "native"
     for metric in ("l2", "ip", "cosine"):
-        assert automatic(request(1, 20_000, 64, metric=metric, screen="none")) == "native"
+        assert automatic(request(16, 20_000, 64, metric=metric, screen="none")) == "native"
+        few = "eager" if metric == "cosine" else "native"
+        assert automatic(request(1, 20_000, 64, metric=metric, screen="none")) == few
     assert automatic(request(1, 20_000, 64, screen="bf16")) == "eager"
 
 

@@ -65,7 +65,7 @@ class RowSearch:
         self, queries: Tensor, k: int, selection: Selection, values: dict[str, Any], workspace_bytes: int
     ) -> tuple[Tensor, Tensor]:
         """Return scores and rows ``(Q, K)`` in the order of faiss; -1 where no more were found."""
-        if self.row_of is None and selection.mask is None and selection.exclude is None:
+        if self.row_of is None and selection.sees_all:
             scores, rows = self._run(queries, k, values)
             # Looking for missing ones would wait for a GPU.
             if self._engine.on_gpu or rows.device.type != "cpu" or not are_labels(self.build, rows):
